@@ -1,0 +1,1 @@
+"""Sample makers, error budgets and measurements, shared by tests and benches."""

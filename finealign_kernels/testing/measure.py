@@ -1,0 +1,124 @@
+"""Time and memory of callables, side by side. What tests, benches and `finealign demo` report comes from here."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+
+MIB = 2**20
+
+
+def interleaved(
+    calls: dict[str, Callable], rounds: int, *, warmup: int = 1, device: str | torch.device = "cpu"
+) -> dict[str, list[float]]:
+    """Seconds of each call in each round, {name: [one per round]}.
+
+    A round runs every call once, and the first of a round is the second of the one before, so that a slow minute of the
+    machine or a cache that a neighbour left warm falls on all alike. `warmup` rounds run first, untimed. What a call
+    returns is freed after its clock has stopped.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    names, synchronize = list(calls), _synchronize(device)
+    for name in names * warmup:
+        calls[name]()
+    times = {name: [] for name in names}
+    for number in range(rounds):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            synchronize()
+            start = time.perf_counter()
+            result = calls[name]()
+            synchronize()
+            times[name].append(time.perf_counter() - start)
+            del result
+    return times
+
+
+def medians(times: dict[str, list[float]]) -> dict[str, float]:
+    """Median seconds of each call."""
+    return {name: median(each) for name, each in times.items()}
+
+
+def ratio(times: dict[str, list[float]], name: str, to: str) -> float:
+    """Median over the rounds of t_name / t_to in the same round: what is slow about a round cancels."""
+    return median(one / other for one, other in zip(times[name], times[to], strict=True))
+
+
+def peak_extra_mib(fn: Callable, *, device: str | torch.device = "cpu") -> float | None:
+    """Peak memory in MiB while fn() runs, over what was held before it and less the tensors it returns (and so made).
+
+    CPU    peak resident set, which Linux can set back; None on other systems. A first call also counts the pages of code
+           and the thread pools that it touches: call fn once on something small before.
+    CUDA   the caching allocator's peak.
+    """
+    device = torch.device(device)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = fn()
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device)
+    elif _reset_peak_resident():
+        before = _status_bytes("VmRSS")
+        result = fn()
+        peak = _status_bytes("VmHWM")
+    else:
+        return None
+    return (peak - before - _held_bytes(result)) / MIB
+
+
+def _held_bytes(result) -> int:
+    """Bytes of the storages behind the tensors in result, each once."""
+    storages = {}
+    todo = [result]
+    while todo:
+        one = todo.pop()
+        if isinstance(one, torch.Tensor):
+            storages[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+        elif isinstance(one, dict):
+            todo += one.values()
+        elif isinstance(one, (tuple, list)):
+            todo += one
+    return sum(storages.values())
+
+
+def _synchronize(device: str | torch.device) -> Callable[[], None]:
+    device = torch.device(device)
+    return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
+
+
+def _reset_peak_resident() -> bool:
+    """Set VmHWM back to VmRSS; False where the system has no such thing or does not allow it."""
+    if not sys.platform.startswith("linux"):
+        return False
+    _trim_heap()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    # some sandboxes take the write and ignore it
+    return _status_bytes("VmHWM") - _status_bytes("VmRSS") < MIB
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(f"/proc/self/status has no {field}")
+
+
+def _trim_heap() -> None:
+    """Give freed heap back to the system: memory kept for reuse would hide what the next call takes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc; other C libraries have none
+    if trim is not None:
+        trim(0)

@@ -55,8 +55,8 @@ def ratio(times: dict[str, list[float]], name: str, to: str) -> float:
 def peak_extra_mib(fn: Callable, *, device: str | torch.device = "cpu") -> float | None:
     """Peak memory in MiB while fn() runs, over what was held before it and less the tensors it returns (and so made).
 
-    CPU    peak resident set, which Linux can set back; None on other systems. A first call also counts the pages of code
-           and the thread pools that it touches: call fn once on something small before.
+    CPU    peak resident set, which Linux can set back; None on other systems. A first call also counts the code and the
+           thread pools that it touches: call fn once on something small before.
     CUDA   the caching allocator's peak.
     """
     device = torch.device(device)

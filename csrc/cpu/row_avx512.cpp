@@ -1,0 +1,6 @@
+// The row kernels compiled for avx512; setup.py gives this file its flags and row_logprobs.cpp asks the processor first.
+#if defined(__x86_64__)
+#define FINEALIGN_W 16
+#define FINEALIGN_ISA avx512
+#include "row_kernels.h"
+#endif

@@ -1,0 +1,1 @@
+"""Fused kernels and autograd functions for fine-grained LLM alignment."""

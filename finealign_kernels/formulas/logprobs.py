@@ -1,0 +1,194 @@
+"""Log-probability of a label under a softmax over logits, and what else one pass over a row of logits gives.
+
+z = softcap(scale * (x + bias)) / temperature,  softcap(u) = c tanh(u / c),  -inf stays -inf (a banned token)
+
+    lse = log Σ e^z      logp = z_label - lse      H = lse - Σ p z      log Σ p²      mean of z      label is the first argmax
+
+The state of a row is (m, R, T, Q) with the maximum apart: R = Σ e^(z-m), T = Σ (z-m) e^(z-m) and Q = Σ e^(2(z-m)) over all
+tokens but the first that attains m. Then lse = m + log1p(R), and 1 - p of a confident token keeps its digits.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SKIP, BAD = -2, -1  # targets of a row that is not read, and of one whose label is out of range
+ENTROPY, SQUARES, MEAN = 1, 2, 4  # what a pass over a tile is asked for beside m and R
+PARTS = 6  # a row's partial of one tile: m, R, T, Q, sum of z, number of tokens that are not banned
+
+
+class Head(NamedTuple):
+    """How a raw product becomes a logit."""
+
+    scale: float = 1.0
+    softcap: float = 0.0  # 0: none
+    inv_temperature: float = 1.0
+
+
+class Rows(NamedTuple):
+    """What is known of each row, (N,) each; nats."""
+
+    logp: Tensor
+    lse: Tensor
+    entropy: Tensor
+    log_sum_sq_probs: Tensor
+    mean_logits: Tensor
+    is_top1: Tensor
+    m: Tensor  # the maximum
+    l: Tensor  # log1p(R) = lse - m
+
+
+def logits(x: Tensor, bias: Tensor | None, head: Head) -> Tensor:
+    """Raw products (..., V) to logits z."""
+    y = x if bias is None else x + bias
+    y = y * head.scale if head.scale != 1 else y
+    if not head.softcap:
+        return y * head.inv_temperature if head.inv_temperature != 1 else y
+    capped = head.softcap * torch.tanh(y / head.softcap) * head.inv_temperature
+    return torch.where(y == -torch.inf, y, capped)
+
+
+def reference(x: Tensor, bias: Tensor | None, target: Tensor, head: Head) -> Rows:
+    """The definition, differentiable by autograd to any order. x (N, V) raw products; target (N,) labels, SKIP or BAD."""
+    read = (target != SKIP)[:, None]
+    z = logits(torch.where(read, x, 0), bias, head)
+    shape = target.clamp(min=0)[:, None]
+    logp_all = torch.log_softmax(z, -1)
+    allowed = z > -torch.inf
+    p = logp_all.exp()
+    safe = torch.where(allowed, logp_all, 0)  # p log p = 0 where p = 0, in value and gradient
+    lse = torch.logsumexp(z, -1)
+    m = z.detach().amax(-1)
+    rows = Rows(
+        logp=logp_all.gather(1, shape)[:, 0],
+        lse=lse,
+        entropy=-(p * safe).sum(-1),
+        log_sum_sq_probs=torch.logsumexp(2 * logp_all.detach(), -1),
+        mean_logits=torch.where(allowed, z, 0).detach().sum(-1) / allowed.sum(-1),
+        is_top1=first_argmax(z.detach()) == target,
+        m=m,
+        l=lse.detach() - m,
+    )
+    return settle(rows, target)
+
+
+def first_argmax(z: Tensor) -> Tensor:
+    """Index of the first maximum of each row; torch.argmax may return any."""
+    columns = torch.arange(z.shape[-1], device=z.device)
+    return torch.where(z == z.amax(-1, keepdim=True), columns, z.shape[-1]).amin(-1)
+
+
+def tile_state(z: Tensor, col0: int, want: int) -> tuple[Tensor, Tensor, Tensor]:
+    """State of one tile of logits z (n, C): part (n, PARTS), column of the first maximum (n,), e = exp(z - m) (n, C)."""
+    m = z.amax(-1)
+    finite = torch.where(m.isinf(), 0, m)[:, None]
+    index = first_argmax(z).clamp(max=z.shape[-1] - 1)
+    d = z - finite
+    e = d.exp()
+    others = e.scatter(1, index[:, None], 0)
+    part = z.new_zeros(z.shape[0], PARTS)
+    part[:, 0] = m
+    part[:, 1] = others.sum(-1)
+    part[:, 1] = torch.where((m == torch.inf) | m.isnan(), torch.nan, part[:, 1])
+    if want & ENTROPY:
+        part[:, 2] = torch.where(others > 0, d * others, 0).sum(-1)
+    if want & SQUARES:
+        part[:, 3] = (others * others).sum(-1)
+    if want & MEAN:
+        allowed = z != -torch.inf
+        part[:, 4] = torch.where(allowed, z, 0).sum(-1)
+        part[:, 5] = allowed.sum(-1)
+    return part, col0 + index, e
+
+
+def combine(part: Tensor, first: Tensor, zlabel: Tensor, target: Tensor, want: int) -> Rows:
+    """Tiles' states (N, tiles, PARTS), first maxima (N, tiles) and the label's logit (N,) to a row's statistics.
+
+    With the owner the first tile that holds the maximum and d = m_t - m of another tile:
+    R = R_owner + Σ (1 + R_t) e^d,   T = T_owner + Σ (T_t + d (1 + R_t)) e^d,   Q = Q_owner + Σ (1 + Q_t) e^(2d).
+    """
+    m_tile, r_tile, t_tile, q_tile, z_tile, n_tile = part.unbind(-1)
+    m = m_tile.amax(-1)
+    tiles = torch.arange(part.shape[1], device=part.device)
+    holds = m_tile == m[:, None]
+    owner = tiles == torch.where(holds, tiles, part.shape[1]).amin(-1, keepdim=True)
+    dead = (m_tile == -torch.inf) & (r_tile == 0)  # a tile of banned tokens adds nothing
+    d = torch.where(dead | owner, 0, m_tile - m[:, None])
+    w = torch.where(dead, 0, d.exp())
+    one = torch.where(owner, 0, 1 + r_tile)
+    r = (torch.where(owner, r_tile, one) * w).sum(-1)
+    r = torch.where(m.isinf(), torch.nan, r)
+    l = r.log1p()
+    entropy = log_sum_sq = mean = torch.zeros_like(m)
+    if want & ENTROPY:
+        t = torch.where(w > 0, (t_tile + d * one) * w, 0).sum(-1)
+        entropy = l - t / (1 + r)
+    if want & SQUARES:
+        q = ((q_tile + torch.where(owner, 0, 1)) * w * w).sum(-1)
+        log_sum_sq = q.log1p() - 2 * l
+    if want & MEAN:
+        mean = z_tile.sum(-1) / n_tile.sum(-1)
+    # a row that holds no number has no first maximum
+    top = torch.where(holds, first, torch.iinfo(first.dtype).max).amin(-1)
+    rows = Rows((zlabel - m) - l, m + l, entropy, log_sum_sq, mean, top == target, m, l)
+    return settle(rows, target)
+
+
+def settle(rows: Rows, target: Tensor) -> Rows:
+    """0 for a row that is not read, NaN for one whose label is out of range."""
+    skip, bad = target == SKIP, target == BAD
+    floats = [torch.where(skip, 0, torch.where(bad, torch.nan, x)) for x in rows if x.is_floating_point()]
+    logp, lse, entropy, squares, mean, m, l = floats
+    return Rows(logp, lse, entropy, squares, mean, rows.is_top1 & ~skip & ~bad, m, l)
+
+
+class Coef(NamedTuple):
+    """What the gradient of a row is made of, (n,) each: the upstream gradients of logp, lse, H, and the row's state."""
+
+    dlogp: Tensor
+    dlse: Tensor
+    dentropy: Tensor
+    m: Tensor
+    l: Tensor
+    entropy: Tensor
+    logp: Tensor
+
+    def active(self) -> Tensor:
+        """Rows with a gradient. A NaN is one."""
+        return (self.dlogp != 0) | (self.dlse != 0) | (self.dentropy != 0)
+
+
+def tile_gradient(
+    src: Tensor, e_max: Tensor | None, bias: Tensor | None, target: Tensor, coef: Coef, col0: int, head: Head
+) -> Tensor:
+    """dL/dx of one tile (n, C), from raw products src, or from src = exp(z - e_max) where e_max (n,) is given.
+
+    dz_v = p_v (k - g) - h p_v (log p_v + H) for all v but the label;  g, k, h: upstream of logp, lse, H
+    dz_label = -g expm1(logp) + k p - h p (logp + H): never from e, and 0 for a banned label
+    dx = dz (1 - tanh²(y/c)) scale / temperature
+    """
+    g, k, h, m, l, entropy, logp = (x[:, None] for x in coef)
+    if e_max is None:
+        z = logits(src, bias, head)
+        logp_all = (z - m) - l
+        p = logp_all.exp()
+    else:
+        shift = e_max[:, None] - m - l
+        p = src * torch.where(e_max == -torch.inf, 0, shift.squeeze(1).exp())[:, None]
+        logp_all, z = src.log() + shift, src.log() + e_max[:, None]
+    live = p > 0
+    dz = p * (k - g) - torch.where(live & (h != 0), h * p * (logp_all + entropy), 0)
+    local = target - col0
+    here = (target >= 0) & (local >= 0) & (local < src.shape[1])
+    p_label = logp.exp()
+    curved = torch.where(h != 0, h * p_label * (logp + entropy), 0)
+    dz_label = torch.where(logp == -torch.inf, 0, -g * torch.expm1(logp) + k * p_label - curved)
+    is_label = (torch.arange(src.shape[1], device=src.device) == local[:, None]) & here[:, None]
+    dz = torch.where(is_label, dz_label, torch.where(live | p.isnan(), dz, 0))
+    if head.softcap:
+        z = torch.where(is_label, logp + l + m, z)
+        slope = 1 - (z / (head.inv_temperature * head.softcap)).square()
+        dz = torch.where(dz == 0, 0, dz * slope)
+    dx = dz * (head.scale * head.inv_temperature)
+    return torch.where(((target != SKIP) & coef.active())[:, None], dx, 0)

@@ -74,7 +74,7 @@ def find_nvcc():
 
 
 def gencode(archs):
-    """"90a;120+PTX" -> nvcc's -gencode options."""
+    """ "90a;120+PTX" -> nvcc's -gencode options."""
     options = []
     for arch in filter(None, re.split(r"[;,\s]+", archs)):
         number = arch.removesuffix("+PTX").removeprefix("sm_").replace(".", "")

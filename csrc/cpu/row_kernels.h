@@ -164,7 +164,7 @@ inline F tanh_(F x) {
   const F near = x + x * a2 * p;
   const F e = exp_(-2.0f * select(a > 40.0f, all(40.0f), a));
   const F far = (1.0f - e) / (1.0f + e);
-  return select(a < 0.625f, near, bits<F>(bits<I>(far) | (bits<I>(x) & bits<I>(all(-0.0f)))));
+  return select(a < 0.625f, near, bits<F>(bits<U>(far) | (bits<U>(x) & 0x80000000u)));
 }
 
 // ---- from a raw product to a logit ---------------------------------------------------------------------------------

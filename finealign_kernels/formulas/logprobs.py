@@ -53,15 +53,16 @@ def reference(x: Tensor, bias: Tensor | None, target: Tensor, head: Head) -> Row
     """The definition, differentiable by autograd to any order. x (N, V) raw products; target (N,) labels, SKIP or BAD."""
     read = (target != SKIP)[:, None]
     z = logits(torch.where(read, x, 0), bias, head)
-    shape = target.clamp(min=0)[:, None]
+    z = torch.where(z == -torch.inf, z.detach(), z)  # a banned token has no gradient, as a label neither
+    label = target.clamp(min=0)[:, None]
     logp_all = torch.log_softmax(z, -1)
-    allowed = z > -torch.inf
+    allowed = z != -torch.inf
     p = logp_all.exp()
     safe = torch.where(allowed, logp_all, 0)  # p log p = 0 where p = 0, in value and gradient
     lse = torch.logsumexp(z, -1)
     m = z.detach().amax(-1)
     rows = Rows(
-        logp=logp_all.gather(1, shape)[:, 0],
+        logp=logp_all.gather(1, label)[:, 0],
         lse=lse,
         entropy=-(p * safe).sum(-1),
         log_sum_sq_probs=torch.logsumexp(2 * logp_all.detach(), -1),

@@ -27,7 +27,9 @@ def cuda() -> str | None:
     """None where the extension's CUDA ops can run under this torch, else the reason why not."""
     if reason:
         return reason
-    return ("the extension was built without CUDA", "this torch is a CPU build", None)[torch.ops.finealign._cuda_state()]
+    return ("the extension was built without CUDA", "this torch is a CPU build", None)[
+        torch.ops.finealign._cuda_state()
+    ]
 
 
 def instructions() -> str:

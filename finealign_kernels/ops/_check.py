@@ -1,0 +1,101 @@
+"""Refusals: every message names the argument, what it should be and what it is."""
+
+import os
+
+import torch
+from torch import Tensor
+
+from ..formulas.logprobs import BAD, SKIP
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+_words: dict[torch.device, Tensor] = {}  # error words of devices whose values are not read on the host: [rows, bound]
+
+
+def fail(name: str, expected: str, got: object, kind: type[Exception] = ValueError):
+    raise kind(f"{name} must {expected}, got {got}")
+
+
+def check_tensor(name: str, x: object, *, dtypes=FLOATS, shape=None, like: Tensor | None = None) -> None:
+    if not isinstance(x, Tensor):
+        fail(name, "be a tensor", _describe(x), TypeError)
+    if x.dtype not in dtypes:
+        fail(name, f"have dtype {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}", x.dtype, TypeError)
+    if shape is not None and tuple(x.shape) != tuple(shape):
+        fail(name, f"have shape {tuple(shape)}", tuple(x.shape))
+    if like is not None and x.device != like.device:
+        fail(name, f"be on {like.device}", x.device)
+
+
+def check_head(name: str, x: object) -> None:
+    """The LM head as a plain, whole tensor."""
+    if isinstance(x, torch.nn.Module):
+        hint = "; merge the adapter or pass its base weight" if "lora" in type(x).__module__.lower() else ""
+        fail(name, f"be the head's weight (V, D), not its module{hint}", type(x).__name__, TypeError)
+    check_tensor(name, x)
+    if hasattr(x, "placements") and hasattr(x, "full_tensor"):
+        fail(name, "be a whole tensor (gather it: full_tensor(grad_placements=[Partial('avg')]))", "a sharded DTensor")
+    if x.device.type == "meta":
+        fail(name, "hold values", "a meta tensor")
+    if x.dim() != 2 or x.numel() == 0:
+        hint = ": a ZeRO-3 shard? gather it first" if x.numel() == 0 else ""
+        fail(name, "have shape (V, D), not empty", f"{tuple(x.shape)}{hint}")
+
+
+def check_head_options(temperature, softcap, logit_scale, outputs) -> None:
+    for name, value in (("temperature", temperature), ("softcap", softcap)):
+        if value is None and name == "softcap":
+            continue
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
+            fail(name, "be a finite number > 0", _describe(value))
+    if (
+        not isinstance(logit_scale, (int, float))
+        or isinstance(logit_scale, bool)
+        or not abs(logit_scale) < float("inf")
+    ):
+        fail("logit_scale", "be a finite number", _describe(logit_scale))
+    unknown = [name for name in outputs if name not in OUTPUTS] if not isinstance(outputs, str) else [outputs]
+    if unknown:
+        fail("outputs", f"be a tuple of names out of {OUTPUTS}", repr(unknown[0]))
+
+
+def targets(labels: Tensor, mask: Tensor | None, ignore_index: int, vocab: int, defer: bool) -> Tensor:
+    """(N,) int64: the label of a row that is read, SKIP for one that is not, BAD for one out of range.
+
+    Values on a CPU are checked at once and raise IndexError. On another device (or with defer) the row becomes BAD, its
+    outputs NaN, and an error word is set that check_errors() reads; FINEALIGN_DEBUG=1 checks at once everywhere.
+    """
+    flat = labels.reshape(-1).long()
+    read = flat != ignore_index
+    if mask is not None:
+        read = read & mask.reshape(-1)
+    wrong = read & ((flat < 0) | (flat >= vocab))
+    if os.environ.get("FINEALIGN_DEBUG") == "1" or (labels.device.type == "cpu" and not defer):
+        if not torch.compiler.is_compiling() and bool(wrong.any()):
+            n = int(wrong.nonzero()[0])
+            at = ", ".join(str(int(i)) for i in torch.unravel_index(torch.tensor(n), labels.shape))
+            raise IndexError(f"labels[{at}] = {int(flat[n])} is outside [0, {vocab})")
+    return torch.where(read, torch.where(wrong, BAD, flat), SKIP)
+
+
+def note_errors(target: Tensor, vocab: int) -> None:
+    """Counts rows whose label is out of range in the device's error word, without reading it."""
+    word = _words.get(target.device)
+    if word is None:
+        word = _words[target.device] = torch.zeros(2, dtype=torch.int64, device=target.device)
+    wrong = (target == BAD).sum()
+    word.copy_(torch.stack([word[0] + wrong, torch.where(wrong > 0, vocab, word[1])]))
+
+
+def check_errors() -> None:
+    """Raises IndexError if a label was out of range since the last call, on any device. Reads the devices: a host sync."""
+    for device, word in _words.items():
+        count, vocab = word.tolist()
+        if count:
+            word.zero_()
+            raise IndexError(f"{count} labels on {device} were outside [0, {vocab}); their rows are NaN")
+
+
+def _describe(x: object) -> str:
+    return repr(x) if isinstance(x, (int, float, str, type(None), bool)) else f"a {type(x).__name__}"

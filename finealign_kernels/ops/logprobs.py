@@ -1,0 +1,443 @@
+"""Log-probabilities of labels, from hidden states and an LM head or from logits that exist."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..formulas import logprobs as formula
+from ..formulas.logprobs import Coef, Head
+from . import _choose, _chunked
+from ._check import (
+    FLOATS,
+    OUTPUTS,
+    check_head,
+    check_head_options,
+    check_tensor,
+    fail,
+    note_errors,
+    targets,
+)
+from ._once import once
+
+WANT = {"entropy": formula.ENTROPY, "log_sum_sq_probs": formula.SQUARES, "mean_logits": formula.MEAN, "is_top1": 0}
+
+
+class LogProbs(NamedTuple):
+    """Statistics of each row, in the shape of labels; float32 nats (float64 for float64 input)."""
+
+    logp: Tensor  # log-probability of the label; differentiable
+    lse: Tensor  # log Σ e^z; differentiable
+    entropy: Tensor | None  # lse - Σ p z; differentiable
+    log_sum_sq_probs: Tensor | None  # log Σ p²
+    mean_logits: Tensor | None  # mean of z over the tokens that are not banned
+    is_top1: Tensor | None  # bool: the label is the first argmax
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    outputs: Iterable[str] = (),
+    workspace: str | int = "auto",
+    compact: str = "auto",
+    batch_invariant: bool = False,
+    group=None,
+    backend: str = "auto",
+) -> LogProbs:
+    """Log-probability of each label under softmax(z); the (N, V) logits are never kept.
+
+        z = softcap(logit_scale · (hidden @ weightᵀ + bias)) / temperature,  softcap(u) = c tanh(u / c)
+
+    hidden       (..., D) float; row n predicts labels[n]: the caller has already shifted
+    weight       (V, D), same dtype and device as hidden (under autocast both are cast to its dtype)
+    labels       (...) int32 or int64
+    bias         (V,) float; -inf takes an id out of the vocabulary (padded heads)
+    mask         (...) bool: may the row be read. Where it is false, or the label is ignore_index, every output is 0, the
+                 row is never projected (hidden may hold NaN there) and upstream gradients are not looked at
+    temperature, softcap > 0; logit_scale finite
+    outputs      further outputs wanted: "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"
+    workspace    bytes kept between forward and backward so that rows need no second product: a number, 0, "full", or
+                 "auto" = the size of weight. A function of the arguments alone, never of free memory
+    compact      how rows that are not read, or have no gradient, are left out: "host" reads their number (one sync a
+                 direction on a GPU), "device" does not and computes them, "auto" is host unless a graph is captured
+    batch_invariant  True asks for log-probs that do not depend on N; no backend here can promise that: raises
+    backend      "auto", "reference" (any order of derivative), "torch", "native", "triton"
+
+    Returns LogProbs, each (...). Differentiable once, in hidden, weight and bias; the gradient of an input comes back in
+    its dtype, accumulated in float32. In backward, rows whose upstream gradient is exactly 0 are dropped before the
+    products. Results repeat bit for bit.
+    Raises  TypeError, ValueError naming argument, expectation and finding; IndexError for a label outside [0, V) on a
+            CPU (elsewhere the row is NaN and check_errors() raises); RuntimeError for a backend that cannot run here.
+    Source: docs of TRL's fused head for the order of operations; arXiv:2411.09009 for the idea of not keeping logits.
+    """
+    check_head("weight", weight)
+    check_tensor("hidden", hidden)
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        fail("hidden", f"have shape (..., {weight.shape[1]}), as weight is {tuple(weight.shape)}", tuple(hidden.shape))
+    if hidden.device != weight.device:
+        fail("weight", f"be on {hidden.device}, as hidden is", weight.device)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden, weight = (x.to(torch.get_autocast_dtype(device)) for x in (hidden, weight))
+    if hidden.dtype != weight.dtype:
+        fail("weight", f"have the dtype of hidden, {hidden.dtype}", weight.dtype, TypeError)
+    _check_rows(labels, hidden.shape[:-1], mask, hidden)
+    vocab = weight.shape[0]
+    if bias is not None:
+        check_tensor("bias", bias, shape=(vocab,), like=hidden)
+        bias = bias.to(_chunked.wide(hidden.dtype))
+    outputs = _outputs(outputs)
+    check_head_options(temperature, softcap, logit_scale, outputs)
+    if batch_invariant:
+        fail("batch_invariant", "be False: no backend here keeps a row's log-prob the same for every N", "True")
+    if group is not None:
+        fail("group", "be None: a vocabulary-parallel head is not supported yet", f"a {type(group).__name__}")
+    if compact not in ("auto", "host", "device"):
+        fail("compact", "be 'auto', 'host' or 'device'", repr(compact))
+    on_device = compact == "device" or (compact == "auto" and _capturing(hidden))
+    head = Head(float(logit_scale), float(softcap or 0.0), 1.0 / float(temperature))
+    name = _choose.choose(backend, hidden)
+
+    x = hidden.reshape(-1, hidden.shape[-1])
+    target = targets(labels, mask, ignore_index, vocab, defer=compact == "device")
+    if name == "reference":
+        found = formula.reference(_project(x, weight, target), bias, target, head)
+    else:
+        inputs = [t for t in (hidden, weight, bias) if t is not None]
+        keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)  # inside apply it cannot be told
+        budget = _bytes(workspace, weight) if keep else 0
+        found = _LinearLogprobs.apply(x, weight, bias, target, head, _want(outputs), budget, on_device, name)
+    return _shaped(found, labels.shape, outputs)
+
+
+def token_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    outputs: Iterable[str] = (),
+    inplace_backward: bool = False,
+    backend: str = "auto",
+) -> LogProbs:
+    """The outputs of linear_logprobs from logits that exist: z = softcap(logit_scale · logits) / temperature.
+
+    logits (..., V) float, row n predicts labels[n]; labels, mask (...) and the other arguments as in linear_logprobs. A row
+    that is not read may hold NaN. inplace_backward=True writes the gradient over the logits: no second (N, V) tensor, and a
+    second backward raises.
+    Returns LogProbs, each (...), float32 (float64 for float64 logits), differentiable once in logits.
+    Raises as linear_logprobs. Source: equations of the selective log-softmax, differentiated by hand in formulas/logprobs.py.
+    """
+    check_tensor("logits", logits)
+    if logits.dim() < 1 or logits.shape[-1] == 0:
+        fail("logits", "have shape (..., V) with V >= 1", tuple(logits.shape))
+    _check_rows(labels, logits.shape[:-1], mask, logits)
+    outputs = _outputs(outputs)
+    check_head_options(temperature, softcap, logit_scale, outputs)
+    head = Head(float(logit_scale), float(softcap or 0.0), 1.0 / float(temperature))
+    name = _choose.choose(backend, logits)
+    x = logits.reshape(-1, logits.shape[-1])
+    target = targets(labels, mask, ignore_index, logits.shape[-1], defer=False)
+    if name == "reference":
+        found = formula.reference(x.to(_chunked.wide(x.dtype)), None, target, head)
+    else:
+        found = _TokenLogprobs.apply(x, target, head, _want(outputs), inplace_backward, name)
+    return _shaped(found, labels.shape, outputs)
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target, head, want, workspace, on_device, rows):
+        out = torch.ops.finealign.linear_logprobs_fwd(
+            hidden, weight, bias, target, *head, want, workspace, on_device, rows
+        )
+        logp, lse, entropy, squares, mean, top1, m, l, e, e_max = out
+        ctx.save_for_backward(hidden, weight, bias, target, logp, entropy, m, l, e, e_max)
+        ctx.options = (*head, on_device, rows)
+        ctx.mark_non_differentiable(squares, mean, top1)
+        ctx.set_materialize_grads(False)
+        return logp, lse, entropy, squares, mean, top1
+
+    @staticmethod
+    def backward(ctx, dlogp, dlse, dentropy, *_):
+        saved = ctx.saved_tensors
+        needs = [bool(need) for need in ctx.needs_input_grad[:3]]
+        with torch.no_grad():
+            grads = torch.ops.finealign.linear_logprobs_bwd(dlogp, dlse, dentropy, *saved, *ctx.options, *needs)
+        grads = tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+        sources = (dlogp, dlse, dentropy, *saved[:3])
+        return *once("linear_logprobs", grads, sources), None, None, None, None, None, None
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, target, head, want, inplace, rows):
+        out = torch.ops.finealign.token_logprobs_fwd(logits, target, *head, want, rows)
+        logp, lse, entropy, squares, mean, top1, m, l = out
+        ctx.save_for_backward(logits, target, logp, entropy, m, l)
+        ctx.options = (*head, rows)
+        ctx.inplace, ctx.spent = inplace, False
+        ctx.mark_non_differentiable(squares, mean, top1)
+        ctx.set_materialize_grads(False)
+        return logp, lse, entropy, squares, mean, top1
+
+    @staticmethod
+    def backward(ctx, dlogp, dlse, dentropy, *_):
+        if ctx.spent:
+            raise RuntimeError(
+                "token_logprobs: inplace_backward=True wrote the gradient over the logits; backward runs once"
+            )
+        saved = ctx.saved_tensors
+        with torch.no_grad():
+            if ctx.inplace:
+                torch.ops.finealign.token_logprobs_bwd_(dlogp, dlse, dentropy, *saved, *ctx.options)
+                grad, ctx.spent = saved[0], True
+            else:
+                grad = torch.ops.finealign.token_logprobs_bwd(dlogp, dlse, dentropy, *saved, *ctx.options)
+        (grad,) = once("token_logprobs", (grad,), (dlogp, dlse, dentropy, saved[0]))
+        return grad, None, None, None, None, None
+
+
+# ---- arguments and results -----------------------------------------------------------------------------------------
+
+
+def _check_rows(labels, shape, mask, like) -> None:
+    check_tensor("labels", labels, dtypes=(torch.int64, torch.int32), shape=shape, like=like)
+    if mask is not None:
+        check_tensor("mask", mask, dtypes=(torch.bool,), shape=shape, like=like)
+
+
+def _outputs(outputs) -> tuple[str, ...]:
+    return (outputs,) if isinstance(outputs, str) and outputs in OUTPUTS else tuple(outputs)
+
+
+def _want(outputs) -> int:
+    return sum(WANT[name] for name in set(outputs))
+
+
+def _bytes(workspace, weight: Tensor) -> int:
+    if workspace == "auto":
+        return weight.numel() * weight.element_size()
+    if workspace == "full":
+        return _chunked.FULL
+    if isinstance(workspace, int) and not isinstance(workspace, bool) and workspace >= 0:
+        return workspace
+    fail("workspace", "be 'auto', 'full' or a number of bytes >= 0", repr(workspace))
+
+
+def _capturing(x: Tensor) -> bool:
+    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _project(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """(N, V) products in float32 (float64); rows that are not read are products of zeros."""
+    dtype = _chunked.wide(x.dtype)
+    return torch.where((target != formula.SKIP)[:, None], x, 0).to(dtype) @ weight.to(dtype).t()
+
+
+def _shaped(found, shape, outputs) -> LogProbs:
+    logp, lse, *rest = (x.reshape(shape) for x in found[:6])
+    return LogProbs(logp, lse, *(x if name in outputs else None for name, x in zip(OUTPUTS, rest, strict=True)))
+
+
+# ---- the ops that the autograd functions call ----------------------------------------------------------------------
+
+
+@torch.library.custom_op("finealign::linear_logprobs_fwd", mutates_args=())
+def _linear_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    scale: float,
+    softcap: float,
+    inv_temperature: float,
+    want: int,
+    workspace: int,
+    on_device: bool,
+    rows: str,
+) -> list[Tensor]:
+    with torch.autocast(hidden.device.type, enabled=False):
+        if on_device or hidden.device.type != "cpu":
+            note_errors(target, weight.shape[0])
+        head = Head(scale, softcap, inv_temperature)
+        return list(_chunked.fwd(hidden, weight, bias, target, head, want, workspace, on_device, rows))
+
+
+@_linear_fwd.register_fake
+def _(hidden, weight, bias, target, scale, softcap, inv_temperature, want, workspace, on_device, rows):
+    n, vocab = hidden.shape[0], weight.shape[0]
+    columns = _chunked.tile_of(hidden.device.type).columns
+    kept = 0
+    if workspace != 0:
+        kept = (
+            _chunked.kept_rows(n, vocab, hidden.dtype, workspace)
+            if on_device
+            else torch.library.get_ctx().new_dynamic_size()
+        )
+    stats = [hidden.new_empty(n, dtype=_chunked.wide(hidden.dtype)) for _ in range(7)]
+    top1 = hidden.new_empty(n, dtype=torch.bool)
+    e = hidden.new_empty(kept * vocab)
+    e_max = hidden.new_empty((kept, -(-vocab // columns)), dtype=_chunked.wide(hidden.dtype))
+    return [*stats[:5], top1, *stats[5:], e, e_max]
+
+
+def _coef(dlogp, dlse, dentropy, logp, entropy, m, l) -> Coef:
+    grads = (torch.zeros_like(m) if d is None else d.to(m.dtype) for d in (dlogp, dlse, dentropy))
+    return Coef(*grads, m, l, entropy, logp)
+
+
+@torch.library.custom_op("finealign::linear_logprobs_bwd", mutates_args=())
+def _linear_bwd(
+    dlogp: Tensor | None,
+    dlse: Tensor | None,
+    dentropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    logp: Tensor,
+    entropy: Tensor,
+    m: Tensor,
+    l: Tensor,
+    e: Tensor,
+    e_max: Tensor,
+    scale: float,
+    softcap: float,
+    inv_temperature: float,
+    on_device: bool,
+    rows: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> list[Tensor]:
+    coef = _coef(dlogp, dlse, dentropy, logp, entropy, m, l)
+    needs = (need_hidden, need_weight, need_bias)
+    head = Head(scale, softcap, inv_temperature)
+    with torch.autocast(hidden.device.type, enabled=False):
+        grads = _chunked.bwd(
+            coef, dentropy is not None, hidden, weight, bias, target, e, e_max, head, needs, on_device, rows
+        )
+    return [hidden.new_empty(0) if grad is None else grad for grad in grads]
+
+
+@_linear_bwd.register_fake
+def _(dlogp, dlse, dentropy, hidden, weight, bias, target, *rest):
+    need_hidden, need_weight, need_bias = rest[-3:]
+    dhidden = hidden.new_empty(hidden.shape) if need_hidden else hidden.new_empty(0)
+    dweight = weight.new_empty(weight.shape) if need_weight else hidden.new_empty(0)
+    dbias = weight.new_empty(weight.shape[0], dtype=bias.dtype) if need_bias else hidden.new_empty(0)
+    return [dhidden, dweight, dbias]
+
+
+def _tiles(logits: Tensor, tile) -> list[tuple[slice, int, int]]:
+    """The tiles of existing logits: whole rows, or bounded ones where the row kernel makes wide copies."""
+    n, vocab = logits.shape
+    height, width = tile or (max(n, 1), vocab)
+    return [(slice(r0, r1), c0, c1) for c0, c1 in _chunked.spans(vocab, width) for r0, r1 in _chunked.spans(n, height)]
+
+
+def _unit_stride(logits: Tensor) -> Tensor:
+    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+
+
+@torch.library.custom_op("finealign::token_logprobs_fwd", mutates_args=())
+def _token_fwd(
+    logits: Tensor, target: Tensor, scale: float, softcap: float, inv_temperature: float, want: int, rows: str
+) -> list[Tensor]:
+    kernels, head, dtype = _choose.rows(rows), Head(scale, softcap, inv_temperature), _chunked.wide(logits.dtype)
+    if logits.device.type != "cpu":
+        note_errors(target, logits.shape[1])
+    x = _unit_stride(logits)
+    n, vocab = x.shape
+    width = (kernels.TILE or (n, vocab))[1]
+    part = torch.zeros(n, -(-vocab // width), formula.PARTS, dtype=dtype, device=x.device)
+    first = torch.zeros(n, part.shape[1], dtype=torch.int64, device=x.device)
+    zlabel = torch.full((n,), torch.nan, dtype=dtype, device=x.device)
+    for r, c0, c1 in _tiles(x, kernels.TILE):
+        state = part[r, c0 // width], first[r, c0 // width], zlabel[r]
+        kernels.tile_fwd(x[r, c0:c1], None, target[r], c0, head, want, *state)
+    return list(formula.combine(part, first, zlabel, target, want))
+
+
+@_token_fwd.register_fake
+def _(logits, target, scale, softcap, inv_temperature, want, rows):
+    stats = [logits.new_empty(logits.shape[0], dtype=_chunked.wide(logits.dtype)) for _ in range(7)]
+    return [*stats[:5], logits.new_empty(logits.shape[0], dtype=torch.bool), *stats[5:]]
+
+
+def _token_gradient(out, src, coef, target, head, rows) -> None:
+    kernels, coef = _choose.rows(rows), torch.stack(coef)
+    for r, c0, c1 in _tiles(out, kernels.TILE):
+        tile = None if src is None else src[r, c0:c1]
+        kernels.tile_bwd(out[r, c0:c1], tile, None, None, None, target[r], coef[:, r].contiguous(), c0, head)
+
+
+@torch.library.custom_op("finealign::token_logprobs_bwd", mutates_args=())
+def _token_bwd(
+    dlogp: Tensor | None,
+    dlse: Tensor | None,
+    dentropy: Tensor | None,
+    logits: Tensor,
+    target: Tensor,
+    logp: Tensor,
+    entropy: Tensor,
+    m: Tensor,
+    l: Tensor,
+    scale: float,
+    softcap: float,
+    inv_temperature: float,
+    rows: str,
+) -> Tensor:
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    coef = _coef(dlogp, dlse, dentropy, logp, entropy, m, l)
+    _token_gradient(out, _unit_stride(logits), coef, target, Head(scale, softcap, inv_temperature), rows)
+    return out
+
+
+@_token_bwd.register_fake
+def _(dlogp, dlse, dentropy, logits, *rest):
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.custom_op("finealign::token_logprobs_bwd_", mutates_args=("logits",))
+def _token_bwd_(
+    dlogp: Tensor | None,
+    dlse: Tensor | None,
+    dentropy: Tensor | None,
+    logits: Tensor,
+    target: Tensor,
+    logp: Tensor,
+    entropy: Tensor,
+    m: Tensor,
+    l: Tensor,
+    scale: float,
+    softcap: float,
+    inv_temperature: float,
+    rows: str,
+) -> None:
+    coef = _coef(dlogp, dlse, dentropy, logp, entropy, m, l)
+    head = Head(scale, softcap, inv_temperature)
+    if logits.stride(-1) == 1:
+        _token_gradient(logits, None, coef, target, head, rows)
+    else:
+        out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        _token_gradient(out, logits.contiguous(), coef, target, head, rows)
+        logits.copy_(out)
+
+
+@_token_bwd_.register_fake
+def _(dlogp, dlse, dentropy, logits, *rest):
+    return None

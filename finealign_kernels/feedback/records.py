@@ -1,0 +1,150 @@
+"""The records of fine-grained feedback. Each checks itself when it is made, and raises ValueError naming the field."""
+
+import math
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from reprlib import repr as brief
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part of a response that somebody judged: text[start:end].
+
+    start, end  offsets in the response's text, code points as Python's str counts them; end exclusive
+    kind        what sort of judgement it is, "factual" say: weights and rewards are chosen by kind
+    label       what a reader is told about it, or None
+    score       reward of the segment, negative for a fault; None leaves it to the kind
+    """
+
+    start: int
+    end: int
+    kind: str
+    label: str | None = None
+    score: float | None = None
+
+    def __post_init__(self):
+        _require(_is_int(self.start) and self.start >= 0, "start", "an integer of at least 0", self.start)
+        _require(_is_int(self.end) and self.end > self.start, "end", f"an integer above start ({self.start})", self.end)
+        _require_text("kind", self.kind)
+        if self.label is not None:
+            _require_text("label", self.label)
+        _require(self.score is None or _is_number(self.score), "score", "a finite number or null", self.score)
+
+
+@dataclass(frozen=True)
+class Response:
+    """One answer to the prompt, its judged spans, and its point-wise score in [0, 1]: 1 is a demonstration."""
+
+    text: str
+    spans: tuple[Span, ...] = ()
+    score: float | None = None
+
+    def __post_init__(self):
+        _require_text("text", self.text)
+        _hold(self, "spans", Span)
+        for i, span in enumerate(self.spans):
+            expected = f"at most {len(self.text)}, the length of the text"
+            _require(span.end <= len(self.text), f"spans[{i}].end", expected, span.end)
+        in_range = self.score is None or (_is_number(self.score) and 0 <= self.score <= 1)
+        _require(in_range, "score", "a number from 0 to 1, or null", self.score)
+
+
+@dataclass(frozen=True)
+class Preference:
+    """responses[chosen] is better than responses[rejected]; strength counts the votes for it, None if unknown."""
+
+    chosen: int
+    rejected: int
+    strength: float | None = None
+
+    def __post_init__(self):
+        _require(_is_int(self.chosen) and self.chosen >= 0, "chosen", "an integer of at least 0", self.chosen)
+        _require(_is_int(self.rejected) and self.rejected >= 0, "rejected", "an integer of at least 0", self.rejected)
+        _require(self.rejected != self.chosen, "rejected", "another response than chosen", self.rejected)
+        positive = self.strength is None or (_is_number(self.strength) and self.strength > 0)
+        _require(positive, "strength", "a finite number above 0, or null", self.strength)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt, the responses to it, and which of them was preferred to which."""
+
+    id: str
+    prompt: str
+    responses: tuple[Response, ...]
+    preferences: tuple[Preference, ...] = ()
+
+    def __post_init__(self):
+        _require_text("id", self.id)
+        _require_text("prompt", self.prompt)
+        _hold(self, "responses", Response)
+        _hold(self, "preferences", Preference)
+        _require(self.responses, "responses", "at least one response", self.responses)
+        for i, preference in enumerate(self.preferences):
+            for side in ("chosen", "rejected"):
+                index = getattr(preference, side)
+                expected = f"below {len(self.responses)}, the number of responses"
+                _require(index < len(self.responses), f"preferences[{i}].{side}", expected, index)
+
+
+_ITEMS = {"responses": Response, "preferences": Preference, "spans": Span}
+
+
+def from_json(cls, record, path=""):
+    """The record that a JSON object stands for; an error names its field by path, "responses[1].spans[0].end" say."""
+    known = [field.name for field in fields(cls)]
+    if not isinstance(record, dict):
+        what = f"{path.removesuffix('.')} must be" if path else "expected"
+        raise ValueError(f"{what} a JSON object with {', '.join(known)}, got {brief(record)}")
+    for name in record:
+        _require(name in known, f"{path}{name}", f"left out or named one of {', '.join(known)}", record[name])
+    for field in fields(cls):
+        given = field.name in record or field.default is not MISSING
+        _require(given, f"{path}{field.name}", "given", record)
+    values = {name: _items(name, value, path) if name in _ITEMS else value for name, value in record.items()}
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{path}{error}") from None
+
+
+def to_json(record):
+    """The JSON object that stands for the record; fields that hold their default are left out."""
+    if isinstance(record, tuple):
+        return [to_json(item) for item in record]
+    if not is_dataclass(record):
+        return record
+    values = [(field, getattr(record, field.name)) for field in fields(record)]
+    return {field.name: to_json(value) for field, value in values if value != field.default}
+
+
+def _items(name, value, path):
+    _require(isinstance(value, list), f"{path}{name}", "a list", value)
+    return tuple(from_json(_ITEMS[name], item, f"{path}{name}[{i}].") for i, item in enumerate(value))
+
+
+def _hold(record, name, cls):
+    """Turns the field into a tuple, so that a list does as well, and sees that it holds records of cls only."""
+    items = getattr(record, name)
+    fits = isinstance(items, list | tuple) and all(isinstance(item, cls) for item in items)
+    _require(fits, name, f"a tuple of {cls.__name__}", items)
+    object.__setattr__(record, name, tuple(items))
+
+
+def _require(holds, field, expected, found):
+    if not holds:
+        raise ValueError(f"{field} must be {expected}, got {brief(found)}")
+
+
+def _require_text(field, value):
+    _require(isinstance(value, str) and value.strip(), field, "a string that is not blank", value)
+    halves = [i for i, char in enumerate(value) if "\ud800" <= char <= "\udfff"]  # no tokenizer and no file takes them
+    if halves:
+        raise ValueError(f"{field} must be valid Unicode, got half a surrogate pair at character {halves[0]}")
+
+
+def _is_int(value):
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value):
+    return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)

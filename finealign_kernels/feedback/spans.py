@@ -1,0 +1,116 @@
+"""From character spans to tokens, by the offsets that a fast tokenizer gives with its tokens."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from .records import Response, Span
+
+
+class Encoded(NamedTuple):
+    """A prompt and a response as tokens. input_ids[response_start + t] covers text[offsets[t][0]:offsets[t][1]]."""
+
+    input_ids: list[int]
+    response_start: int  # length of the prompt in tokens
+    offsets: list[tuple[int, int]]  # one per response token; empty for the end-of-sequence token
+
+
+def encode(tokenizer, prompt: str | Sequence[int], response: Response, *, eos=True) -> Encoded:
+    """Tokens of the prompt, then of the response, with the response tokens' offsets in response.text.
+
+    The two are tokenised apart and put one after the other, so no token straddles the boundary: a prompt keeps its
+    tokens whatever the response is, and the tokens of two responses to it differ in the responses only. A space or line
+    break between the two belongs to whichever text holds it; none is added, except by a tokenizer that starts every
+    text with one ("▁").
+
+    tokenizer  a fast tokenizer of transformers: only those know offsets
+    prompt     text, which gets the special tokens the tokenizer puts in front (not those it puts behind), or token ids,
+               from a chat template say, which are taken as they are
+    eos        the tokenizer's end-of-sequence token, if it has one, is the response's last
+    Raises     ValueError if the tokenizer is not a fast one, or the prompt neither text nor token ids.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"tokenizer must be a fast one, which gives offsets, got {type(tokenizer).__name__}")
+    prompt_ids = _prompt_ids(tokenizer, prompt)
+    tokens = tokenizer(response.text, add_special_tokens=False, return_offsets_mapping=True)
+    response_ids, offsets = list(tokens["input_ids"]), [tuple(offset) for offset in tokens["offset_mapping"]]
+    if eos and tokenizer.eos_token_id is not None:
+        response_ids.append(tokenizer.eos_token_id)
+        offsets.append((len(response.text), len(response.text)))
+    return Encoded(prompt_ids + response_ids, len(prompt_ids), offsets)
+
+
+def token_spans(offsets, text: str, spans: Sequence[Span]) -> list[tuple[int, int]]:
+    """The tokens of each span: the half-open range from its first token to its last.
+
+    A token is the span's if the two share a character that is not white space. So " foo" belongs to a span over "foo"
+    whether its offset has the space or not, ".\\n" to one over ".", and all tokens of a character that is split into
+    several to a span over the character; " bar" does not belong to a span that ends in the space. Tokens between
+    the first and the last are in the range, white space too. A span of white space, or one that no token covers,
+    gets (0, 0).
+
+    offsets  (start, end) of each token in text    spans  within text
+    Raises   ValueError if a span ends beyond the text.
+    """
+    tokens = [_core(text, start, end) for start, end in offsets]
+    return [_token_range(tokens, text, span) for span in spans]
+
+
+def token_weights(
+    offsets,
+    text: str,
+    spans: Sequence[Span],
+    *,
+    inside: float,
+    outside: float = 1.0,
+    by_kind: Mapping[str, float] | None = None,
+) -> list[float]:
+    """The weight of each token: by_kind[kind] or else `inside` in a span, `outside` elsewhere.
+
+    Where spans overlap, the weight furthest from `outside` holds, of two as far the larger. So the order of the spans
+    does not matter, and a second judgement never weakens the first. The end-of-sequence token is outside.
+    """
+    by_kind = by_kind or {}
+    weights = [float(outside)] * len(offsets)
+    for span, (first, stop) in zip(spans, token_spans(offsets, text, spans), strict=True):
+        weight = float(by_kind.get(span.kind, inside))
+        for t in range(first, stop):
+            weights[t] = max(weights[t], weight, key=lambda w: (abs(w - outside), w))
+    return weights
+
+
+def token_segments(offsets, text: str, spans: Sequence[Span]) -> list[int]:
+    """The segment of each token, counted from 0: a new one starts where a span starts or has ended.
+
+    All tokens of a segment lie in the same spans; a response without spans is one segment.
+    """
+    edges = {edge for first, stop in token_spans(offsets, text, spans) for edge in (first, stop)} - {0}
+    return [sum(edge <= t for edge in edges) for t in range(len(offsets))]
+
+
+def _token_range(tokens, text, span):
+    if span.end > len(text):
+        raise ValueError(f"spans must end within the text, at most at {len(text)}, got {span}")
+    start, end = _core(text, span.start, span.end)
+    # both cores start with a character that is not white space, and so does what they share
+    shared = [t for t, (first, stop) in enumerate(tokens) if max(first, start) < min(stop, end)]
+    return (shared[0], shared[-1] + 1) if shared else (0, 0)
+
+
+def _core(text, start, end):
+    """text[start:end] without the white space around it, as offsets; empty if there is nothing else."""
+    part = text[start:end]
+    return start + len(part) - len(part.lstrip()), start + len(part.rstrip())
+
+
+def _prompt_ids(tokenizer, prompt):
+    if not isinstance(prompt, str):
+        ids = list(prompt)
+        if not all(isinstance(i, int) for i in ids):  # a BatchEncoding, say, whose items are its keys
+            raise ValueError(f"prompt must be text or a sequence of token ids, got {type(prompt).__name__}")
+        return ids
+    tokens = tokenizer(prompt, return_special_tokens_mask=True)
+    ids, added = list(tokens["input_ids"]), list(tokens["special_tokens_mask"])
+    while added and added[-1]:  # a separator or an end of sequence behind the prompt would cut the response off
+        ids.pop()
+        added.pop()
+    return ids

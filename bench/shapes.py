@@ -1,0 +1,42 @@
+"""Sizes that real models have. The first field names the model or the batch, the rest are the shape."""
+
+from typing import NamedTuple
+
+
+class Head(NamedTuple):
+    model: str
+    N: int  # rows, already compacted: none is masked
+    D: int
+    V: int
+
+
+class Logits(NamedTuple):
+    model: str
+    N: int
+    V: int
+
+
+class Packed(NamedTuple):
+    batch: str
+    S: int
+    N: int
+
+
+HEAD = {
+    "small": (Head("small", 96, 64, 3001),),
+    "default": (Head("SmolLM2-135M", 2048, 576, 49152),),
+    "full": (Head("SmolLM2-135M", 2048, 576, 49152), Head("Llama-3.2-1B", 1024, 2048, 128256)),
+}
+LOGITS = {
+    "small": (Logits("small", 33, 3001),),
+    "default": (Logits("SmolLM2-135M", 512, 49152),),
+    "full": (Logits("SmolLM2-135M", 512, 49152), Logits("Llama-3.2-1B", 512, 128256)),
+}
+PACKED = {
+    "small": (Packed("small", 7, 101),),
+    "default": (
+        Packed("64 of 512", 64, 64 * 512),
+        Packed("a million tokens", 1999, 10**6),
+    ),  # 1999 does not divide: ragged
+}
+PACKED["full"] = PACKED["default"]

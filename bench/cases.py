@@ -46,7 +46,6 @@ def _double(value):
 @dataclass(frozen=True)
 class Suite:
     name: str
-    op: str
     shapes: dict[str, tuple]  # small, default, full
     cases: tuple[tuple[torch.dtype, str], ...]
     sample: Callable  # (shape, case, dtype, device) -> Sample
@@ -82,8 +81,12 @@ class Line:
 
     def __str__(self) -> str:
         letters = [f"{name}={value}" for name, value in zip(self.shape._fields[1:], self.shape[1:], strict=True)]
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.suite.name}  {self.case}  {dtype}  {self.shape[0]} ({', '.join(letters)})  {self.device.type}"
+        shape = f"{self.shape[0]} ({', '.join(letters)})"
+        return f"{self.suite.name}  {self.case}  {dtype_name(self.dtype)}  {shape}  {self.device.type}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def truth(line: Line, x: Sample) -> dict[str, torch.Tensor]:
@@ -180,7 +183,6 @@ SUITES = {
     for suite in (
         Suite(
             name="head",
-            op="linear_logprobs",
             shapes=shapes.HEAD,
             cases=(*product([torch.float32], ["dense", "active20", "frozen"]), (torch.bfloat16, "dense")),
             more_cases=tuple(product([torch.bfloat16], ["active20", "frozen"])),
@@ -198,7 +200,6 @@ SUITES = {
         ),
         Suite(
             name="token_logprobs",
-            op="token_logprobs",
             shapes=shapes.LOGITS,
             cases=tuple(product(BOTH, ["dense"])),
             sample=logits,
@@ -208,7 +209,6 @@ SUITES = {
         ),
         Suite(
             name="segments",
-            op="segment_sum, segment_mean, segment_broadcast",
             shapes=shapes.PACKED,
             cases=tuple(product([torch.float32], ["sum", "mean", "broadcast"])),
             sample=segments,

@@ -1,7 +1,7 @@
 """Race the implementations of an op: answers checked first, then all timed in turn, one round after another.
 
     python bench/run.py head --device cpu                 the default shapes
-    python bench/run.py --full --json bench.json          every suite, the large shapes and all cases too
+    python bench/run.py --full --json bench.json          every suite, the large shapes (12 GiB) and all cases too
     python bench/run.py head --case active20 --dtype float32 --rounds 7
 
 Times are medians; the ratio beside them is the median over the rounds of time / ours in the same round. Extra memory
@@ -18,6 +18,8 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
@@ -25,19 +27,19 @@ from pathlib import Path
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch loads: its profiler counts the products, silently
 
 import torch
-from cases import SUITES, Line, Sample, Suite, WrongAnswer, rms_error, truth
+from cases import SUITES, Line, Sample, Suite, WrongAnswer, dtype_name, rms_error, truth
 from rivals import Rival
 
 from finealign_kernels.testing.measure import interleaved, medians, peak_extra_mib, ratio
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PRODUCTS = {"aten::mm": 1, "aten::bmm": 1, "aten::addmm": 2, "aten::addmm_": 2}  # where the right factor stands
 
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     if args.peak_of:
-        print(json.dumps(peak_of(only_line(args), args.peak_of)))
+        (line,) = lines(args)
+        print(json.dumps(peak_of(line, args.peak_of)))
         return 0
     rows = []
     print(machine(args.device))
@@ -63,18 +65,19 @@ def race(line: Line, rounds: int, *, memory: bool = True) -> tuple[list[dict], d
     calls = {rival.name: lambda call=rival.call: call(x) for rival in able}
     times = interleaved(calls, rounds, warmup=0, device=line.device)
     middle = medians(times)
+    peaks = fresh_peaks(line, [rival.name for rival in able if not rival.floor]) if memory else {}
     rows = [
         {
             "suite": line.suite.name,
             "case": line.case,
             "impl": rival.name,
             "device": line.device.type,
-            "dtype": str(line.dtype).removeprefix("torch."),
+            "dtype": dtype_name(line.dtype),
             "shape": list(line.shape[1:]),
             "pass": "forward+backward",
             "median_s": middle[rival.name],
             "ratio_to_ours": ratio(times, rival.name, "ours"),
-            "peak_extra_mib": fresh_peak(line, rival.name) if memory and not rival.floor else None,
+            "peak_extra_mib": peaks.get(rival.name),
             **checks[rival.name],
             "versions": versions(line.device),
         }
@@ -108,12 +111,17 @@ def counted(call: Callable) -> tuple[dict, int]:
     return result, flops
 
 
+def fresh_peaks(line: Line, names: list[str]) -> dict[str, float | None]:
+    """Extra memory of each, two at a time: half of it is imports, which keep one core busy."""
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(names, pool.map(partial(fresh_peak, line), names), strict=True))
+
+
 def fresh_peak(line: Line, name: str) -> float | None:
     """peak_of in a process of its own."""
     size = next(size for size, shapes in line.suite.shapes.items() if line.shape in shapes)
-    dtype = str(line.dtype).removeprefix("torch.")
     command = [sys.executable, __file__, line.suite.name, "--peak-of", name, "--size", size, "--shape", line.shape[0]]
-    command += ["--case", line.case, "--dtype", dtype, "--device", str(line.device)]
+    command += ["--case", line.case, "--dtype", dtype_name(line.dtype), "--device", str(line.device)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
@@ -193,13 +201,8 @@ def cases_of(suite: Suite, args: argparse.Namespace) -> list[tuple[torch.dtype, 
     return [
         (dtype, case)
         for dtype, case in suite.cases + (suite.more_cases if every else ())
-        if args.case in (None, case) and args.dtype in (None, str(dtype).removeprefix("torch."))
+        if args.case in (None, case) and args.dtype in (None, dtype_name(dtype))
     ]
-
-
-def only_line(args: argparse.Namespace) -> Line:
-    (line,) = lines(args)
-    return line
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -207,7 +210,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("suites", nargs="*", help=f"of {', '.join(SUITES)}; all of them when none is named")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--case", help="only this case")
-    parser.add_argument("--dtype", choices=DTYPES, help="only this dtype")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="only this dtype")
     parser.add_argument("--shape", help="only the shape of this name")
     parser.add_argument("--rounds", type=int, help="rounds of timing; each suite has its own default")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
@@ -226,6 +229,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     unknown = set(args.suites) - set(SUITES)
     if unknown:
         parser.error(f"suites must be among {', '.join(SUITES)}, got {', '.join(sorted(unknown))}")
+    if not lines(args):
+        parser.error(f"no race has case {args.case}, dtype {args.dtype} and shape {args.shape} (size {args.size})")
     return args
 
 

@@ -15,6 +15,7 @@
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using torch::stable::accelerator::DeviceGuard;
 
 namespace finealign {
 namespace {
@@ -49,6 +50,9 @@ DType dtype_of(const Tensor& t, const char* name) {
   }
 }
 
+// torch's own threads, for kernels that split their work themselves.
+void parallel(int64_t size, int64_t grain, const Range& range) { torch::stable::parallel_for(0, size, grain, range); }
+
 // Small inputs stay on one thread: waking the pool costs more than 32k elements of work.
 int64_t grain(int64_t elements_each) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(elements_each, 1)); }
 
@@ -64,13 +68,14 @@ void check_tile(const Tensor& t, const char* name) {
 }
 
 void row_tile_fwd(Tensor x, const std::optional<Tensor>& bias, const Tensor& target, int64_t col0, double scale,
-                  double softcap, double inv_temperature, int64_t want, Tensor part, Tensor first, Tensor zlabel,
+                  double softcap, double inv_temperature, int64_t want, Tensor part, Tensor first, Tensor label,
                   const std::optional<Tensor>& e, bool in_place) {
   check_tile(x, "x");
   check_tile(part, "part");
+  check_tile(label, "label");
   const int64_t rows = x.size(0), columns = x.size(1);
   STD_TORCH_CHECK(target.numel() == rows && part.size(0) == rows && part.size(1) == kParts && first.numel() == rows &&
-                      zlabel.numel() == rows && (!bias || bias->numel() == columns) &&
+                      label.size(0) == rows && label.size(1) == 2 && (!bias || bias->numel() == columns) &&
                       (!e || (e->size(0) == rows && e->size(1) == columns)),
                   "row_tile_fwd: shapes do not fit x");
   const DType dtype = dtype_of(x, "x");
@@ -78,7 +83,7 @@ void row_tile_fwd(Tensor x, const std::optional<Tensor>& bias, const Tensor& tar
   RowForward op{const_cast<void*>(x.const_data_ptr()), dtype, x.stride(0), columns, col0,
                 make_head(bias, scale, softcap, inv_temperature), static_cast<int32_t>(want),
                 target.const_data_ptr<int64_t>(), part.mutable_data_ptr<float>(), part.stride(0),
-                first.mutable_data_ptr<int64_t>(), first.stride(0), zlabel.mutable_data_ptr<float>(),
+                first.mutable_data_ptr<int64_t>(), first.stride(0), label.mutable_data_ptr<float>(), label.stride(0),
                 nullptr, DType::f32, 0};
   if (in_place) op.e = op.x, op.e_stride = op.row_stride;
   if (e) op.e = const_cast<void*>(e->const_data_ptr()), op.e_dtype = dtype_of(*e, "e"), op.e_stride = e->stride(0);
@@ -92,7 +97,7 @@ void row_tile_bwd(Tensor out, const std::optional<Tensor>& src, const std::optio
   const Tensor& from = src ? *src : out;
   check_tile(from, "src");
   const int64_t rows = out.size(0), columns = out.size(1);
-  STD_TORCH_CHECK(target.numel() == rows && coef.dim() == 2 && coef.size(0) == 7 && coef.size(1) == rows &&
+  STD_TORCH_CHECK(target.numel() == rows && coef.dim() == 2 && coef.size(0) == 8 && coef.size(1) == rows &&
                       coef.is_contiguous() && from.size(1) == columns && (index || from.size(0) == rows) &&
                       (!index || index->numel() == rows) && (!e_max || e_max->numel() == rows) &&
                       (!bias || bias->numel() == columns),
@@ -107,6 +112,94 @@ void row_tile_bwd(Tensor out, const std::optional<Tensor>& src, const std::optio
 }
 
 // ---- segments ------------------------------------------------------------------------------------------------------
+
+Segments make_segments(const Tensor& cu_seqlens, const std::optional<Tensor>& mask, int64_t total) {
+  const bool wide = cu_seqlens.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1 && cu_seqlens.is_contiguous() &&
+                      (wide || cu_seqlens.scalar_type() == ScalarType::Int),
+                  "cu_seqlens must be (S + 1,) int32 or int64, contiguous");
+  STD_TORCH_CHECK(!mask || (mask->scalar_type() == ScalarType::Bool && mask->is_contiguous() && mask->numel() == total),
+                  "mask must be (", total, ",) bool, contiguous");
+  STD_TORCH_CHECK(total >= 0 && (total == 0 || cu_seqlens.size(0) > 1), "cu_seqlens must end at ", total);
+  return Segments{cu_seqlens.const_data_ptr(), wide, cu_seqlens.size(0) - 1, total,
+                  mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr};
+}
+
+// Reading and writing in place follow cu_seqlens, so the CPU kernels rely on this.
+void check_ends(const Segments& segments) {
+  STD_TORCH_CHECK(segments.start(0) == 0, "cu_seqlens must start at 0, got ", segments.start(0));
+  for (int64_t s = 0; s < segments.count; ++s)
+    STD_TORCH_CHECK(segments.start(s) <= segments.start(s + 1), "cu_seqlens must not decrease, got cu_seqlens[", s + 1,
+                    "] = ", segments.start(s + 1), " after ", segments.start(s));
+  STD_TORCH_CHECK(segments.start(segments.count) == segments.total, "cu_seqlens must end at ", segments.total, ", got ",
+                  segments.start(segments.count));
+}
+
+// What segment values are held in: float32; float64 for float64.
+ScalarType sum_type(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
+
+Tensor new_vector(int64_t size, ScalarType type, const Tensor& like) {
+  return torch::stable::empty({&size, 1}, type, std::nullopt, like.device());
+}
+
+Over over_of(int64_t over) {
+  STD_TORCH_CHECK(over >= 0 && over <= 2, "over must be 0 (sum), 1 (mean) or 2 (last), got ", over);
+  return static_cast<Over>(over);
+}
+
+SegmentReduce make_reduce(const Tensor& x, const std::optional<Tensor>& mask, const Tensor& cu_seqlens, int64_t over,
+                          Tensor& out) {
+  STD_TORCH_CHECK(x.dim() == 1 && x.is_contiguous(), "x must be (N,), contiguous");
+  const Segments segments = make_segments(cu_seqlens, mask, x.size(0));
+  out = new_vector(segments.count, sum_type(x.scalar_type()), x);
+  return {segments, over_of(over), x.const_data_ptr(), dtype_of(x, "x"), out.mutable_data_ptr()};
+}
+
+SegmentSpread make_spread(const Tensor& v, const std::optional<Tensor>& mask, const Tensor& cu_seqlens, int64_t over,
+                          int64_t total, ScalarType dtype, Tensor& out) {
+  const Segments segments = make_segments(cu_seqlens, mask, total);
+  STD_TORCH_CHECK(v.dim() == 1 && v.is_contiguous() && v.size(0) == segments.count, "v must be (S,), contiguous");
+  STD_TORCH_CHECK(v.scalar_type() == sum_type(dtype), "v must be float32, or float64 for a float64 result");
+  out = new_vector(total, dtype, v);
+  return {segments, over_of(over), v.const_data_ptr(), out.mutable_data_ptr(), dtype_of(out, "the result")};
+}
+
+Tensor segment_reduce(const Tensor& x, const std::optional<Tensor>& mask, const Tensor& cu_seqlens, int64_t over) {
+  Tensor out;
+  const SegmentReduce op = make_reduce(x, mask, cu_seqlens, over, out);
+  check_ends(op.segments);
+  segment_reduce_cpu(op, parallel);
+  return out;
+}
+
+Tensor segment_spread(const Tensor& v, const std::optional<Tensor>& mask, const Tensor& cu_seqlens, int64_t over,
+                      int64_t total, ScalarType dtype) {
+  Tensor out;
+  const SegmentSpread op = make_spread(v, mask, cu_seqlens, over, total, dtype, out);
+  check_ends(op.segments);
+  segment_spread_cpu(op, parallel);
+  return out;
+}
+
+#ifdef FINEALIGN_CUDA
+Tensor segment_reduce_on_gpu(const Tensor& x, const std::optional<Tensor>& mask, const Tensor& cu_seqlens, int64_t over) {
+  const DeviceGuard guard(x.get_device_index());
+  Tensor out;
+  const char* failure = segment_reduce_cuda(make_reduce(x, mask, cu_seqlens, over, out), current_stream(x));
+  STD_TORCH_CHECK(failure == nullptr, "segment_reduce: ", failure);
+  return out;
+}
+
+Tensor segment_spread_on_gpu(const Tensor& v, const std::optional<Tensor>& mask, const Tensor& cu_seqlens, int64_t over,
+                             int64_t total, ScalarType dtype) {
+  const DeviceGuard guard(v.get_device_index());
+  Tensor out;
+  const char* failure =
+      segment_spread_cuda(make_spread(v, mask, cu_seqlens, over, total, dtype, out), current_stream(v));
+  STD_TORCH_CHECK(failure == nullptr, "segment_spread: ", failure);
+  return out;
+}
+#endif
 
 // ---- state ---------------------------------------------------------------------------------------------------------
 
@@ -128,9 +221,11 @@ int64_t cpu_state() {  // 0: baseline, 2: avx2, 5: avx512
 
 STABLE_TORCH_LIBRARY(finealign, m) {
   m.def("row_tile_fwd(Tensor(a!) x, Tensor? bias, Tensor target, int col0, float scale, float softcap, float inv_temperature, "
-        "int want, Tensor(b!) part, Tensor(c!) first, Tensor(d!) zlabel, Tensor(e!)? e, bool in_place) -> ()");
+        "int want, Tensor(b!) part, Tensor(c!) first, Tensor(d!) label, Tensor(e!)? e, bool in_place) -> ()");
   m.def("row_tile_bwd(Tensor(a!) out, Tensor? src, Tensor? index, Tensor? e_max, Tensor? bias, Tensor target, Tensor coef, "
         "int col0, float scale, float softcap, float inv_temperature) -> ()");
+  m.def("segment_reduce(Tensor x, Tensor? mask, Tensor cu_seqlens, int over) -> Tensor");
+  m.def("segment_spread(Tensor v, Tensor? mask, Tensor cu_seqlens, int over, SymInt total, ScalarType dtype) -> Tensor");
   m.def("_cuda_state() -> int");
   m.def("_cpu_state() -> int");
 }
@@ -138,10 +233,14 @@ STABLE_TORCH_LIBRARY(finealign, m) {
 STABLE_TORCH_LIBRARY_IMPL(finealign, CPU, m) {
   m.impl("row_tile_fwd", TORCH_BOX(&finealign::row_tile_fwd));
   m.impl("row_tile_bwd", TORCH_BOX(&finealign::row_tile_bwd));
+  m.impl("segment_reduce", TORCH_BOX(&finealign::segment_reduce));
+  m.impl("segment_spread", TORCH_BOX(&finealign::segment_spread));
 }
 
 #ifdef FINEALIGN_CUDA
 STABLE_TORCH_LIBRARY_IMPL(finealign, CUDA, m) {
+  m.impl("segment_reduce", TORCH_BOX(&finealign::segment_reduce_on_gpu));
+  m.impl("segment_spread", TORCH_BOX(&finealign::segment_spread_on_gpu));
 }
 #endif
 

@@ -153,7 +153,7 @@ inline F log_(F x) {  // x > 0 and normal; -inf at 0
   return select(x > 0.0f, y, all(-kInf));
 }
 
-inline F tanh_(F x) {
+inline F tanh_(F x, F* slope) {  // and 1 - tanh², to its last digits where tanh is near 1
   const F a = bits<F>(bits<I>(x) & 0x7fffffff);
   const F a2 = x * x;
   F p = all(-5.70498872745e-3f);
@@ -164,6 +164,7 @@ inline F tanh_(F x) {
   const F near = x + x * a2 * p;
   const F e = exp_(-2.0f * select(a > 40.0f, all(40.0f), a));
   const F far = (1.0f - e) / (1.0f + e);
+  *slope = select(a < 0.625f, 1.0f - near * near, 4.0f * e / ((1.0f + e) * (1.0f + e)));
   return select(a < 0.625f, near, bits<F>(bits<U>(far) | (bits<U>(x) & 0x80000000u)));
 }
 
@@ -174,13 +175,13 @@ struct Transform {
   bool identity;
   explicit Transform(const Head& h)
       : head(h), identity(!h.bias && h.scale == 1 && h.softcap == 0 && h.inv_temperature == 1) {}
-  // y = scale * (x + bias), then z; t = tanh(y / softcap) where there is one
-  F logit(F x, F bias, F* t) const {
+  // y = scale * (x + bias), then z; slope = 1 - tanh²(y / softcap) where there is one
+  F logit(F x, F bias, F* slope) const {
     const F y = head.scale * (x + bias);
     if (head.softcap == 0) return y * head.inv_temperature;
     const I banned = y == -kInf;
-    *t = tanh_(y / head.softcap);
-    return select(banned, y, head.softcap * *t * head.inv_temperature);
+    const F z = head.softcap * tanh_(y / head.softcap, slope) * head.inv_temperature;
+    return select(banned, y, z);
   }
 };
 
@@ -233,10 +234,10 @@ inline float logits_and_max(const typename S::T* x, int64_t columns, const Trans
     F best = all(-kInf);
     for (int64_t j = block; j < stop; j += W) {
       const int n = stop - j < W ? static_cast<int>(stop - j) : W;
-      F v = n == W ? S::load(x + j) : load_tail<S>(x + j, n, -kInf), t;
+      F v = n == W ? S::load(x + j) : load_tail<S>(x + j, n, -kInf), slope;
       if (!transform.identity) {
         const F b = !bias ? F{} : n == W ? f32::load(bias + j) : load_tail<f32>(bias + j, n, 0.0f);
-        v = transform.logit(v, b, &t);
+        v = transform.logit(v, b, &slope);
       }
       if (static_cast<const void*>(z) != static_cast<const void*>(x) || !transform.identity)
         n == W ? f32::store(z + j, v) : store_tail<f32>(z + j, n, v);
@@ -274,10 +275,17 @@ inline void forward_rows(const RowForward& op, int64_t begin, int64_t end) {
     typename S::T* x = static_cast<typename S::T*>(op.x) + row * op.row_stride;
     void* e = op.e ? static_cast<char*>(op.e) + row * op.e_stride * size_of(op.e_dtype) : nullptr;
     float* z = in_place ? reinterpret_cast<float*>(x) : scratch;
+    const int64_t local = target - op.col0;
+    float* label = target >= 0 && local >= 0 && local < op.columns ? op.label + row * op.label_stride : nullptr;
+    if (label) {  // its slope from x, before z stands there
+      F slope = all(1.0f);
+      if (op.head.softcap != 0)
+        transform.logit(load_tail<S>(x + local, 1, 0.0f), all(op.head.bias ? op.head.bias[local] : 0.0f), &slope);
+      label[1] = slope[0];
+    }
     int64_t first = 0;
     const float m = logits_and_max<S>(x, op.columns, transform, z, &first);
-    const int64_t local = target - op.col0;
-    if (local >= 0 && local < op.columns) op.zlabel[row] = z[local];
+    if (label) label[0] = z[local];
     if (op.want & kMean) {
       double total = 0, count = 0;
       for (int64_t j = 0; j < op.columns; ++j)
@@ -313,7 +321,7 @@ inline void forward_rows(const RowForward& op, int64_t begin, int64_t end) {
 // ---- backward ------------------------------------------------------------------------------------------------------
 
 struct Coef {
-  float g, k, h, m, l, entropy, logp;
+  float g, k, h, m, l, entropy, logp, label_slope;
 };
 
 // One row. From logits x, or from e = exp(z - e_max) of its tile.
@@ -328,26 +336,27 @@ inline void backward_row(const typename S::T* src, typename O::T* out, int64_t c
   for (int64_t j = 0; j < columns; j += W) {
     const int n = columns - j < W ? static_cast<int>(columns - j) : W;
     const F v = n == W ? S::load(src + j) : load_tail<S>(src + j, n, 0.0f);
-    F p, d = F{}, t = F{};
+    F p, d = F{}, curve = all(1.0f);
     if (kFromE) {
       p = v * scale_e;
       if (kEntropyGrad || kSoftcap) {
         const F log_e = log_(v);
         d = log_e + shift;
-        if (kSoftcap) t = (log_e + e_max) / (head.inv_temperature * head.softcap);
+        const F t = (log_e + e_max) / (head.inv_temperature * head.softcap);
+        if (kSoftcap) curve = 1.0f - t * t;
       }
     } else {
       F z = v;
       if (!transform.identity) {
         const F b = !head.bias ? F{} : n == W ? f32::load(head.bias + j) : load_tail<f32>(head.bias + j, n, 0.0f);
-        z = transform.logit(v, b, &t);
+        z = transform.logit(v, b, &curve);
       }
       d = (z - c.m) - c.l;
       p = exp_(d);
     }
     F dz = p * keep;
     if (kEntropyGrad) dz -= c.h * p * (d + c.entropy);
-    if (kSoftcap) dz *= 1.0f - t * t;
+    if (kSoftcap) dz *= curve;
     dz *= slope;
     if (kEntropyGrad || kSoftcap) dz = select(p == 0.0f, F{}, dz);
     n == W ? O::store(out + j, dz) : store_tail<O>(out + j, n, dz);
@@ -359,11 +368,7 @@ inline float label_slope(const RowBackward& op, const Coef& c) {
   const float p = ::expf(c.logp);
   float dz = -c.g * ::expm1f(c.logp) + c.k * p;
   if (c.h != 0) dz -= c.h * p * (c.logp + c.entropy);
-  if (op.head.softcap != 0) {
-    const float t = (c.logp + c.l + c.m) / (op.head.inv_temperature * op.head.softcap);
-    dz *= 1.0f - t * t;
-  }
-  return dz * op.head.scale * op.head.inv_temperature;
+  return dz * c.label_slope * op.head.scale * op.head.inv_temperature;
 }
 
 template <typename S, typename O, bool kFromE>
@@ -373,7 +378,7 @@ inline void backward_rows(const RowBackward& op, int64_t begin, int64_t end) {
     typename O::T* out = static_cast<typename O::T*>(op.out) + row * op.out_stride;
     const float* at = op.coef + row;
     const Coef c{at[0],           at[op.rows],     at[2 * op.rows], at[3 * op.rows],
-                 at[4 * op.rows], at[5 * op.rows], at[6 * op.rows]};
+                 at[4 * op.rows], at[5 * op.rows], at[6 * op.rows], at[7 * op.rows]};
     if (op.target[row] == kSkip || (c.g == 0 && c.k == 0 && c.h == 0)) {
       __builtin_memset(out, 0, sizeof(typename O::T) * op.columns);
       continue;

@@ -37,6 +37,7 @@ class Rows(NamedTuple):
     is_top1: Tensor
     m: Tensor  # the maximum
     l: Tensor  # log1p(R) = lse - m
+    label_slope: Tensor  # 1 - tanh²(y / c) at the label; 1 without softcap
 
 
 def logits(x: Tensor, bias: Tensor | None, head: Head) -> Tensor:
@@ -47,6 +48,15 @@ def logits(x: Tensor, bias: Tensor | None, head: Head) -> Tensor:
         return y * head.inv_temperature if head.inv_temperature != 1 else y
     capped = head.softcap * torch.tanh(y / head.softcap) * head.inv_temperature
     return torch.where(y == -torch.inf, y, capped)
+
+
+def slope(x: Tensor, bias: Tensor | None, head: Head) -> Tensor:
+    """1 - tanh²(y / c) of raw products (..., V), as 4 e / (1 + e)² with e = exp(-2 |y / c|); 1 without softcap."""
+    if not head.softcap:
+        return torch.ones_like(x)
+    y = (x if bias is None else x + bias) * head.scale
+    e = torch.exp(-2 * (y / head.softcap).abs())
+    return 4 * e / (1 + e).square()
 
 
 def reference(x: Tensor, bias: Tensor | None, target: Tensor, head: Head) -> Rows:
@@ -70,6 +80,7 @@ def reference(x: Tensor, bias: Tensor | None, target: Tensor, head: Head) -> Row
         is_top1=first_argmax(z.detach()) == target,
         m=m,
         l=lse.detach() - m,
+        label_slope=slope(x.detach(), bias, head).gather(1, label)[:, 0],
     )
     return settle(rows, target)
 
@@ -103,8 +114,8 @@ def tile_state(z: Tensor, col0: int, want: int) -> tuple[Tensor, Tensor, Tensor]
     return part, col0 + index, e
 
 
-def combine(part: Tensor, first: Tensor, zlabel: Tensor, target: Tensor, want: int) -> Rows:
-    """Tiles' states (N, tiles, PARTS), first maxima (N, tiles) and the label's logit (N,) to a row's statistics.
+def combine(part: Tensor, first: Tensor, label: Tensor, target: Tensor, want: int) -> Rows:
+    """Tiles' states (N, tiles, PARTS), first maxima (N, tiles), logit and slope of the label (N, 2) to a row's statistics.
 
     With the owner the first tile that holds the maximum and d = m_t - m of another tile:
     R = R_owner + Σ (1 + R_t) e^d,   T = T_owner + Σ (T_t + d (1 + R_t)) e^d,   Q = Q_owner + Σ (1 + Q_t) e^(2d).
@@ -132,7 +143,7 @@ def combine(part: Tensor, first: Tensor, zlabel: Tensor, target: Tensor, want: i
         mean = z_tile.sum(-1) / n_tile.sum(-1)
     # a row that holds no number has no first maximum
     top = torch.where(holds, first, torch.iinfo(first.dtype).max).amin(-1)
-    rows = Rows((zlabel - m) - l, m + l, entropy, log_sum_sq, mean, top == target, m, l)
+    rows = Rows((label[:, 0] - m) - l, m + l, entropy, log_sum_sq, mean, top == target, m, l, label[:, 1])
     return settle(rows, target)
 
 
@@ -140,12 +151,11 @@ def settle(rows: Rows, target: Tensor) -> Rows:
     """0 for a row that is not read, NaN for one whose label is out of range."""
     skip, bad = target == SKIP, target == BAD
     floats = [torch.where(skip, 0, torch.where(bad, torch.nan, x)) for x in rows if x.is_floating_point()]
-    logp, lse, entropy, squares, mean, m, l = floats
-    return Rows(logp, lse, entropy, squares, mean, rows.is_top1 & ~skip & ~bad, m, l)
+    return Rows(*floats[:5], rows.is_top1 & ~skip & ~bad, *floats[5:])
 
 
 class Coef(NamedTuple):
-    """What the gradient of a row is made of, (n,) each: the upstream gradients of logp, lse, H, and the row's state."""
+    """What the gradient of a row is made of, (n,) each: the upstream gradients of logp, lse and H, and the row's state."""
 
     dlogp: Tensor
     dlse: Tensor
@@ -154,6 +164,7 @@ class Coef(NamedTuple):
     l: Tensor
     entropy: Tensor
     logp: Tensor
+    label_slope: Tensor
 
     def active(self) -> Tensor:
         """Rows with a gradient. A NaN is one."""
@@ -169,15 +180,17 @@ def tile_gradient(
     dz_label = -g expm1(logp) + k p - h p (logp + H): never from e, and 0 for a banned label
     dx = dz (1 - tanh²(y/c)) scale / temperature
     """
-    g, k, h, m, l, entropy, logp = (x[:, None] for x in coef)
+    g, k, h, m, l, entropy, logp, label_slope = (x[:, None] for x in coef)
     if e_max is None:
-        z = logits(src, bias, head)
-        logp_all = (z - m) - l
-        p = logp_all.exp()
+        logp_all = (logits(src, bias, head) - m) - l
+        p, curve = logp_all.exp(), slope(src, bias, head)
     else:
         shift = e_max[:, None] - m - l
         p = src * torch.where(e_max == -torch.inf, 0, shift.squeeze(1).exp())[:, None]
-        logp_all, z = src.log() + shift, src.log() + e_max[:, None]
+        logp_all = src.log() + shift
+        curve = (
+            1 - ((src.log() + e_max[:, None]) / (head.inv_temperature * head.softcap)).square() if head.softcap else 1
+        )
     live = p > 0
     dz = p * (k - g) - torch.where(live & (h != 0), h * p * (logp_all + entropy), 0)
     local = target - col0
@@ -188,8 +201,6 @@ def tile_gradient(
     is_label = (torch.arange(src.shape[1], device=src.device) == local[:, None]) & here[:, None]
     dz = torch.where(is_label, dz_label, torch.where(live | p.isnan(), dz, 0))
     if head.softcap:
-        z = torch.where(is_label, logp + l + m, z)
-        slope = 1 - (z / (head.inv_temperature * head.softcap)).square()
-        dz = torch.where(dz == 0, 0, dz * slope)
+        dz = torch.where(dz == 0, 0, dz * torch.where(is_label, label_slope, curve))
     dx = dz * (head.scale * head.inv_temperature)
     return torch.where(((target != SKIP) & coef.active())[:, None], dx, 0)

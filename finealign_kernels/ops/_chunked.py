@@ -107,7 +107,7 @@ def fwd(hidden, weight, bias, target, head, want, workspace, on_device, rows_nam
 
     part = torch.zeros(n, len(chunks), formula.PARTS, dtype=out_dtype, device=hidden.device)
     first = torch.zeros(n, len(chunks), dtype=torch.int64, device=hidden.device)
-    zlabel = torch.full((n,), torch.nan, dtype=out_dtype, device=hidden.device)
+    label = torch.full((n, 2), torch.nan, dtype=out_dtype, device=hidden.device)
     e = torch.empty(kept * vocab, dtype=hidden.dtype, device=hidden.device)
     direct = e.dtype == out_dtype  # the product is written where its E will stand
     buffer = torch.empty(min(n, tile.rows) * min(vocab, tile.columns), dtype=out_dtype, device=hidden.device)
@@ -122,9 +122,9 @@ def fwd(hidden, weight, bias, target, head, want, workspace, on_device, rows_nam
             )
             product(x[start, stop], wt, z)
             side = dict(e=None if direct else here, in_place=direct and here is not None)
-            state = part[start:stop, t], first[start:stop, t], zlabel[start:stop]
+            state = part[start:stop, t], first[start:stop, t], label[start:stop]
             rows_of.tile_fwd(z, b, at[start:stop], c0, head, want, *state, **side)
-    found = formula.combine(part, first, zlabel, at, want)
+    found = formula.combine(part, first, label, at, want)
     if index is not None:
         found = formula.Rows(*(x.new_zeros(n_all).index_copy_(0, index, x) for x in found))
     return (*found, e, part[:kept, :, 0].contiguous())

@@ -5,9 +5,9 @@ import torch
 TILE = None  # a row of any length is one tile
 
 
-def tile_fwd(x, bias, target, col0, head, want, part, first, zlabel, e=None, in_place=False) -> None:
-    """State of one tile of raw products x (n, C) into part (n, 6), first (n,), zlabel (n,), and exp(z - m) into e or x."""
-    torch.ops.finealign.row_tile_fwd(x, bias, target, col0, *head, want, part, first, zlabel, e, in_place)
+def tile_fwd(x, bias, target, col0, head, want, part, first, label, e=None, in_place=False) -> None:
+    """State of one tile of raw products x (n, C) into part (n, 6), first (n,), label (n,), and exp(z - m) into e or x."""
+    torch.ops.finealign.row_tile_fwd(x, bias, target, col0, *head, want, part, first, label, e, in_place)
 
 
 def tile_bwd(out, src, index, e_max, bias, target, coef, col0, head) -> None:

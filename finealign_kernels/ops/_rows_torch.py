@@ -8,8 +8,8 @@ from ..formulas import logprobs as formula
 TILE = (2048, 4096)  # rows and columns of existing logits that are widened at a time
 
 
-def tile_fwd(x, bias, target, col0, head, want, part, first, zlabel, e=None, in_place=False) -> None:
-    """State of one tile of raw products x (n, C) into part (n, 6), first (n,), zlabel (n,), and exp(z - m) into e or x."""
+def tile_fwd(x, bias, target, col0, head, want, part, first, label, e=None, in_place=False) -> None:
+    """State of one tile of raw products x (n, C) into part (n, 6), first (n,), label (n,), and exp(z - m) into e or x."""
     read = target != formula.SKIP
     wide = x if x.dtype == torch.float64 else x.float()
     z = formula.logits(torch.where(read[:, None], wide, 0), bias, head)
@@ -18,8 +18,11 @@ def tile_fwd(x, bias, target, col0, head, want, part, first, zlabel, e=None, in_
     first.copy_(index)
     local = target - col0
     here = (target >= 0) & (local >= 0) & (local < x.shape[1])
-    own = z.gather(1, local.clamp(0, x.shape[1] - 1)[:, None])[:, 0]
-    zlabel.copy_(torch.where(here, own, zlabel))
+    at = local.clamp(0, x.shape[1] - 1)[:, None]
+    x_label = wide.gather(1, at)
+    bias_label = None if bias is None else bias[at]
+    own = torch.cat([z.gather(1, at), formula.slope(x_label, bias_label, head)], 1)
+    label.copy_(torch.where(here[:, None], own, label))
     if in_place or e is not None:
         (x if e is None else e).copy_(exps)
 

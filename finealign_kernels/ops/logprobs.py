@@ -10,7 +10,6 @@ from ..formulas import logprobs as formula
 from ..formulas.logprobs import Coef, Head
 from . import _choose, _chunked
 from ._check import (
-    FLOATS,
     OUTPUTS,
     check_head,
     check_head_options,
@@ -163,8 +162,8 @@ class _LinearLogprobs(torch.autograd.Function):
         out = torch.ops.finealign.linear_logprobs_fwd(
             hidden, weight, bias, target, *head, want, workspace, on_device, rows
         )
-        logp, lse, entropy, squares, mean, top1, m, l, e, e_max = out
-        ctx.save_for_backward(hidden, weight, bias, target, logp, entropy, m, l, e, e_max)
+        logp, lse, entropy, squares, mean, top1, m, l, label_slope, e, e_max = out
+        ctx.save_for_backward(hidden, weight, bias, target, logp, entropy, m, l, label_slope, e, e_max)
         ctx.options = (*head, on_device, rows)
         ctx.mark_non_differentiable(squares, mean, top1)
         ctx.set_materialize_grads(False)
@@ -185,8 +184,8 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target, head, want, inplace, rows):
         out = torch.ops.finealign.token_logprobs_fwd(logits, target, *head, want, rows)
-        logp, lse, entropy, squares, mean, top1, m, l = out
-        ctx.save_for_backward(logits, target, logp, entropy, m, l)
+        logp, lse, entropy, squares, mean, top1, m, l, label_slope = out
+        ctx.save_for_backward(logits, target, logp, entropy, m, l, label_slope)
         ctx.options = (*head, rows)
         ctx.inplace, ctx.spent = inplace, False
         ctx.mark_non_differentiable(squares, mean, top1)
@@ -287,16 +286,16 @@ def _(hidden, weight, bias, target, scale, softcap, inv_temperature, want, works
             if on_device
             else torch.library.get_ctx().new_dynamic_size()
         )
-    stats = [hidden.new_empty(n, dtype=_chunked.wide(hidden.dtype)) for _ in range(7)]
+    stats = [hidden.new_empty(n, dtype=_chunked.wide(hidden.dtype)) for _ in range(8)]
     top1 = hidden.new_empty(n, dtype=torch.bool)
     e = hidden.new_empty(kept * vocab)
     e_max = hidden.new_empty((kept, -(-vocab // columns)), dtype=_chunked.wide(hidden.dtype))
     return [*stats[:5], top1, *stats[5:], e, e_max]
 
 
-def _coef(dlogp, dlse, dentropy, logp, entropy, m, l) -> Coef:
+def _coef(dlogp, dlse, dentropy, logp, entropy, m, l, label_slope) -> Coef:
     grads = (torch.zeros_like(m) if d is None else d.to(m.dtype) for d in (dlogp, dlse, dentropy))
-    return Coef(*grads, m, l, entropy, logp)
+    return Coef(*grads, m, l, entropy, logp, label_slope)
 
 
 @torch.library.custom_op("finealign::linear_logprobs_bwd", mutates_args=())
@@ -312,6 +311,7 @@ def _linear_bwd(
     entropy: Tensor,
     m: Tensor,
     l: Tensor,
+    label_slope: Tensor,
     e: Tensor,
     e_max: Tensor,
     scale: float,
@@ -323,7 +323,7 @@ def _linear_bwd(
     need_weight: bool,
     need_bias: bool,
 ) -> list[Tensor]:
-    coef = _coef(dlogp, dlse, dentropy, logp, entropy, m, l)
+    coef = _coef(dlogp, dlse, dentropy, logp, entropy, m, l, label_slope)
     needs = (need_hidden, need_weight, need_bias)
     head = Head(scale, softcap, inv_temperature)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -365,16 +365,16 @@ def _token_fwd(
     width = (kernels.TILE or (n, vocab))[1]
     part = torch.zeros(n, -(-vocab // width), formula.PARTS, dtype=dtype, device=x.device)
     first = torch.zeros(n, part.shape[1], dtype=torch.int64, device=x.device)
-    zlabel = torch.full((n,), torch.nan, dtype=dtype, device=x.device)
+    label = torch.full((n, 2), torch.nan, dtype=dtype, device=x.device)
     for r, c0, c1 in _tiles(x, kernels.TILE):
-        state = part[r, c0 // width], first[r, c0 // width], zlabel[r]
+        state = part[r, c0 // width], first[r, c0 // width], label[r]
         kernels.tile_fwd(x[r, c0:c1], None, target[r], c0, head, want, *state)
-    return list(formula.combine(part, first, zlabel, target, want))
+    return list(formula.combine(part, first, label, target, want))
 
 
 @_token_fwd.register_fake
 def _(logits, target, scale, softcap, inv_temperature, want, rows):
-    stats = [logits.new_empty(logits.shape[0], dtype=_chunked.wide(logits.dtype)) for _ in range(7)]
+    stats = [logits.new_empty(logits.shape[0], dtype=_chunked.wide(logits.dtype)) for _ in range(8)]
     return [*stats[:5], logits.new_empty(logits.shape[0], dtype=torch.bool), *stats[5:]]
 
 
@@ -396,13 +396,14 @@ def _token_bwd(
     entropy: Tensor,
     m: Tensor,
     l: Tensor,
+    label_slope: Tensor,
     scale: float,
     softcap: float,
     inv_temperature: float,
     rows: str,
 ) -> Tensor:
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    coef = _coef(dlogp, dlse, dentropy, logp, entropy, m, l)
+    coef = _coef(dlogp, dlse, dentropy, logp, entropy, m, l, label_slope)
     _token_gradient(out, _unit_stride(logits), coef, target, Head(scale, softcap, inv_temperature), rows)
     return out
 
@@ -423,12 +424,13 @@ def _token_bwd_(
     entropy: Tensor,
     m: Tensor,
     l: Tensor,
+    label_slope: Tensor,
     scale: float,
     softcap: float,
     inv_temperature: float,
     rows: str,
 ) -> None:
-    coef = _coef(dlogp, dlse, dentropy, logp, entropy, m, l)
+    coef = _coef(dlogp, dlse, dentropy, logp, entropy, m, l, label_slope)
     head = Head(scale, softcap, inv_temperature)
     if logits.stride(-1) == 1:
         _token_gradient(logits, None, coef, target, head, rows)

@@ -1,0 +1,1 @@
+"""Losses as rows of tables, and what assembles them from token log-probs."""

@@ -1,0 +1,43 @@
+"""Backends and devices that tests run over, and poisoned allocations."""
+
+import pytest
+import torch
+
+from finealign_kernels.ops import _choose
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(scope="session")
+def usable():
+    """usable(name, device, dtype): the row backend's name, or a skip with the reason why it cannot run."""
+
+    def check(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> str:
+        try:
+            return _choose.pick(name, device, dtype, _choose.backends())
+        except RuntimeError as error:
+            pytest.skip(str(error))
+
+    return check
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """torch.empty and its kin hold NaN: what a kernel forgets to write shows."""
+
+    def poison(function):
+        def filled(*args, **kwargs):
+            out = function(*args, **kwargs)
+            return out.fill_(torch.nan) if out.is_floating_point() and out.device.type != "meta" else out
+
+        return filled
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(torch.Tensor, name, poison(getattr(torch.Tensor, name)))

@@ -1,0 +1,342 @@
+"""Preference losses and NLL: golden values, slopes, invariances, degenerate cases, refusals."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import finealign_kernels as fk
+from finealign_kernels.losses.preference import PREFERENCE, score_loss
+
+F64 = torch.float64
+
+
+def row(*values):
+    return torch.tensor([values], dtype=F64)
+
+
+# Fixture B of the specification: one pair, 3 and 5 tokens, beta = .5
+CHOSEN, REF_CHOSEN = row(-0.5, -1.0, -0.2), row(-0.7, -0.9, -0.4)
+REJECTED, REF_REJECTED = row(-1.2, -0.3, -0.8, -0.6, -1.5), row(-1.0, -0.5, -0.6, -0.9, -1.1)
+
+# name, options, loss, gradient of each chosen token, of each rejected token
+GOLDEN = [
+    ("dpo", dict(average=False), 0.5543552445, -0.2127787416, 0.2127787416),
+    ("dpo", dict(average="kept"), 0.6539469673, -0.0800017766, 0.048001066),
+    ("dpo", dict(average="all"), 0.6539469673, -0.0800017766, 0.048001066),
+    ("ipo", dict(average=False), 0.16, -0.8, 0.8),
+    ("ipo", dict(average="kept"), 0.7056, -0.56, 0.336),
+    ("ipo_z", dict(average=False), 0.04, -0.2, 0.2),
+    ("ipo_z", dict(average="kept"), 0.1764, -0.14, 0.084),
+    ("simpo", dict(beta=2.0, shift=1.0), 0.8971358218, -0.3948427887, 0.2369056732),
+    ("simpo", dict(beta=2.0, shift=1.0, average=False), 0.0122025846, -0.02425687, 0.02425687),
+]
+
+
+def fixture_b(name, **options):
+    chosen, rejected = CHOSEN.clone().requires_grad_(), REJECTED.clone().requires_grad_()
+    ref = (REF_CHOSEN, REF_REJECTED) if PREFERENCE[name].reference else None
+    out = fk.preference_loss(name, (chosen, rejected), ref, **{"beta": 0.5, **options})
+    return out, *torch.autograd.grad(out.loss, (chosen, rejected), allow_unused=True)
+
+
+@pytest.mark.parametrize("name, options, loss, up, down", GOLDEN)
+def test_golden(name, options, loss, up, down):
+    out, dchosen, drejected = fixture_b(name, **options)
+    assert_close(out.loss.item(), loss, rtol=0, atol=1e-9)
+    assert_close(dchosen, torch.full_like(dchosen, up), rtol=0, atol=1e-9)
+    assert_close(drejected, torch.full_like(drejected, down), rtol=0, atol=1e-9)
+
+
+MASKED = [  # pivots of the specification's section 5.4 as token weights: loss, gradients
+    (False, 0.5130152524, -0.2006561699, 0.2006561699),
+    ("kept", 0.6132820581, -0.1146073792, 0.0764049195),
+]
+
+
+@pytest.mark.parametrize("average, loss, up, down", MASKED)
+def test_golden_token_weights(average, loss, up, down):
+    weights = row(1, 0, 1), row(0, 1, 1, 0, 1)
+    out, dchosen, drejected = fixture_b("dpo", average=average, token_weight=weights)
+    assert_close(out.loss.item(), loss, rtol=0, atol=1e-9)
+    assert_close(dchosen, up * weights[0], rtol=0, atol=1e-9)
+    assert_close(drejected, down * weights[1], rtol=0, atol=1e-9)
+
+
+def test_golden_segment_balanced_weights():
+    """Mean of segment means (section 2.9), as token weights 1 / (J |s_j|)."""
+    weights = row(0.25, 0.25, 0.5), row(1 / 3, 1 / 9, 1 / 9, 1 / 9, 1 / 3)
+    out, dchosen, drejected = fixture_b("dpo", average=False, token_weight=weights)
+    assert_close(out.loss.item(), 0.6228865816, rtol=0, atol=1e-9)
+    assert_close(dchosen, row(-0.057950768, -0.057950768, -0.115901536), rtol=0, atol=1e-9)
+    assert_close(drejected[0, :2], torch.tensor([0.0772676907, 0.0257558969], dtype=F64), rtol=0, atol=1e-9)
+
+
+def test_golden_nll():
+    """Adaptive SFT of section 5.4: the mask as weights, divided by the kept tokens or by all."""
+    logp = CHOSEN.clone().requires_grad_()
+    kept = fk.nll_loss(logp, token_weight=row(1, 0, 1))
+    every = fk.nll_loss(logp, token_weight=row(1, 0, 1), average="all")
+    assert_close(kept.loss.item(), 0.35)
+    assert_close(every.loss.item(), 0.7 / 3)
+    assert_close(torch.autograd.grad(kept.loss, logp)[0], row(-0.5, 0, -0.5))
+    both = torch.cat([CHOSEN, row(-4.0, 0, 0)])
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]], dtype=torch.bool)
+    assert_close(fk.nll_loss(both, mask=mask).loss.item(), 5.7 / 4)  # token mean
+    assert_close(fk.nll_loss(both, mask=mask, reduction="mean").loss.item(), (1.7 / 3 + 4) / 2)  # sequence mean
+    assert_close(fk.nll_loss(both, mask=mask, reduction="mean", average=False).loss.item(), 5.7 / 2)
+    assert_close(fk.nll_loss(both, mask=mask, reduction="sum", average=False, denominator=10).loss.item(), 0.57)
+
+
+def test_logged_numbers_are_detached():
+    out, *_ = fixture_b("dpo", average=False)
+    assert_close(out.chosen_rewards, torch.tensor([0.15], dtype=F64))
+    assert_close(out.rejected_rewards, torch.tensor([-0.15], dtype=F64))
+    assert_close(out.margins, torch.tensor([0.3], dtype=F64))
+    assert out.accuracies.tolist() == [1.0]
+    assert out.loss.requires_grad and not any(t.requires_grad for t in out[1:])
+
+
+# ---- every row of the table ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PREFERENCE)
+@pytest.mark.parametrize("spread", (1e-3, 1.0, 30.0))
+def test_slope_is_the_derivative(name, spread):
+    torch.manual_seed(0)
+    score = (torch.randn(64, dtype=F64) * spread).requires_grad_()
+    value, dscore = score_loss(name, score, beta=0.7, shift=0.3)
+    (expected,) = torch.autograd.grad(value.sum(), score)
+    assert_close(dscore, expected, rtol=1e-12, atol=1e-14)
+
+
+def batch(dtype=F64, pairs=3, width=7):
+    torch.manual_seed(1)
+    logp, ref = -torch.rand(2 * pairs, width, dtype=dtype) * 3, -torch.rand(2 * pairs, width, dtype=dtype) * 3
+    lengths = torch.tensor([7, 1, 4, 3, 5, 2])[: 2 * pairs]
+    mask = torch.arange(width) < lengths[:, None]
+    weight = torch.rand(2 * pairs, width, dtype=dtype)
+    return logp, ref, mask, weight
+
+
+def run(name, logp, ref, **options):
+    logp = logp.clone().requires_grad_()
+    out = fk.preference_loss(name, logp, ref if PREFERENCE[name].reference else None, **options)
+    upstream = torch.arange(1, out.loss.numel() + 1, dtype=logp.dtype).view(out.loss.shape)
+    return out, torch.autograd.grad(out.loss, logp, upstream)[0]
+
+
+@pytest.mark.parametrize("name", PREFERENCE)
+@pytest.mark.parametrize("average", (False, "kept", "all"))
+def test_gradcheck(name, average):
+    logp, ref, mask, weight = batch()
+    ref = ref if PREFERENCE[name].reference else None
+
+    def call(logp):
+        return fk.preference_loss(name, logp, ref, mask=mask, token_weight=weight, average=average, reduction="none").loss
+
+    assert torch.autograd.gradcheck(call, logp.requires_grad_())
+
+
+@pytest.mark.parametrize("name", PREFERENCE)
+@pytest.mark.parametrize("average", (False, "kept", "all"))
+def test_padding_packing_and_layout_change_nothing(name, average):
+    logp, ref, mask, weight = batch()
+    options = dict(average=average, reduction="none")
+    out, grad = run(name, logp, ref, mask=mask, token_weight=weight, **options)
+    assert not grad[~mask].any() and grad[mask].all()
+    # NaN at masked places
+    dirty = [torch.where(mask, t, torch.nan) for t in (logp, ref, weight)]
+    again, dirty_grad = run(name, dirty[0], dirty[1], mask=mask, token_weight=dirty[2], **options)
+    assert torch.equal(again.losses, out.losses) and torch.equal(dirty_grad, grad)
+    # packed
+    cu = torch.cat([torch.zeros(1, dtype=torch.int64), mask.sum(1).cumsum(0)])
+    packed, flat_grad = run(name, logp[mask], ref[mask], cu_seqlens=cu, token_weight=weight[mask], **options)
+    assert_close(packed.losses, out.losses, rtol=1e-13, atol=1e-14)
+    assert_close(flat_grad, grad[mask], rtol=1e-13, atol=1e-14)
+    # interleaved pairs
+    order = torch.tensor([0, 3, 1, 4, 2, 5])
+    mixed, mixed_grad = run(
+        name, logp[order], ref[order], mask=mask[order], token_weight=weight[order], pairs="interleaved", **options
+    )
+    assert torch.equal(mixed.losses, out.losses) and torch.equal(mixed_grad, grad[order])
+    # chosen and rejected of different width
+    narrow = [(t[:3], t[3:, :5]) for t in (logp, ref, mask, weight)]
+    two = fk.preference_loss(
+        name, narrow[0], narrow[1] if PREFERENCE[name].reference else None, mask=narrow[2], token_weight=narrow[3], **options
+    )
+    assert_close(two.losses, out.losses, rtol=1e-13, atol=1e-14)
+    # any order of the pairs
+    turn = torch.tensor([2, 0, 1, 5, 3, 4])
+    turned, _ = run(name, logp[turn], ref[turn], mask=mask[turn], token_weight=weight[turn], **options)
+    assert torch.equal(turned.losses, out.losses[turn[:3]])
+
+
+@pytest.mark.parametrize("name", PREFERENCE)
+def test_any_split_with_a_global_denominator(name):
+    logp, ref, mask, _ = batch(torch.float32)
+    whole, grad = run(name, logp, ref, mask=mask)
+    total = torch.zeros_like(grad)
+    for pick in (torch.tensor([0, 3]), torch.tensor([1, 2, 4, 5])):
+        _, part = run(name, logp[pick], ref[pick], mask=mask[pick], denominator=3)
+        total[pick] += part
+    assert (total - grad).norm() <= 1e-5 * grad.norm()
+
+
+@pytest.mark.parametrize("name", PREFERENCE)
+def test_reductions(name):
+    logp, ref, mask, _ = batch()
+    losses = run(name, logp, ref, mask=mask)[0].losses
+    for options, expected in (
+        (dict(reduction="mean"), losses.mean()),
+        (dict(reduction="sum"), losses.sum()),
+        (dict(denominator=torch.tensor(7.0)), losses.sum() / 7),
+        (dict(reduction="none"), losses),
+    ):
+        assert_close(run(name, logp, ref, mask=mask, **options)[0].loss.detach(), expected)
+
+
+@pytest.mark.parametrize("name", PREFERENCE)
+def test_a_second_backward_is_exact(name):
+    logp, ref, mask, _ = batch()
+    logp.requires_grad_()
+    out = fk.preference_loss(name, logp, ref if PREFERENCE[name].reference else None, mask=mask)
+    (first,) = torch.autograd.grad(out.loss, logp, retain_graph=True)
+    (second,) = torch.autograd.grad(out.loss, logp)
+    assert torch.equal(first, second)
+
+
+# ---- degenerate cases ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PREFERENCE)
+@pytest.mark.parametrize("average", (False, "kept", "all"))
+def test_empty_responses(name, average):
+    logp, ref, mask, _ = batch()
+    mask[0] = False  # a chosen response
+    mask[2], mask[5] = False, False  # both of a pair
+    out, grad = run(name, logp, ref, mask=mask, average=average)
+    assert out.loss.isfinite() and out.chosen_rewards[0] == 0 and not grad[0].any() and grad[3][mask[3]].all()
+    assert not grad[2].any() and not grad[5].any()
+    dropped, _ = run(name, logp, ref, mask=mask, average=average, drop_empty=True)
+    assert_close(dropped.loss, out.losses[:2].mean())
+    assert not out.loss.isclose(dropped.loss)
+
+
+@pytest.mark.parametrize("name", PREFERENCE)
+def test_no_pairs(name):
+    logp = torch.zeros(0, 4, requires_grad=True)
+    out = fk.preference_loss(name, logp, torch.zeros(0, 4) if PREFERENCE[name].reference else None)
+    assert out.loss.item() == 0 and torch.autograd.grad(out.loss, logp)[0].shape == (0, 4)
+    empty = torch.zeros(2, 0, requires_grad=True)
+    out = fk.preference_loss(name, empty, torch.zeros(2, 0) if PREFERENCE[name].reference else None)
+    assert out.loss.isfinite() and out.loss.requires_grad
+
+
+@pytest.mark.parametrize("length", (1, 5, 300))
+@pytest.mark.parametrize("average", (False, "kept", "all"))
+def test_policy_equal_to_reference_gives_log_2(length, average):
+    logp = -torch.rand(4, length)
+    assert_close(fk.dpo(logp, logp, average=average).loss.item(), math.log(2))
+
+
+@pytest.mark.parametrize("name", ("dpo", "simpo"))
+@pytest.mark.parametrize("gap", (1e4, -1e4, 1000.0, -1000.0))
+def test_huge_margins_stay_finite(name, gap):
+    logp = torch.tensor([[gap], [0.0]], requires_grad=True)
+    out = fk.preference_loss(name, logp, torch.zeros(2, 1) if name == "dpo" else None, beta=1.0, shift=0.0)
+    (grad,) = torch.autograd.grad(out.loss, logp)
+    assert out.loss.item() == max(-gap, 0) and grad.tolist() == ([[-1.0], [1.0]] if gap < 0 else [[0.0], [0.0]])
+
+
+def test_an_infinite_log_prob_is_not_hidden():
+    logp = torch.tensor([[-torch.inf], [-1.0]])
+    assert fk.dpo(logp, torch.zeros(2, 1)).loss == torch.inf
+
+
+def test_weights_of_zero_leave_the_loss_at_its_value_at_zero():
+    logp = torch.randn(2, 4, requires_grad=True)
+    out = fk.dpo(logp, torch.randn(2, 4), token_weight=torch.zeros(2, 4), average="kept")
+    assert_close(out.loss.item(), math.log(2))
+    assert not torch.autograd.grad(out.loss, logp)[0].any()
+
+
+def test_summed_references_per_sequence():
+    logp, ref, mask, _ = batch()
+    per_token = fk.dpo(logp, ref, mask=mask).losses
+    summed = fk.dpo(logp, torch.where(mask, ref, 0).sum(1), mask=mask).losses
+    assert_close(summed, per_token)
+
+
+def test_wrappers():
+    logp, ref, mask, _ = batch()
+    assert torch.equal(fk.ipo(logp, ref, mask=mask).loss, fk.preference_loss("ipo", logp, ref, mask=mask).loss)
+    z = fk.ipo(logp, ref, mask=mask, scaling="z").loss
+    assert_close(z, fk.ipo(logp, ref, mask=mask).loss * 0.1**2)  # two scalings, beta² apart
+    assert torch.equal(fk.simpo(logp, mask=mask, gamma=0.5).loss, fk.preference_loss("simpo", logp, mask=mask, shift=0.5).loss)
+
+
+def test_half_precision_log_probs():
+    logp, ref, mask, weight = batch()
+    exact = fk.dpo(logp.bfloat16().double(), ref.bfloat16().double(), mask=mask).loss
+    assert_close(fk.dpo(logp.bfloat16(), ref.bfloat16(), mask=mask).loss.double(), exact, rtol=1e-2, atol=0)
+
+
+# ---- oracles -------------------------------------------------------------------------------------------------------
+
+
+def test_trl_averages_ipo_where_others_sum():
+    """TRL's ipo is the averaged Δ-form; the row's default is the summed one."""
+    logp, ref, mask, _ = batch()
+    mean = (torch.where(mask, logp - ref, 0).sum(1) / mask.sum(1)).chunk(2)
+    trl = ((mean[0] - mean[1]) - 1 / (2 * 0.1)).square().mean()
+    assert_close(fk.ipo(logp, ref, mask=mask, average="kept", beta=0.1).loss, trl)
+    assert not fk.ipo(logp, ref, mask=mask, beta=0.1).loss.isclose(trl)
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------
+
+L = torch.zeros(2, 3)
+REFUSALS = {
+    "name": (lambda: fk.preference_loss("dop", L, L), ValueError, "name must be one of .* got 'dop'"),
+    "beta": (lambda: fk.dpo(L, L, beta=0.0), ValueError, "beta must be a finite number > 0, got 0.0"),
+    "beta nan": (lambda: fk.dpo(L, L, beta=math.nan), ValueError, "beta must be .* got nan"),
+    "shift": (lambda: fk.dpo(L, L, shift=math.inf), ValueError, "shift must be a finite number, got inf"),
+    "no reference": (lambda: fk.preference_loss("dpo", L), ValueError, "ref_logp must be given for 'dpo'"),
+    "reference": (lambda: fk.preference_loss("simpo", L, L), ValueError, "ref_logp must be None"),
+    "odd": (lambda: fk.dpo(torch.zeros(3, 2), torch.zeros(3, 2)), ValueError, "even number of sequences.* got 3"),
+    "pairs": (lambda: fk.dpo(L, L, pairs="both"), ValueError, "pairs must be .* got 'both'"),
+    "pairs of a pair": (lambda: fk.dpo((L, L), (L, L), pairs="interleaved"), ValueError, "pairs must be 'halves'"),
+    "average": (lambda: fk.dpo(L, L, average="mean"), ValueError, "average must be .* got 'mean'"),
+    "average true": (lambda: fk.dpo(L, L, average=True), ValueError, "average must be .* got True"),
+    "reduction": (lambda: fk.dpo(L, L, reduction="avg"), ValueError, "reduction must be .* got 'avg'"),
+    "denominator": (lambda: fk.dpo(L, L, denominator=0), ValueError, "denominator must be .* got 0"),
+    "denominator none": (lambda: fk.dpo(L, L, reduction="none", denominator=3), ValueError, "denominator must be None"),
+    "int weights": (lambda: fk.dpo(L, L, token_weight=torch.ones(2, 3).long()), TypeError, "token_weight must have dtype"),
+    "weight shape": (lambda: fk.dpo(L, L, token_weight=torch.ones(2, 4)), ValueError, r"token_weight .* \(2, 3\), got \(2, 4\)"),
+    "ref shape": (lambda: fk.dpo(L, torch.zeros(2, 4)), ValueError, r"ref_logp must have shape \(2, 3\), got \(2, 4\)"),
+    "mask": (lambda: fk.dpo(L, L, mask=torch.ones(2, 3)), TypeError, "mask must have dtype bool"),
+    "int logp": (lambda: fk.dpo(L.long(), L), TypeError, "logp must have dtype"),
+    "flat": (lambda: fk.dpo(L.view(-1), L.view(-1)), ValueError, r"logp must be \(B, T\)"),
+    "cu_seqlens": (
+        lambda: fk.dpo(L.view(-1), L.view(-1), cu_seqlens=torch.tensor([0, 4, 5])),
+        ValueError,
+        "cu_seqlens must end at the number of tokens 6",
+    ),
+    "summed reference": (
+        lambda: fk.dpo(L, torch.zeros(2), token_weight=torch.ones(2, 3)),
+        ValueError,
+        "ref_logp must hold a log-prob per token",
+    ),
+    "summed reference average": (lambda: fk.dpo(L, torch.zeros(2), average="kept"), ValueError, "ref_logp must hold"),
+    "scaling": (lambda: fk.ipo(L, L, scaling="beta"), ValueError, "scaling must be"),
+    "nll average": (lambda: fk.nll_loss(L, average=False), ValueError, "average must be 'kept' or 'all' with"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusal(case):
+    call, kind, message = REFUSALS[case]
+    with pytest.raises(kind, match=message):
+        call()

@@ -158,7 +158,8 @@ def seconds(value: float) -> str:
 
 
 def cell(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+    text = "-" if value is None else format(value, form)
+    return "0.0" if text == "-0.0" else text
 
 
 def versions(device: torch.device) -> dict[str, str]:

@@ -25,7 +25,7 @@ def backend(request):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles small enough that little inputs cross every boundary: of rows, of columns, of the workspace."""
-    monkeypatch.setattr(_chunked, "tile_of", lambda device: _chunked.Tile(8, 48))
+    monkeypatch.setattr(_chunked, "tile_of", lambda device: _chunked.Tile(4, 24))
 
 
 def loss_of(out, upstream):
@@ -114,13 +114,13 @@ def test_golden_head_options(name, workspace, usable):
 # ---- derivatives ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workspace", (0, "full", 5 * 101 * 8))
+@pytest.mark.parametrize("workspace", (0, "full", 3 * 53 * 8))
 @pytest.mark.parametrize("options", ({}, dict(softcap=1.5, temperature=0.6, logit_scale=1.2)))
 @pytest.mark.parametrize("compact", ("host", "device"))
 def test_gradcheck(small_tiles, workspace, options, compact):
     torch.manual_seed(0)
-    x, w, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((11, 3), (101, 3), (101,)))
-    labels = torch.randint(101, (11,))
+    x, w, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((6, 2), (53, 2), (53,)))
+    labels = torch.randint(53, (6,))
     labels[4] = -100
 
     def call(x, w, b):
@@ -219,10 +219,10 @@ def test_token_logprobs_agrees_with_float64(backend, dtype, usable):
 PICKS = {"logp": (1, 0, 0), "lse": (0, 1, 0), "entropy": (0, 0, 1), "together": (1, 1, 1)}
 
 
-def exact_and_eager(s, upstream, **options):
-    """Outputs and gradients of float64 from the same rounded inputs, and of eager PyTorch in their dtype."""
+def exact_and_eager(s, upstream, dtype=None, **options):
+    """Outputs and gradients of float64 from the same rounded inputs, and of eager PyTorch in their dtype (or another)."""
     results = []
-    for dtype in (torch.float64, s.hidden.dtype):
+    for dtype in (torch.float64, dtype or s.hidden.dtype):
         hidden, weight = s.hidden.to(dtype).requires_grad_(), s.weight.to(dtype).requires_grad_()
         out = samples.eager(hidden, weight, s.labels, **options)
         loss = sum((o * u.to(o.dtype)).sum() for o, u in zip(out, upstream, strict=True))
@@ -236,13 +236,12 @@ def exact_and_eager(s, upstream, **options):
 def test_forward_error(backend, dtype, spread, usable):
     usable(backend)
     s = samples.linear(96, 8009, 64, dtype, spread=spread)
-    (exact, _), (rounded, _) = exact_and_eager(s, s.upstream)
+    # Near-uniform rows are log V however a half rounds their logits: there eager in float32 is the measure.
+    wide = dtype == torch.float32 or spread == "uniform"
+    (exact, _), (rounded, _) = exact_and_eager(s, s.upstream, torch.float32 if wide else dtype)
     out = fk.linear_logprobs(s.hidden, s.weight, s.labels, outputs=("entropy",), backend=backend)
-    ratio = 1.5 if dtype == torch.float32 else 0.05
     for actual, truth, theirs in zip((out.logp, out.lse, out.entropy), exact, rounded, strict=True):
-        # near-uniform rows: lse and entropy are log V however logits were rounded, to the last bit of float32
-        near = spread == "uniform" and dtype != torch.float32
-        budgets.assert_within(actual, truth, theirs, rms_ratio=ratio, max_ratio=2, ulps=1, output_rounds=near)
+        budgets.assert_within(actual, truth, theirs, rms_ratio=1.5 if wide else 0.05, max_ratio=2, ulps=1)
 
 
 @pytest.mark.parametrize("backend", ("torch", "native"))
@@ -564,7 +563,7 @@ def test_activation_checkpoint_gives_the_same_gradient():
 def test_memory_is_flat_over_many_steps():
     from finealign_kernels.testing import measure
 
-    s = samples.linear(64, 2000, 16)
+    s = samples.linear(32, 2000, 8)
     hidden, weight = s.hidden.requires_grad_(), s.weight.requires_grad_()
 
     def steps(count):
@@ -573,10 +572,10 @@ def test_memory_is_flat_over_many_steps():
             torch.autograd.grad(out.logp.sum(), (hidden, weight))
 
     steps(50)
-    extra = measure.peak_extra_mib(lambda: steps(300))
+    extra = measure.peak_extra_mib(lambda: steps(1000))
     if extra is None:
         pytest.skip("this system does not tell a process's peak memory")
-    assert extra < 64, extra
+    assert extra < 1000 * 32 * 2000 * 4 / 2**20 / 10, extra  # a tenth of what keeping every E would cost
 
 
 # ---- autograd (S13) ------------------------------------------------------------------------------------------------

@@ -1,0 +1,166 @@
+"""Plants bugs and says which ones the suite catches: python tests/mutants.py [--only TEXT] [--list]
+
+Every mutant is one replacement of text in a copy of the installed package (csrc is rebuilt where a kernel is mutated); the
+tests named beside it run against the copy and must fail. The checkout is not touched. Exit status 1 if a bug survives.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+LOGPROBS, LOSSES, SEGMENTS = "tests/test_logprobs.py", "tests/test_losses.py", "tests/test_segments.py"
+TRITON, FEEDBACK = "tests/test_row_logprobs_triton.py", "tests/test_feedback.py"
+FORMULA, CHUNKED, OP = "formulas/logprobs.py", "ops/_chunked.py", "ops/logprobs.py"
+ROWS, PREFERENCE, REDUCE = "csrc/cpu/row_kernels.h", "losses/preference.py", "losses/reduce.py"
+
+
+class Mutant(NamedTuple):
+    what: str
+    path: str  # below finealign_kernels/, or from the root for csrc/
+    old: str
+    new: str
+    tests: str
+
+
+MUTANTS = [
+    # the mathematics of a row
+    Mutant("sign of the label's gradient", FORMULA, "-g * torch.expm1(logp)", "g * torch.expm1(logp)", LOGPROBS),
+    Mutant("label's gradient from p", FORMULA, "-g * torch.expm1(logp)", "g * (1 - logp.exp())", LOGPROBS),
+    Mutant("1 summed into R", FORMULA, "others = e.scatter(1, index[:, None], 0)", "others = e", LOGPROBS),
+    Mutant("T without the shift of the maximum", FORMULA, "(t_tile + d * one) * w", "t_tile * w", LOGPROBS),
+    Mutant("Q scaled once, not squared", FORMULA, "* w * w).sum(-1)", "* w).sum(-1)", LOGPROBS),
+    Mutant("entropy gradient without H", FORMULA, "(logp_all + entropy)", "logp_all", LOGPROBS),
+    Mutant("entropy gradient's sign", FORMULA, "dz = p * (k - g) - torch", "dz = p * (k - g) + torch", LOGPROBS),
+    Mutant("lse gradient lost at the label", FORMULA, "+ k * p_label", "", LOGPROBS),
+    Mutant("temperature lost in backward", FORMULA, "dz * (head.scale * head.inv_temperature)", "dz * head.scale", LOGPROBS),
+    Mutant("softcap's slope lost", FORMULA, "dz * torch.where(is_label, label_slope, curve)", "dz", LOGPROBS),
+    Mutant("softcap turns -inf into -c", FORMULA, "torch.where(y == -torch.inf, y, capped)", "capped", LOGPROBS),
+    Mutant("mean over banned tokens too", FORMULA, "z_tile.sum(-1) / n_tile.sum(-1)", "z_tile.sum(-1) / 203", LOGPROBS),
+    Mutant("any argmax", FORMULA, "top == target", "(first.amax(-1)) == target", LOGPROBS),
+    Mutant("bad label gives a number", FORMULA, "torch.where(bad, torch.nan, x)", "x", LOGPROBS),
+    # the chunked layer
+    Mutant("rows shifted by one in backward", CHUNKED, "at = target if index is None else target[index]\n        coef", "at = target.roll(1) if index is None else target[index]\n        coef", LOGPROBS),
+    Mutant("every block overwrites dW", CHUNKED, "accumulate=start > 0", "accumulate=False", LOGPROBS),
+    Mutant("every chunk overwrites dX", CHUNKED, "dx[start:stop], accumulate=True", "dx[start:stop], accumulate=False", LOGPROBS),
+    Mutant("dbias of the last block only", CHUNKED, "column_sums if start == 0 else db[c0:c1] + column_sums", "column_sums", LOGPROBS),
+    Mutant("dX summed in the input's dtype", CHUNKED, "dx = torch.zeros(n, hidden.shape[1], dtype=out_dtype", "dx = torch.zeros(n, hidden.shape[1], dtype=hidden.dtype", LOGPROBS),
+    Mutant("mask lost in forward", CHUNKED, "index = None if on_device else rows_in(read)", "index = None", LOGPROBS),
+    Mutant("masked rows not cleaned", CHUNKED, "block = torch.where(self.keep[start:stop, None], block, 0)", "pass", LOGPROBS),
+    Mutant("dropped rows by logp's gradient alone", FORMULA, "(self.dlogp != 0) | (self.dlse != 0) | (self.dentropy != 0)", "self.dlogp != 0", LOGPROBS),
+    Mutant("workspace one row too large", CHUNKED, "min(rows, workspace // (vocab * dtype.itemsize))", "min(rows, -(-workspace // (vocab * dtype.itemsize)))", LOGPROBS),
+    Mutant("E of another row", CHUNKED, "place = read.cumsum(0) - 1", "place = torch.arange(len(read))", LOGPROBS),
+    Mutant("maxima of the first tile", CHUNKED, "e_max[start:stop, t] if where is None else e_max[where, t]", "e_max[start:stop, 0] if where is None else e_max[where, 0]", LOGPROBS),
+    Mutant("near-uniform rows from bf16 E", CHUNKED, "tokens.log() - coef.entropy < 0.5", "tokens.log() - coef.entropy < -1", LOGPROBS),
+    Mutant("no active row leaves dW unwritten", CHUNKED, "slice_.zero_() if slice_ is not None else None", "None", LOGPROBS),
+    Mutant("dW for a frozen head", OP, "ctx.needs_input_grad[:3]", "(True, True, False)", LOGPROBS),
+    Mutant("E kept under no_grad", OP, "keep = torch.is_grad_enabled() and any", "keep = any", LOGPROBS),
+    Mutant("gradients of lse ignored", OP, "_coef(dlogp, dlse, dentropy, logp, entropy, m, l, label_slope)\n    needs", "_coef(dlogp, None, dentropy, logp, entropy, m, l, label_slope)\n    needs", LOGPROBS),
+    Mutant("logits overwritten in backward", OP, "out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)\n    coef", "out = logits\n    coef", LOGPROBS),
+    Mutant("label check off", "ops/_check.py", "(flat < 0) | (flat >= vocab)", "flat > vocab", LOGPROBS),
+    Mutant("autocast reaches the products", OP, "with torch.autocast(hidden.device.type, enabled=False):\n        if", "if True:\n        if", LOGPROBS),
+    # the native row kernels
+    Mutant("C++: sum includes the maximum", ROWS, "from = side ? first + 1 : 0", "from = side ? first : 0", LOGPROBS),
+    Mutant("C++: maximum starts at 0", ROWS, "float m = -kInf;\n  *max_block", "float m = 0;\n  *max_block", LOGPROBS),
+    Mutant("C++: tail of a row lost", ROWS, "const int64_t stop = block + kBlock < end ? block + kBlock : end;", "const int64_t stop = (block + kBlock < end ? block + kBlock : end) / W * W;", LOGPROBS),
+    Mutant("C++: phantom columns are zeros", ROWS, "load_tail<f32>(z + j, n, -kInf)) - m", "load_tail<f32>(z + j, n, 0.0f)) - m", LOGPROBS),
+    Mutant("C++: bf16 truncated", ROWS, "(u + 0x7fff + ((u >> 16) & 1)) >> 16", "u >> 16", LOGPROBS),
+    Mutant("C++: expm1 written as p - 1", ROWS, "-c.g * ::expm1f(c.logp)", "-c.g * (p - 1)", LOGPROBS),
+    Mutant("C++: E of the tile's own row", ROWS, "op.index ? op.index[row] : row", "row", LOGPROBS),
+    Mutant("C++: entropy term's sign", ROWS, "dz -= c.h * p * (d + c.entropy)", "dz += c.h * p * (d + c.entropy)", LOGPROBS),
+    Mutant("C++: T lost", ROWS, "if (kWantT) sums.t += sum(t);", "", LOGPROBS),
+    # Triton
+    Mutant("Triton: sign of entropy's gradient", "kernels/row_logprobs.py", "p * ((k - g) - tl", "p * ((k - g) + tl", TRITON),
+    Mutant("Triton: label column off by one", "kernels/row_logprobs.py", "is_label = cols == label", "is_label = cols == label + 1", TRITON),
+    # losses
+    Mutant("chosen and rejected exchanged", PREFERENCE, "torch.cat([slope, -slope])", "torch.cat([-slope, slope])", LOSSES),
+    Mutant("shift inside beta", PREFERENCE, "beta * (chosen - rejected) - shift", "beta * (chosen - rejected - shift)", LOSSES),
+    Mutant("beta lost in the slope", PREFERENCE, "slope = beta * scale * slope", "slope = scale * slope", LOSSES),
+    Mutant("interleaved read as halves", PREFERENCE, "torch.cat([score[0::2], score[1::2]])", "score", LOSSES),
+    Mutant("reference not weighted", PREFERENCE, "sequence_scores(tokens.x - flatten_like(ref_logp, tokens, \"ref_logp\").detach(), weight, tokens)", "sequence_scores(tokens.x, weight, tokens) - segment_sum(flatten_like(ref_logp, tokens, \"ref_logp\"), tokens.cu_seqlens, mask=tokens.mask)", LOSSES),
+    Mutant("rewards carry a gradient", PREFERENCE, "(beta * score.detach()).chunk(2)", "(beta * score).chunk(2)", LOSSES),
+    Mutant("empty pairs stay in the denominator", REDUCE, "counted.sum().clamp(min=1) if counted is not None else ", "", LOSSES),
+    Mutant("kept and all exchanged", REDUCE, "weight if average == \"kept\" else ones", "ones if average == \"kept\" else weight", LOSSES),
+    Mutant("mask by multiplication", REDUCE, "torch.where(tokens.mask, weight, 0)", "weight * tokens.mask", LOSSES),
+    Mutant("NaN at a weight of 0", REDUCE, "weight * torch.where(weight != 0, x, 0)", "weight * x", LOSSES),
+    Mutant("denominator ignored", REDUCE, "return total / check_denominator(denominator)", "return total / items.numel()", LOSSES),
+    Mutant("IPO's slope halved", "formulas/margin.py", "2 * (m - center)", "(m - center)", LOSSES),
+    # segments and spans
+    Mutant("C++: mean over masked tokens too", "csrc/cpu/segments.cpp", "total /= std::max<int64_t>(1, kept(segments, start, stop))", "total /= std::max<int64_t>(1, stop - start)", SEGMENTS),
+    Mutant("C++: the rest of a segment lost", "csrc/cpu/segments.cpp", "total += chunk_sum(x + token, segments.mask ? segments.mask + token : nullptr, stop - token);", "", SEGMENTS),
+    Mutant("C++: last token before the last", "csrc/cpu/segments.cpp", "int64_t i = stop - 1;", "int64_t i = stop - 2;", SEGMENTS),
+    Mutant("span loses its last token", "feedback/spans.py", "(shared[0], shared[-1] + 1)", "(shared[0], shared[-1])", FEEDBACK),
+    Mutant("span reaches the token behind it", "feedback/spans.py", "max(first, start) < min(stop, end)", "max(first, start) <= min(stop, end)", FEEDBACK),
+]  # fmt: skip
+
+
+def sh(*command, **options):
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
+
+
+def install(target: Path) -> None:
+    """A copy of the package with its extension, importable before the installed one."""
+    shutil.copytree(ROOT / "finealign_kernels", target / "finealign_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "kernels/triton", target / "finealign_kernels/kernels", ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def rebuild(sources: Path, target: Path) -> None:
+    built = sh(sys.executable, "setup.py", "build_ext", "--inplace", cwd=sources, env={**os.environ, "FINEALIGN_CUDA": "off"})
+    if built.returncode:
+        raise RuntimeError(built.stdout[-2000:] + built.stderr[-2000:])
+    shutil.copy(sources / "finealign_kernels/_C.abi3.so", target / "finealign_kernels/_C.abi3.so")
+
+
+def caught(mutant: Mutant, site: Path, sources: Path) -> bool:
+    native = mutant.path.startswith("csrc/")
+    path = sources / mutant.path if native else site / "finealign_kernels" / mutant.path
+    text = path.read_text()
+    if text.count(mutant.old) != 1:
+        raise ValueError(f"{mutant.what}: its text stands {text.count(mutant.old)} times in {mutant.path}")
+    path.write_text(text.replace(mutant.old, mutant.new))
+    try:
+        if native:
+            rebuild(sources, site)
+        env = {**os.environ, "PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1", "FINEALIGN_REQUIRE_NATIVE": "1"}
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutant.tests]
+        run = sh(*command, cwd=ROOT, env=env, timeout=1200)
+        if run.returncode not in (0, 1, 2):
+            raise RuntimeError(run.stdout[-2000:] + run.stderr[-2000:])
+        return run.returncode != 0
+    finally:
+        path.write_text(text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="mutants whose description or path contains this")
+    parser.add_argument("--list", action="store_true")
+    args = parser.parse_args()
+    chosen = [m for m in MUTANTS if args.only.lower() in f"{m.what} {m.path}".lower()]
+    if args.list:
+        print("\n".join(f"{m.path}: {m.what}" for m in chosen))
+        return 0
+    alive = []
+    with tempfile.TemporaryDirectory() as folder:
+        site, sources = Path(folder) / "site", Path(folder) / "sources"
+        install(site)
+        shutil.copytree(ROOT, sources, ignore=shutil.ignore_patterns(".git", "__pycache__", "*.so"))
+        rebuild(sources, site)
+        pristine = shutil.copy(site / "finealign_kernels/_C.abi3.so", Path(folder) / "pristine.so")
+        for count, mutant in enumerate(chosen, 1):
+            found = caught(mutant, site, sources)
+            if mutant.path.startswith("csrc/"):
+                shutil.copy(pristine, site / "finealign_kernels/_C.abi3.so")
+            alive += [] if found else [mutant]
+            print(f"{count:3}/{len(chosen)} {'caught  ' if found else 'SURVIVED'} {mutant.path}: {mutant.what}", flush=True)
+    print(f"mutation score {len(chosen) - len(alive)}/{len(chosen)}")
+    return 1 if alive else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""The house's own rules: imports point one way, importing does nothing else, versions are pinned, what is missing is said."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "finealign_kernels"
+
+# room -> rooms that it may import; a module always may import its own room
+ARROW = {
+    "formulas": set(),
+    "kernels": {"formulas"},
+    "ops": {"formulas", "kernels"},
+    "losses": {"formulas", "kernels", "ops"},
+    "integrations": {"formulas", "kernels", "ops", "losses"},
+    "feedback": set(),
+    "report": set(),
+    "testing": {"formulas", "kernels"},
+}
+TOP = {"cli", "demo", "doctor", "__main__", "__init__"}  # these may import everything
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield ("finealign_kernels", *path.relative_to(PACKAGE).with_suffix("").parts), path
+    for path in sorted((ROOT / "kernels/triton").rglob("*.py")):
+        yield ("finealign_kernels", "kernels", path.stem), path
+
+
+def imported(name, path):
+    """Absolute names of what a module imports, at its top or in a function."""
+    package = list(name[:-1])
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            yield stem
+            yield from (f"{stem}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
+            yield from (arg.value for arg in node.args if isinstance(arg, ast.Constant))
+
+
+def violations(pairs):
+    for name, path in pairs:
+        room = name[1]
+        for target in imported(name, path):
+            parts = target.split(".")
+            if parts[0] != "finealign_kernels" or len(parts) < 2 or room in TOP:
+                continue
+            if parts[1] in ARROW.keys() | TOP and parts[1] != room and parts[1] not in ARROW[room]:
+                yield f"{'.'.join(name)} imports {target}"
+
+
+def test_imports_point_one_way():
+    found = list(modules())
+    assert {name[1] for name, _ in found} - TOP <= ARROW.keys(), "a room without a place in the arrow"
+    assert sorted(set(violations(found))) == []
+
+
+@pytest.mark.parametrize(
+    "source", ["from ..ops import logprobs", "from .. import losses", "import finealign_kernels.ops.logprobs"]
+)
+def test_the_arrow_sees_a_wrong_import(source, tmp_path):
+    path = tmp_path / "margin.py"
+    path.write_text(source)
+    assert list(violations([(("finealign_kernels", "formulas", "margin"), path)]))
+
+
+def test_rivals_and_unsafe_loading_stay_out():
+    for _, path in modules():
+        source = path.read_text()
+        assert not re.search(r"^\s*(import|from)\s+(liger_kernel|cut_cross_entropy|pickle|dill)\b", source, re.M), path
+        assert "torch.load(" not in source and "eval(" not in source.replace(".eval(", ""), path
+        if "integrations" not in path.parts:
+            assert not re.search(r"^\s*(import|from)\s+trl\b", source, re.M), path
+
+
+def run(code, **env):
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={**os.environ, **env}, cwd="/"
+    )
+
+
+AUDIT = """
+import sys, torch
+seen = []
+def hook(event, args):
+    if event in ("subprocess.Popen", "os.system", "socket.connect", "os.mkdir", "os.remove", "os.rename"):
+        seen.append((event, str(args)[:200]))
+    if event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+"):
+        seen.append((event, str(args)[:200]))
+sys.dont_write_bytecode = True
+sys.addaudithook(hook)
+import finealign_kernels
+print(seen)
+"""
+
+
+def test_import_compiles_writes_and_fetches_nothing():
+    found = run(AUDIT)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.strip() == "[]"
+    planted = run(AUDIT.replace("import finealign_kernels", "open('/dev/null', 'w')"))
+    assert "open" in planted.stdout  # the hook sees a write
+
+
+WITHOUT = """
+import sys
+sys.modules["triton"] = None  # importing it fails
+import torch, finealign_kernels as fk
+from finealign_kernels.ops import _choose, _native
+h, w = torch.randn(5, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+out = fk.linear_logprobs(h, w, torch.arange(5), outputs=("entropy",))
+loss = fk.simpo(out.logp[:4].view(2, 2)).loss
+loss.backward()
+assert h.grad.isfinite().all() and w.grad.any()
+assert fk.segment_sum(torch.ones(4), torch.tensor([0, 1, 4])).tolist() == [1, 3]
+print(_choose.choose("auto", h), "|", _native.reason)
+"""
+
+
+def test_a_pure_python_install_works_and_says_what_is_missing():
+    found = run(WITHOUT, FINEALIGN_DISABLE_NATIVE="1", FINEALIGN_REQUIRE_NATIVE="")
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.split() == "torch | FINEALIGN_DISABLE_NATIVE is set".split()
+
+
+def test_the_formulas_import_without_triton_and_without_the_extension():
+    code = "import sys; sys.modules['triton'] = None\nimport finealign_kernels.formulas.logprobs"
+    assert run(code, FINEALIGN_DISABLE_NATIVE="1", FINEALIGN_REQUIRE_NATIVE="").returncode == 0
+
+
+def test_requiring_the_extension_fails_where_there_is_none():
+    found = run("import finealign_kernels", FINEALIGN_DISABLE_NATIVE="1", FINEALIGN_REQUIRE_NATIVE="1")
+    assert found.returncode != 0 and "FINEALIGN_REQUIRE_NATIVE is set, but" in found.stderr
+
+
+def test_ci_versions_are_pinned_in_one_file():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert lines and all(re.fullmatch(r"[A-Za-z0-9_.-]+==[A-Za-z0-9_.+-]+", line) for line in lines)
+    pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    wanted = project["project"]["dependencies"] + extras["demo"] + extras["test"] + project["build-system"]["requires"]
+    names = {re.match(r"[A-Za-z0-9_.-]+", item)[0].lower().replace("_", "-") for item in wanted}
+    assert names <= pinned, names - pinned
+
+
+def test_the_version_is_one():
+    import finealign_kernels
+
+    version = re.search(r'^VERSION = "(.+)"', (ROOT / "setup.py").read_text(), re.M)[1]
+    assert finealign_kernels.__version__ == version
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()

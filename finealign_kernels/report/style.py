@@ -73,7 +73,8 @@ svg .dot { fill: currentColor; stroke: var(--card); stroke-width: 1.5; }
   linear-gradient(90deg, rgb(var(--down) / var(--shade)), transparent, rgb(var(--up) / var(--shade))); }
 .example { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 16px 18px 18px;
   margin-top: 16px; }
-.prompt { color: var(--soft); margin: 4px 0 14px; white-space: pre-wrap; overflow-wrap: anywhere; max-width: 60em; }
+.prompt { color: var(--soft); margin: 4px 0 14px; white-space: pre-wrap; overflow-wrap: anywhere; max-width: 60em;
+  max-height: 12em; overflow-y: auto; }
 .responses { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 18px 32px; }
 .response { min-width: 0; }
 .response header { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 12px;

@@ -1,0 +1,104 @@
+"""Layouts of a batch of tokens: padded, flat, or a pair of padded ones. Kernels see flat tokens only."""
+
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._check import FLOATS, check_tensor, fail
+
+TokenTensor = Tensor | tuple[Tensor, Tensor]
+
+
+class Tokens(NamedTuple):
+    """A batch of S sequences and N tokens, sequence s at [cu_seqlens[s], cu_seqlens[s + 1])."""
+
+    x: Tensor  # (N,)
+    mask: Tensor | None  # (N,) bool: may this token be read
+    cu_seqlens: Tensor  # (S + 1,) int32 or int64
+    shapes: tuple[torch.Size, ...]  # as the caller has them: one, or two for a pair
+
+    @property
+    def segments(self) -> int:
+        return self.cu_seqlens.shape[0] - 1
+
+
+def flatten(
+    x: TokenTensor, mask: TokenTensor | None = None, cu_seqlens: Tensor | None = None, *, name: str = "x"
+) -> Tokens:
+    """Flat tokens of (B, T); of (N,) with cu_seqlens; of a pair (B, T1), (B, T2), the first one's before the second's.
+
+    mask has the shapes of x. Padding, which a mask takes out, stays where it is. Raises ValueError or TypeError.
+    """
+    parts = _parts(name, x)
+    for part in parts:
+        check_tensor(name, part, dtypes=FLOATS, like=parts[0])
+    if len({part.dtype for part in parts}) > 1:
+        fail(name, "be a pair of one dtype", f"{parts[0].dtype} and {parts[1].dtype}", TypeError)
+    shapes, flat = tuple(part.shape for part in parts), _cat([part.reshape(-1) for part in parts])
+    if cu_seqlens is None:
+        if any(len(shape) != 2 for shape in shapes):
+            fail(name, "be (B, T) where cu_seqlens is not given", " and ".join(str(tuple(s)) for s in shapes))
+        cu_seqlens = padded_cu_seqlens(shapes, flat.device)
+    else:
+        if len(parts) > 1 or flat.shape != shapes[0]:
+            fail(name, "be flat (N,) where cu_seqlens is given", " and ".join(str(tuple(s)) for s in shapes))
+        check_cu_seqlens(cu_seqlens, flat.shape[0], flat)
+    tokens = Tokens(flat, None, cu_seqlens, shapes)
+    return tokens if mask is None else tokens._replace(mask=flatten_like(mask, tokens, "mask", (torch.bool,)))
+
+
+def flatten_like(y: TokenTensor, tokens: Tokens, name: str, dtypes=FLOATS) -> Tensor:
+    """(N,): another tensor of the same batch, of the same shapes."""
+    parts = _parts(name, y)
+    if len(parts) != len(tokens.shapes):
+        fail(name, "be a pair of tensors" if len(tokens.shapes) > 1 else "be one tensor", len(parts), TypeError)
+    for part, shape in zip(parts, tokens.shapes, strict=True):
+        check_tensor(name, part, dtypes=dtypes, shape=shape, like=tokens.x)
+    return _cat([part.reshape(-1) for part in parts])
+
+
+def unflatten(y: Tensor, shapes: tuple[torch.Size, ...]) -> TokenTensor:
+    """(N,) -> the shapes that flatten was given."""
+    parts = y.split([shape.numel() for shape in shapes])
+    parts = tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+    return parts[0] if len(parts) == 1 else parts
+
+
+def padded_cu_seqlens(shapes: tuple[torch.Size, ...], device: torch.device) -> Tensor:
+    """(S + 1,) int64: every row of every (B, T) is a segment."""
+    ends, total = [torch.zeros(1, dtype=torch.int64, device=device)], 0
+    for rows, width in shapes:
+        ends.append(torch.arange(1, rows + 1, device=device) * width + total)
+        total += rows * width
+    return torch.cat(ends)
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, total: int | None, like: Tensor) -> None:
+    """Shape and dtype always; the values at once on a CPU, on a GPU only with FINEALIGN_DEBUG=1 (it is a host sync)."""
+    check_tensor("cu_seqlens", cu_seqlens, dtypes=(torch.int32, torch.int64), like=like)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        fail("cu_seqlens", "have shape (S + 1,)", tuple(cu_seqlens.shape))
+    if torch.compiler.is_compiling() or (cu_seqlens.device.type != "cpu" and os.environ.get("FINEALIGN_DEBUG") != "1"):
+        return
+    ends = cu_seqlens.cpu().numpy()  # a tenth of what as many torch calls take
+    if ends[0] != 0:
+        fail("cu_seqlens", "start at 0", f"cu_seqlens[0] = {ends[0]}")
+    falls = ends[1:] < ends[:-1]
+    if falls.any():
+        s = int(falls.argmax()) + 1
+        fail("cu_seqlens", "not decrease", f"cu_seqlens[{s}] = {ends[s]} after {ends[s - 1]}")
+    if total is not None and ends[-1] != total:
+        fail("cu_seqlens", f"end at the number of tokens {total}", f"cu_seqlens[{len(ends) - 1}] = {ends[-1]}")
+
+
+def _parts(name: str, x: TokenTensor) -> tuple[Tensor, ...]:
+    parts = tuple(x) if isinstance(x, (tuple, list)) else (x,)
+    if len(parts) > 2 or not parts:
+        fail(name, "be a tensor or a pair of them", f"{len(parts)} of them", TypeError)
+    return parts
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,0 +1,171 @@
+// Segment sums, means and last tokens on a GPU, and their transposes. csrc/launch.h fixes the order of a sum.
+//
+// A block takes `each` consecutive segments: first each of its warps takes those of one chunk for itself, then all warps
+// take the longer ones together, a chunk each. The additions are those of launch.h either way, so the result does not
+// depend on `each`. No atomics, nothing shared between blocks.
+#pragma once
+#include <cstdint>
+
+#include "launch.h"
+#include "numbers.cuh"
+
+namespace finealign {
+
+constexpr int kWarps = 8;
+constexpr int kThreads = kWarps * kLanes;
+constexpr unsigned kAllLanes = 0xffffffffu;
+static_assert(kLanes == 32, "a lane of the sum is a lane of a warp");
+
+// What is known of a stretch of tokens.
+struct Tally {
+  double sum;
+  int64_t kept;  // tokens that the mask keeps
+  int64_t last;  // index of the last of them, -1 if none
+};
+
+// Bounds of segment s. Where they are invalid (cu_seqlens does not start at 0, decreases, does not end at total) valid is
+// false and [start, stop) is the part of the batch that the segment has to fill with NaN; it is never outside the batch.
+struct Bounds {
+  int64_t start, stop;
+  bool valid;
+};
+
+__device__ __forceinline__ int64_t clamp(int64_t x, int64_t low, int64_t high) {
+  return x < low ? low : x > high ? high : x;
+}
+
+__device__ __forceinline__ Bounds bounds(const Segments& segments, int64_t s) {
+  const int64_t start = segments.start(s), stop = segments.start(s + 1);
+  const bool first = s == 0, last = s == segments.count - 1;
+  if (start >= 0 && start <= stop && stop <= segments.total && (!first || start == 0) && (!last || stop == segments.total))
+    return {start, stop, true};
+  const int64_t from = first ? 0 : clamp(start, 0, segments.total);
+  return {from, last ? segments.total : clamp(stop, from, segments.total), false};
+}
+
+// One warp: all lanes return the tally of the first chunk of [start, stop). x may be null where no sum is wanted.
+template <typename T>
+__device__ __forceinline__ Tally chunk_tally(const Segments& segments, const T* x, int64_t start, int64_t stop) {
+  double sum = 0;
+  int kept = 0, last = -1;  // last counts from start
+  const int n = static_cast<int>(stop - start < kChunk ? stop - start : kChunk);
+  const uint8_t* mask = segments.mask == nullptr ? nullptr : segments.mask + start;
+  x = x == nullptr ? nullptr : x + start;
+#pragma unroll 4
+  for (int i = threadIdx.x % kLanes; i < n; i += kLanes) {
+    if (mask != nullptr && mask[i] == 0) continue;  // select, do not multiply: a masked token may hold NaN
+    if (x != nullptr) sum += load(x[i]);
+    ++kept;
+    last = i;
+  }
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    sum += __shfl_xor_sync(kAllLanes, sum, half);
+    kept += __shfl_xor_sync(kAllLanes, kept, half);
+    const int other = __shfl_xor_sync(kAllLanes, last, half);
+    last = last > other ? last : other;
+  }
+  return {sum, kept, last < 0 ? -1 : start + last};
+}
+
+// Adds the chunk that comes after all of a tally.
+__device__ __forceinline__ void append(Tally& tally, const Tally& chunk) {
+  tally.sum += chunk.sum;
+  tally.kept += chunk.kept;
+  if (chunk.last >= 0) tally.last = chunk.last;
+}
+
+// The tally of tokens that are all kept, without the sum: nothing has to be read.
+__device__ __forceinline__ Tally all_kept(Bounds b) { return {0, b.stop - b.start, b.stop > b.start ? b.stop - 1 : -1}; }
+
+// One block: all threads return the tally of a segment.
+template <typename T>
+__device__ __forceinline__ Tally block_tally(const Segments& segments, const T* x, int64_t start, int64_t stop) {
+  __shared__ Tally chunks[kWarps];
+  const int warp = threadIdx.x / kLanes;
+  Tally tally{0, 0, -1};
+  for (int64_t i = start; i < stop; i += kWarps * kChunk) {
+    const int64_t mine = i + warp * kChunk;
+    const Tally chunk = mine < stop ? chunk_tally(segments, x, mine, stop) : Tally{0, 0, -1};
+    if (threadIdx.x % kLanes == 0) chunks[warp] = chunk;
+    __syncthreads();
+#pragma unroll 1  // the eight at once would take 48 registers
+    for (int w = 0; w < kWarps; ++w) append(tally, chunks[w]);
+    __syncthreads();  // before the next round writes chunks
+  }
+  return tally;
+}
+
+// For the segments of this block: by_warp(s, bounds) where one chunk holds all tokens, else by_block(s, bounds).
+template <typename ByWarp, typename ByBlock>
+__device__ __forceinline__ void for_segments(const Segments& segments, int each, ByWarp by_warp, ByBlock by_block) {
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * each;
+  const int64_t end = first + each < segments.count ? first + each : segments.count;
+  for (int64_t s = first + threadIdx.x / kLanes; s < end; s += kWarps) {
+    const Bounds b = bounds(segments, s);
+    if (b.stop - b.start <= kChunk) by_warp(s, b);
+  }
+  for (int64_t s = first; s < end; ++s) {
+    const Bounds b = bounds(segments, s);
+    if (b.stop - b.start > kChunk) by_block(s, b);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void finish_reduce(const SegmentReduce& op, int64_t s, bool valid, const Tally& tally) {
+  using A = typename Wide<T>::type;
+  A* out = static_cast<A*>(op.out) + s;
+  if (!valid) *out = static_cast<A>(NAN);
+  else if (op.over == Over::sum) *out = static_cast<A>(tally.sum);
+  else if (op.over == Over::mean) *out = static_cast<A>(tally.sum / (tally.kept > 0 ? tally.kept : 1));
+  else *out = tally.last >= 0 ? load(static_cast<const T*>(op.x)[tally.last]) : A(0);
+}
+
+// out[s] = sum, mean or last of x over the kept tokens of segment s; 0 where there is none.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 4) segment_reduce_kernel(SegmentReduce op, int each) {
+  const T* x = op.over == Over::last ? nullptr : static_cast<const T*>(op.x);
+  const bool reads = x != nullptr || op.segments.mask != nullptr;
+  for_segments(
+      op.segments, each,
+      [&](int64_t s, Bounds b) {
+        const Tally tally = reads && b.valid ? chunk_tally(op.segments, x, b.start, b.stop) : all_kept(b);
+        if (threadIdx.x % kLanes == 0) finish_reduce<T>(op, s, b.valid, tally);
+      },
+      [&](int64_t s, Bounds b) {
+        const Tally tally = reads && b.valid ? block_tally(op.segments, x, b.start, b.stop) : all_kept(b);
+        if (threadIdx.x == 0) finish_reduce<T>(op, s, b.valid, tally);
+      });
+}
+
+// Thread `thread` of `threads` writes its tokens of segment s.
+template <typename T>
+__device__ __forceinline__ void fill(const SegmentSpread& op, int64_t s, Bounds b, const Tally& tally, int thread,
+                                     int threads) {
+  using A = typename Wide<T>::type;
+  T* out = static_cast<T*>(op.out);
+  A value = static_cast<const A*>(op.v)[s];
+  if (op.over == Over::mean) value = static_cast<A>(static_cast<double>(value) / (tally.kept > 0 ? tally.kept : 1));
+  for (int64_t i = b.start + thread; i < b.stop; i += threads) {
+    const bool takes = op.over == Over::last ? i == tally.last : op.segments.keeps(i);
+    store(out + i, !b.valid ? static_cast<A>(NAN) : takes ? value : A(0));
+  }
+}
+
+// out[i] = v[s], v[s] / (tokens kept in s), or v[s] at the last kept token of s alone; 0 at masked tokens.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 4) segment_spread_kernel(SegmentSpread op, int each) {
+  const T* none = nullptr;
+  const bool reads = op.over != Over::sum && op.segments.mask != nullptr;
+  for_segments(
+      op.segments, each,
+      [&](int64_t s, Bounds b) {
+        const Tally tally = reads && b.valid ? chunk_tally(op.segments, none, b.start, b.stop) : all_kept(b);
+        fill<T>(op, s, b, tally, threadIdx.x % kLanes, kLanes);
+      },
+      [&](int64_t s, Bounds b) {
+        const Tally tally = reads && b.valid ? block_tally(op.segments, none, b.start, b.stop) : all_kept(b);
+        fill<T>(op, s, b, tally, threadIdx.x, kThreads);
+      });
+}
+
+}  // namespace finealign

@@ -1,0 +1,268 @@
+"""Device code of kernels/cuda: run on the CPU in several thread orders (tests/emu), compiled for every GPU named."""
+
+import ctypes
+import importlib.util
+import itertools
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from finealign_kernels.ops import _native
+
+ROOT = Path(__file__).resolve().parents[1]
+CUDA = ROOT / "kernels" / "cuda"
+CXX = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+NVCC = shutil.which("nvcc") or next(iter(map(str, Path("/usr/local").glob("cuda*/bin/nvcc"))), None)
+ARCHS = ("80", "90a", "100f", "120")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # DType in csrc/launch.h
+SUM, MEAN, LAST = OVER = (0, 1, 2)
+ORDERS = {"forward": 0, "backward": 1, "random": 2}
+PAD = 64  # elements of red zone on both sides of every buffer
+
+
+def cuda_headers() -> str | None:
+    """The folder of cuda_bf16.h: beside nvcc (which may be a wrapper: it says where it lives), or inside Triton."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    if NVCC:
+        said = subprocess.run([NVCC, "--dryrun", "-c", "none.cu"], capture_output=True, text=True)
+        homes += re.findall(r"TOP=(\S+)", said.stdout + said.stderr)
+    folders = [Path(home) / "include" for home in (*homes, "/usr/local/cuda")]
+    triton = importlib.util.find_spec("triton")
+    if triton and triton.origin:
+        folders.append(Path(triton.origin).parent / "backends/nvidia/include")
+    return next((str(folder) for folder in folders if (folder / "cuda_bf16.h").is_file()), None)
+
+
+HEADERS = cuda_headers()
+missing = (
+    ("no C++ compiler" if not CXX else None)
+    or ("no CUDA headers (cuda_bf16.h)" if not HEADERS else None)
+    or _native.reason  # the CPU kernels say what is right
+)
+on_host = pytest.mark.skipif(missing is not None, reason=str(missing))
+with_nvcc = pytest.mark.skipif(not NVCC, reason="no nvcc")
+
+
+FLAGS = ["-std=c++17", "-O0", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas", "-isystem", HEADERS]
+
+
+@pytest.fixture(scope="session")
+def shim(tmp_path_factory) -> Path:
+    """The shim as a precompiled header, which halves the time of every build after it."""
+    folder = tmp_path_factory.mktemp("shim")
+    header = ROOT / "tests/emu/cuda_host_shim.h"
+    subprocess.run([CXX, *FLAGS, "-w", "-x", "c++-header", header, "-o", folder / "cuda_host_shim.h.gch"], check=True)
+    return folder
+
+
+def build(folder: Path, shim: Path, device_code: Path = CUDA) -> ctypes.CDLL:
+    out, places = folder / "segments.so", (shim, device_code, CUDA, ROOT / "csrc", ROOT / "tests/emu")
+    include = [word for place in places for word in ("-I", place)]
+    subprocess.run([CXX, *FLAGS, *include, "-shared", ROOT / "tests/emu/segments.cpp", "-o", out], check=True)
+    return ctypes.CDLL(str(out))
+
+
+class Zoned:
+    """A tensor with a red zone on both sides."""
+
+    def __init__(self, values: torch.Tensor, pad: float):
+        self.whole = torch.full((values.numel() + 2 * PAD,), pad, dtype=values.dtype)
+        self.inner = self.whole[PAD:-PAD]
+        self.inner.copy_(values)
+        self.pad = self.whole[0].clone()
+
+    @property
+    def pointer(self) -> ctypes.c_void_p:
+        return ctypes.c_void_p(self.inner.data_ptr())
+
+    def zones_untouched(self) -> bool:
+        zones = torch.cat([self.whole[:PAD], self.whole[-PAD:]])
+        return torch.equal(zones, self.pad.expand_as(zones))
+
+
+class DeviceFailure(Exception):
+    """A deadlock or an illegal shuffle."""
+
+
+def run(lib, which, source, mask, cu_seqlens, total, over, dtype, each=1, order=0, pad=float("nan")):
+    """One launch on the host: reduce (total,) -> (S,) or spread (S,) -> (total,), every buffer between red zones."""
+    count, wide = cu_seqlens.shape[0] - 1, torch.float64 if dtype == torch.float64 else torch.float32
+    source, ends = Zoned(source, pad), Zoned(cu_seqlens, 1 << 20)
+    mask = None if mask is None else Zoned(mask.to(torch.uint8), 1)
+    shape, out_dtype = (count, wide) if which == "reduce" else (total, dtype)
+    out = Zoned(torch.full((shape,), -77.0, dtype=out_dtype), -99.0)
+    code = getattr(lib, f"emu_segment_{which}")(
+        source.pointer,
+        DTYPES[dtype],
+        mask and mask.pointer,
+        ends.pointer,
+        ctypes.c_bool(cu_seqlens.dtype == torch.int64),
+        ctypes.c_int64(count),
+        ctypes.c_int64(total),
+        over,
+        out.pointer,
+        each,
+        order,
+        ctypes.c_uint(7),
+    )
+    if code:
+        raise DeviceFailure
+    assert out.zones_untouched()
+    return out.inner
+
+
+def expected(which, source, mask, cu_seqlens, total, over, dtype):
+    """The bits of the native CPU kernels, which test_segments.py holds to float64."""
+    if which == "reduce":
+        return torch.ops.finealign.segment_reduce(source, mask, cu_seqlens, over)
+    return torch.ops.finealign.segment_spread(source, mask, cu_seqlens, over, total, dtype)
+
+
+# Lengths around a warp, a chunk (1024) and a round of a block's warps (8192); empty segments at both ends and inside.
+BATCHES = {
+    "none": [],
+    "empty": [0, 0],
+    "mixed": [0, 1, 31, 32, 33, 0, 257, 1023, 1024, 1025, 2049, 0, 5003, 2, 0],
+    "rounds": [8192, 8193, 7],
+    "long": [100_000],
+}
+
+
+def batch(lengths, dtype, masked, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    total = int(cu_seqlens[-1])
+    x = torch.randn(total, generator=generator, dtype=torch.float64).mul(3).to(dtype)
+    mask = None
+    if masked:
+        mask = torch.rand(total, generator=generator) < 0.7
+        mask[total - min(total, 2) :] = len(lengths) < 2  # in "mixed" a whole segment
+        x[~mask] = torch.nan
+    return x, mask, cu_seqlens, total
+
+
+def check(lib, name, dtype):
+    """Every launch equal to what is expected, whatever the thread order, the index type and the segments per block."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for masked, over in itertools.product((False, True), OVER):
+        x, mask, cu_seqlens, total = batch(BATCHES[name], dtype, masked)
+        v = torch.linspace(-3, 3, cu_seqlens.shape[0] - 1, dtype=wide)
+        for which, source in (("reduce", x), ("spread", v)):
+            exact = expected(which, source, mask, cu_seqlens, total, over, dtype)
+            for order in ORDERS.values():
+                ends, each = (cu_seqlens.int(), 11) if order == ORDERS["backward"] else (cu_seqlens, 1)
+                actual = run(lib, which, source, mask, ends, total, over, dtype, each, order)
+                assert torch.equal(actual, exact), (which, masked, over, order)
+
+
+@pytest.fixture(scope="session")
+def lib(tmp_path_factory, shim):
+    return build(tmp_path_factory.mktemp("emu"), shim)
+
+
+@on_host
+@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_segments_on_the_host(lib, name, dtype):
+    check(lib, name, dtype)
+
+
+def check_bad_cu_seqlens(lib):
+    for ends in ([1, 4, 8], [0, 4, 7], [-3, 4, 8], [0, 4, 60], [0, 6, 3, 8], [0, 60, 8]):
+        cu_seqlens = torch.tensor(ends)
+        count = len(ends) - 1
+        bad = torch.tensor([a < 0 or a > b or b > 8 for a, b in zip(ends, ends[1:], strict=False)])
+        bad[0] |= ends[0] != 0
+        bad[-1] |= ends[-1] != 8
+        for over in OVER:
+            y = run(lib, "reduce", torch.ones(8), None, cu_seqlens, 8, over, torch.float32, pad=5.0)
+            assert torch.equal(y.isnan(), bad)
+            x = run(lib, "spread", torch.ones(count), None, cu_seqlens, 8, over, torch.float32, pad=5.0)
+            assert not (x == -77).any() and x.isnan().any() == (bad.any() and ends != [0, 6, 3, 8])
+
+
+@on_host
+def test_bad_cu_seqlens_give_nan_and_touch_nothing_else(lib):
+    check_bad_cu_seqlens(lib)
+
+
+# Planted bugs: name -> the text that is replaced in segments.cuh, and by what. The checks above have to see each.
+BUGS = {
+    "no barrier before reading": ("    __syncthreads();\n#pragma", "#pragma"),
+    "no barrier before the next round": ("    __syncthreads();  // before the next round writes chunks\n", ""),
+    "barrier in a branch": ("__syncthreads();  // before", "if (mine < stop) __syncthreads();  // before"),
+    "shuffle of a part of the warp": (
+        "const Tally chunk = mine < stop",
+        "const Tally chunk = mine + threadIdx.x % kLanes < stop",
+    ),
+    "half the warp is not added": ("int half = kLanes / 2", "int half = kLanes / 4"),
+    "last token left out": ("i < n; i += kLanes", "i < n - 1; i += kLanes"),
+    "one token beyond the end": ("i < n; i += kLanes", "i <= n; i += kLanes"),
+    "empty segment not written": ("b.stop - b.start <= kChunk)", "b.stop > b.start && b.stop - b.start <= kChunk)"),
+    "segments beyond the last": (
+        "const int64_t end = first + each < segments.count ? first + each : segments.count;",
+        "const int64_t end = first + each;",
+    ),
+    "segment skipped": ("s += kWarps) {", "s += kWarps + 1) {"),
+    "summed in the dtype of x": ("sum += load(x[i]);", "sum = load(static_cast<T>(sum + load(x[i])));"),
+    "chunks added in float32": ("  double sum;\n", "  float sum;\n"),
+    "mask not looked at": ("mask[i] == 0) continue", "false) continue"),
+    "masked tokens counted": ("    ++kept;\n    last = i;", "    last = i;\n    kept = i / kLanes + 1;"),
+    "first instead of last": ("last > other ? last : other", "last < other ? last : other"),
+    "end instead of last kept": ("i == tally.last", "i == b.stop - 1"),
+    "mean over none": ("tally.kept > 0 ? tally.kept : 1));\n  else *out", "tally.kept));\n  else *out"),
+    "bounds not checked": ("stop <= segments.total && (!first", "(!first"),
+    "head not filled": ("first ? 0 : clamp(start", "clamp(start"),
+}
+
+
+@pytest.fixture(scope="session")
+def mutants(tmp_path_factory, shim):
+    source = (CUDA / "segments.cuh").read_text()
+
+    def make(name):
+        old, new = BUGS[name]
+        assert source.count(old) == 1, f"{name}: its text stands {source.count(old)} times in segments.cuh"
+        folder = tmp_path_factory.mktemp("mutant")
+        (folder / "segments.cuh").write_text(source.replace(old, new))
+        return build(folder, shim, folder)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(BUGS, pool.map(make, BUGS), strict=True))
+
+
+@on_host
+@pytest.mark.parametrize("name", BUGS)
+def test_planted_bug_is_found(mutants, name):
+    with pytest.raises((AssertionError, DeviceFailure)):
+        for sizes in ("empty", "mixed", "rounds"):
+            check(mutants[name], sizes, torch.bfloat16)
+        check_bad_cu_seqlens(mutants[name])
+
+
+@with_nvcc
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ids=lambda path: path.stem)
+def test_compiles_for_every_gpu_without_spills_or_atomics(source, tmp_path):
+    def compile_for(arch):
+        ptx, include = tmp_path / f"{arch}.ptx", ["-I", ROOT / "csrc", "-I", CUDA]
+        flags = ["-std=c++17", "-O3", *include]
+        subprocess.run([NVCC, *flags, f"-arch=compute_{arch}", "-ptx", source, "-o", ptx], check=True)
+        told = subprocess.run(
+            [NVCC, f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", ptx, "-o", tmp_path / f"{arch}.cubin"],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        return ptx.read_text(), told.stderr
+
+    with ThreadPoolExecutor(2) as pool:
+        for arch, (ptx, told) in zip(ARCHS, pool.map(compile_for, ARCHS), strict=True):
+            spills = [int(n) for n in re.findall(r"(\d+) bytes spill", told)]
+            assert spills and not any(spills), f"sm_{arch}: {told}"
+            assert not re.findall(r"\b(?:atom|red)\.\S+", ptx), f"sm_{arch}"

@@ -113,7 +113,9 @@ void row_tile_bwd(Tensor out, const std::optional<Tensor>& src, const std::optio
 
 // ---- segments ------------------------------------------------------------------------------------------------------
 
-Segments make_segments(const Tensor& cu_seqlens, const std::optional<Tensor>& mask, int64_t total) {
+Segments make_segments(const Tensor& cu_seqlens, const std::optional<Tensor>& mask, int64_t total, const Tensor& like) {
+  STD_TORCH_CHECK(cu_seqlens.device() == like.device() && (!mask || mask->device() == like.device()),
+                  "cu_seqlens and mask must be on the device of the tokens or segment values");
   const bool wide = cu_seqlens.scalar_type() == ScalarType::Long;
   STD_TORCH_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1 && cu_seqlens.is_contiguous() &&
                       (wide || cu_seqlens.scalar_type() == ScalarType::Int),
@@ -150,14 +152,14 @@ Over over_of(int64_t over) {
 SegmentReduce make_reduce(const Tensor& x, const std::optional<Tensor>& mask, const Tensor& cu_seqlens, int64_t over,
                           Tensor& out) {
   STD_TORCH_CHECK(x.dim() == 1 && x.is_contiguous(), "x must be (N,), contiguous");
-  const Segments segments = make_segments(cu_seqlens, mask, x.size(0));
+  const Segments segments = make_segments(cu_seqlens, mask, x.size(0), x);
   out = new_vector(segments.count, sum_type(x.scalar_type()), x);
   return {segments, over_of(over), x.const_data_ptr(), dtype_of(x, "x"), out.mutable_data_ptr()};
 }
 
 SegmentSpread make_spread(const Tensor& v, const std::optional<Tensor>& mask, const Tensor& cu_seqlens, int64_t over,
                           int64_t total, ScalarType dtype, Tensor& out) {
-  const Segments segments = make_segments(cu_seqlens, mask, total);
+  const Segments segments = make_segments(cu_seqlens, mask, total, v);
   STD_TORCH_CHECK(v.dim() == 1 && v.is_contiguous() && v.size(0) == segments.count, "v must be (S,), contiguous");
   STD_TORCH_CHECK(v.scalar_type() == sum_type(dtype), "v must be float32, or float64 for a float64 result");
   out = new_vector(total, dtype, v);

@@ -45,19 +45,19 @@ MUTANTS = [
     Mutant("any argmax", FORMULA, "top == target", "(first.amax(-1)) == target", LOGPROBS),
     Mutant("bad label gives a number", FORMULA, "torch.where(bad, torch.nan, x)", "x", LOGPROBS),
     # the chunked layer
-    Mutant("rows shifted by one in backward", CHUNKED, "at = target if index is None else target[index]\n        coef", "at = target.roll(1) if index is None else target[index]\n        coef", LOGPROBS),
+    Mutant("rows shifted by one in backward", CHUNKED, "at, coef = rows.take(target)", "at, coef = rows.take(target).roll(1)", LOGPROBS),
     Mutant("every block overwrites dW", CHUNKED, "accumulate=start > 0", "accumulate=False", LOGPROBS),
-    Mutant("every chunk overwrites dX", CHUNKED, "dx[start:stop], accumulate=True", "dx[start:stop], accumulate=False", LOGPROBS),
-    Mutant("dbias of the last block only", CHUNKED, "column_sums if start == 0 else db[c0:c1] + column_sums", "column_sums", LOGPROBS),
-    Mutant("dX summed in the input's dtype", CHUNKED, "dx = torch.zeros(n, hidden.shape[1], dtype=out_dtype", "dx = torch.zeros(n, hidden.shape[1], dtype=hidden.dtype", LOGPROBS),
+    Mutant("every chunk overwrites dX", CHUNKED, "self.dx[start:stop], accumulate=True", "self.dx[start:stop], accumulate=False", LOGPROBS),
+    Mutant("dbias of the last block only", CHUNKED, "self.db[self.span] += dz", "self.db[self.span] = dz", LOGPROBS),
+    Mutant("dX rounded to bfloat16", CHUNKED, "dx = dx.to(self.hidden.dtype)", "dx = dx.to(torch.bfloat16).to(self.hidden.dtype)", LOGPROBS),
     Mutant("mask lost in forward", CHUNKED, "index = None if on_device else rows_in(read)", "index = None", LOGPROBS),
     Mutant("masked rows not cleaned", CHUNKED, "block = torch.where(self.keep[start:stop, None], block, 0)", "pass", LOGPROBS),
     Mutant("dropped rows by logp's gradient alone", FORMULA, "(self.dlogp != 0) | (self.dlse != 0) | (self.dentropy != 0)", "self.dlogp != 0", LOGPROBS),
     Mutant("workspace one row too large", CHUNKED, "min(rows, workspace // (vocab * dtype.itemsize))", "min(rows, -(-workspace // (vocab * dtype.itemsize)))", LOGPROBS),
-    Mutant("E of another row", CHUNKED, "place = read.cumsum(0) - 1", "place = torch.arange(len(read))", LOGPROBS),
-    Mutant("maxima of the first tile", CHUNKED, "e_max[start:stop, t] if where is None else e_max[where, t]", "e_max[start:stop, 0] if where is None else e_max[where, 0]", LOGPROBS),
+    Mutant("E of another row", CHUNKED, "(read.cumsum(0) - 1)[index]", "index", LOGPROBS),
+    Mutant("maxima of the first tile", CHUNKED, "(chunk, e_max[place, t])", "(chunk, e_max[place, 0])", LOGPROBS),
     Mutant("near-uniform rows from bf16 E", CHUNKED, "tokens.log() - coef.entropy < 0.5", "tokens.log() - coef.entropy < -1", LOGPROBS),
-    Mutant("no active row leaves dW unwritten", CHUNKED, "slice_.zero_() if slice_ is not None else None", "None", LOGPROBS),
+    Mutant("no active row leaves dW unwritten", CHUNKED, "self.slice.zero_()", "pass", LOGPROBS),
     Mutant("dW for a frozen head", OP, "ctx.needs_input_grad[:3]", "(True, True, False)", LOGPROBS),
     Mutant("E kept under no_grad", OP, "keep = torch.is_grad_enabled() and any", "keep = any", LOGPROBS),
     Mutant("gradients of lse ignored", OP, "_coef(dlogp, dlse, dentropy, logp, entropy, m, l, label_slope)\n    needs", "_coef(dlogp, None, dentropy, logp, entropy, m, l, label_slope)\n    needs", LOGPROBS),
@@ -105,12 +105,18 @@ def sh(*command, **options):
 
 def install(target: Path) -> None:
     """A copy of the package with its extension, importable before the installed one."""
-    shutil.copytree(ROOT / "finealign_kernels", target / "finealign_kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "kernels/triton", target / "finealign_kernels/kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "finealign_kernels", target / "finealign_kernels", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    shutil.copytree(
+        ROOT / "kernels/triton", target / "finealign_kernels/kernels", ignore=shutil.ignore_patterns("__pycache__")
+    )
 
 
 def rebuild(sources: Path, target: Path) -> None:
-    built = sh(sys.executable, "setup.py", "build_ext", "--inplace", cwd=sources, env={**os.environ, "FINEALIGN_CUDA": "off"})
+    built = sh(
+        sys.executable, "setup.py", "build_ext", "--inplace", cwd=sources, env={**os.environ, "FINEALIGN_CUDA": "off"}
+    )
     if built.returncode:
         raise RuntimeError(built.stdout[-2000:] + built.stderr[-2000:])
     shutil.copy(sources / "finealign_kernels/_C.abi3.so", target / "finealign_kernels/_C.abi3.so")
@@ -157,7 +163,10 @@ def main() -> int:
             if mutant.path.startswith("csrc/"):
                 shutil.copy(pristine, site / "finealign_kernels/_C.abi3.so")
             alive += [] if found else [mutant]
-            print(f"{count:3}/{len(chosen)} {'caught  ' if found else 'SURVIVED'} {mutant.path}: {mutant.what}", flush=True)
+            print(
+                f"{count:3}/{len(chosen)} {'caught  ' if found else 'SURVIVED'} {mutant.path}: {mutant.what}",
+                flush=True,
+            )
     print(f"mutation score {len(chosen) - len(alive)}/{len(chosen)}")
     return 1 if alive else 0
 

@@ -12,7 +12,7 @@ pytest.importorskip("transformers", reason="the demo needs transformers")
 
 from finealign_kernels import demo, feedback  # noqa: E402
 from finealign_kernels.cli import main  # noqa: E402
-from finealign_kernels.demo import data, heads, models, training  # noqa: E402
+from finealign_kernels.demo import data, heads, models, told, training  # noqa: E402
 from finealign_kernels.ops import _rows_torch  # noqa: E402
 
 TINY = ["demo", "--model", "tiny", "--steps", "2", "--batch", "2", "--pairs", "3", "--threads", "1"]
@@ -125,6 +125,18 @@ def test_faults_weigh_more_in_the_rejected_answer_and_less_in_the_chosen(example
             assert weight == expected, (text[start:end], weight)
 
 
+def test_tokens_are_shown_without_loss(examples):
+    tokenizer = models.load_model(options(), examples).tokenizer
+    text = "A  naïve\n— 🙂 end"
+    example = feedback.Example(
+        "e", "Why?", (feedback.Response(text), feedback.Response("No.")), (feedback.Preference(0, 1),)
+    )
+    (pair,) = data.read_pairs(options(), tokenizer, [example])
+    shown = told._texts_of_tokens(tokenizer, pair.chosen)
+    assert len(shown) == len(pair.chosen.response_ids) and shown[-1] == "<eos>" and "·" in shown
+    assert "".join(shown[:-1]).replace("·", "") == text
+
+
 def test_nll_learns_from_the_chosen_answers_alone(examples):
     model, (batch, _) = prepared(options(loss="nll"), examples)
     assert [answer.response for answer in batch.answers] == [pair.chosen.response for pair in batch.pairs]
@@ -166,8 +178,8 @@ def test_a_difference_ends_the_demo_with_status_1(plant, figure, monkeypatch, ca
 
     monkeypatch.setattr(heads, "linear_logprobs", wrong)
     assert main([*TINY, "--report", str(tmp_path / "r.html")]) == 1
-    told = capsys.readouterr().err
-    assert f"step 1: the {figure} of the fused head differs" in told and "limit is 0.0001" in told
+    message = capsys.readouterr().err
+    assert f"step 1: the {figure} of the fused head differs" in message and "limit is 0.0001" in message
     assert not (tmp_path / "r.html").exists()
 
 
@@ -199,8 +211,8 @@ def test_bad_options(capsys, tmp_path):
 def test_an_unknown_loss_is_told_the_known_ones(capsys):
     with pytest.raises(SystemExit) as end:
         main([*TINY, "--loss", "dop"])
-    told = capsys.readouterr().err
-    assert end.value.code == 2 and all(name in told for name in ("dop", *demo.LOSSES))
+    message = capsys.readouterr().err
+    assert end.value.code == 2 and all(name in message for name in ("dop", *demo.LOSSES))
     with pytest.raises(demo.UsageError, match="--loss must be one of dpo, .*nll, got dop"):
         demo.run(options(loss="dop"))
 

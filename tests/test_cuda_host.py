@@ -61,10 +61,11 @@ def shim(tmp_path_factory) -> Path:
     return folder
 
 
-def build(folder: Path, shim: Path, device_code: Path = CUDA) -> ctypes.CDLL:
-    out, places = folder / "segments.so", (shim, device_code, CUDA, ROOT / "csrc", ROOT / "tests/emu")
+def build(name: str, folder: Path, shim: Path, device_code: Path = CUDA) -> ctypes.CDLL:
+    """tests/emu/NAME.cpp with the .cuh files of device_code before those of kernels/cuda."""
+    out, places = folder / f"{name}.so", (shim, device_code, CUDA, ROOT / "csrc", ROOT / "tests/emu")
     include = [word for place in places for word in ("-I", place)]
-    subprocess.run([CXX, *FLAGS, *include, "-shared", ROOT / "tests/emu/segments.cpp", "-o", out], check=True)
+    subprocess.run([CXX, *FLAGS, *include, "-shared", ROOT / f"tests/emu/{name}.cpp", "-o", out], check=True)
     return ctypes.CDLL(str(out))
 
 
@@ -163,7 +164,7 @@ def check(lib, name, dtype):
 
 @pytest.fixture(scope="session")
 def lib(tmp_path_factory, shim):
-    return build(tmp_path_factory.mktemp("emu"), shim)
+    return build("segments", tmp_path_factory.mktemp("emu"), shim)
 
 
 @on_host
@@ -231,7 +232,7 @@ def mutants(tmp_path_factory, shim):
         assert source.count(old) == 1, f"{name}: its text stands {source.count(old)} times in segments.cuh"
         folder = tmp_path_factory.mktemp("mutant")
         (folder / "segments.cuh").write_text(source.replace(old, new))
-        return build(folder, shim, folder)
+        return build("segments", folder, shim, folder)
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(BUGS, pool.map(make, BUGS), strict=True))

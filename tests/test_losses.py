@@ -134,7 +134,9 @@ def test_gradcheck(name, average):
     ref = ref if PREFERENCE[name].reference else None
 
     def call(logp):
-        return fk.preference_loss(name, logp, ref, mask=mask, token_weight=weight, average=average, reduction="none").loss
+        return fk.preference_loss(
+            name, logp, ref, mask=mask, token_weight=weight, average=average, reduction="none"
+        ).loss
 
     assert torch.autograd.gradcheck(call, logp.requires_grad_())
 
@@ -164,7 +166,12 @@ def test_padding_packing_and_layout_change_nothing(name, average):
     # chosen and rejected of different width
     narrow = [(t[:3], t[3:, :5]) for t in (logp, ref, mask, weight)]
     two = fk.preference_loss(
-        name, narrow[0], narrow[1] if PREFERENCE[name].reference else None, mask=narrow[2], token_weight=narrow[3], **options
+        name,
+        narrow[0],
+        narrow[1] if PREFERENCE[name].reference else None,
+        mask=narrow[2],
+        token_weight=narrow[3],
+        **options,
     )
     assert_close(two.losses, out.losses, rtol=1e-13, atol=1e-14)
     # any order of the pairs
@@ -274,7 +281,9 @@ def test_wrappers():
     assert torch.equal(fk.ipo(logp, ref, mask=mask).loss, fk.preference_loss("ipo", logp, ref, mask=mask).loss)
     z = fk.ipo(logp, ref, mask=mask, scaling="z").loss
     assert_close(z, fk.ipo(logp, ref, mask=mask).loss * 0.1**2)  # two scalings, beta² apart
-    assert torch.equal(fk.simpo(logp, mask=mask, gamma=0.5).loss, fk.preference_loss("simpo", logp, mask=mask, shift=0.5).loss)
+    assert torch.equal(
+        fk.simpo(logp, mask=mask, gamma=0.5).loss, fk.preference_loss("simpo", logp, mask=mask, shift=0.5).loss
+    )
 
 
 def test_half_precision_log_probs():
@@ -313,8 +322,16 @@ REFUSALS = {
     "reduction": (lambda: fk.dpo(L, L, reduction="avg"), ValueError, "reduction must be .* got 'avg'"),
     "denominator": (lambda: fk.dpo(L, L, denominator=0), ValueError, "denominator must be .* got 0"),
     "denominator none": (lambda: fk.dpo(L, L, reduction="none", denominator=3), ValueError, "denominator must be None"),
-    "int weights": (lambda: fk.dpo(L, L, token_weight=torch.ones(2, 3).long()), TypeError, "token_weight must have dtype"),
-    "weight shape": (lambda: fk.dpo(L, L, token_weight=torch.ones(2, 4)), ValueError, r"token_weight .* \(2, 3\), got \(2, 4\)"),
+    "int weights": (
+        lambda: fk.dpo(L, L, token_weight=torch.ones(2, 3).long()),
+        TypeError,
+        "token_weight must have dtype",
+    ),
+    "weight shape": (
+        lambda: fk.dpo(L, L, token_weight=torch.ones(2, 4)),
+        ValueError,
+        r"token_weight .* \(2, 3\), got \(2, 4\)",
+    ),
     "ref shape": (lambda: fk.dpo(L, torch.zeros(2, 4)), ValueError, r"ref_logp must have shape \(2, 3\), got \(2, 4\)"),
     "mask": (lambda: fk.dpo(L, L, mask=torch.ones(2, 3)), TypeError, "mask must have dtype bool"),
     "int logp": (lambda: fk.dpo(L.long(), L), TypeError, "logp must have dtype"),

@@ -13,11 +13,22 @@ BETWEEN = re.compile(r"(?<=<!-- losses -->\n).*?(?=<!-- /losses -->)", re.S)
 
 
 def losses_table() -> str:
-    lines = ["| name | loss of a pair | average | beta | shift | source | derived here |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| name | loss of a pair | average | beta | shift | source | derived here |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, row in PREFERENCE.items():
         reference = "" if row.reference else ", no reference"
         average = "sum" if row.average is False else f'"{row.average}"'
-        cells = (f"`{name}`", f"{row.equation}{reference}", average, f"{row.beta:g}", f"{row.shift:g}", row.source, row.derived)
+        cells = (
+            f"`{name}`",
+            f"{row.equation}{reference}",
+            average,
+            f"{row.beta:g}",
+            f"{row.shift:g}",
+            row.source,
+            row.derived,
+        )
         lines.append(f"| {' | '.join(cells)} |")
     words = "Here Δ = h_chosen - h_rejected, h = Σ_t w_t (logp_t - ref_logp_t) and m = beta Δ - shift. Every row takes every average.\n\n"
     return words + "\n".join(lines) + "\n"

@@ -9,6 +9,7 @@ from finealign_kernels import report
 from finealign_kernels.report import Bars, Chart, Example, Response, Series, Shade, Token
 from finealign_kernels.report.charts import _linear_axis, _log_axis
 from finealign_kernels.report.markup import Html, tag
+from finealign_kernels.report.style import STYLE
 
 HOSTILE = """<script>alert("1")</script>&'</style>"""
 
@@ -165,6 +166,29 @@ def test_tokens_tell_their_numbers_and_spans():
     assert "repetition" in second[2]
     assert [classes for classes, *_ in (first, second, third)] == ["t a k k0", "t a k k1", "t a"]
     assert 'class="t k k0">factual' in page and 'class="t k k1">repetition' in page  # the legend
+
+
+def luminance(rgb):
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (value / 255 for value in rgb)]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("mode", [0, 1], ids=["light", "dark"])
+def test_ink_is_legible_on_the_strongest_shade(mode):
+    block = re.findall(r":root \{(.*?)\}", STYLE, re.S)[mode]
+    colour = {
+        name: [int(code[i : i + 2], 16) for i in (0, 2, 4)] for name, code in re.findall(r"--(\w+): #(\w{6})", block)
+    }
+    shades = {name: list(map(int, triple.split())) for name, triple in re.findall(r"--(\w+): (\d+ \d+ \d+)", block)}
+    opacity = float(re.search(r"--shade: ([\d.]+)", block)[1])
+    mixed = {
+        n: [opacity * a + (1 - opacity) * b for a, b in zip(rgb, colour["card"], strict=True)]
+        for n, rgb in shades.items()
+    }
+    assert mixed.keys() == {"down", "up", "amount"}
+    for ink, ground in [("ink", rgb) for rgb in mixed.values()] + [("soft", colour["paper"]), ("soft", colour["card"])]:
+        low, high = sorted([luminance(colour[ink]), luminance(ground)])
+        assert (high + 0.05) / (low + 0.05) >= 4.5
 
 
 def test_write_is_utf8(tmp_path):

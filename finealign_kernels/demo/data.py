@@ -63,7 +63,7 @@ def _pair(options, tokenizer, example, preference):
     chosen, rejected = (example.responses[i] for i in (preference.chosen, preference.rejected))
     prompt = _prompt(tokenizer, example.prompt)
     return Pair(
-        name=f"{example.id}, {preference.chosen + 1} over {preference.rejected + 1}",
+        name=f"{example.id}, answer {preference.chosen + 1} over {preference.rejected + 1}",
         prompt=example.prompt,
         chosen=_answer(options, tokenizer, prompt, chosen, fault=1 / options.span_weight),
         rejected=_answer(options, tokenizer, prompt, rejected, fault=options.span_weight),

@@ -2,10 +2,10 @@
 
 z = softcap(scale * (x + bias)) / temperature,  softcap(u) = c tanh(u / c),  -inf stays -inf (a banned token)
 
-    lse = log Σ e^z      logp = z_label - lse      H = lse - Σ p z      log Σ p²      mean of z      label is the first argmax
+    lse = log Σ e^z    logp = z_label - lse    H = lse - Σ p z    log Σ p²    mean of z    label is the first argmax
 
-The state of a row is (m, R, T, Q) with the maximum apart: R = Σ e^(z-m), T = Σ (z-m) e^(z-m) and Q = Σ e^(2(z-m)) over all
-tokens but the first that attains m. Then lse = m + log1p(R), and 1 - p of a confident token keeps its digits.
+The state of a row is (m, R, T, Q) with the maximum apart: R = Σ e^(z-m), T = Σ (z-m) e^(z-m) and Q = Σ e^(2(z-m)) over
+all tokens but the first that attains m. Then lse = m + log1p(R), and 1 - p of a confident token keeps its digits.
 """
 
 from typing import NamedTuple
@@ -60,7 +60,7 @@ def slope(x: Tensor, bias: Tensor | None, head: Head) -> Tensor:
 
 
 def reference(x: Tensor, bias: Tensor | None, target: Tensor, head: Head) -> Rows:
-    """The definition, differentiable by autograd to any order. x (N, V) raw products; target (N,) labels, SKIP or BAD."""
+    """The definition, differentiable to any order. x (N, V) raw products; target (N,) label, SKIP or BAD."""
     read = (target != SKIP)[:, None]
     z = logits(torch.where(read, x, 0), bias, head)
     z = torch.where(z == -torch.inf, z.detach(), z)  # a banned token has no gradient, as a label neither
@@ -92,7 +92,7 @@ def first_argmax(z: Tensor) -> Tensor:
 
 
 def tile_state(z: Tensor, col0: int, want: int) -> tuple[Tensor, Tensor, Tensor]:
-    """State of one tile of logits z (n, C): part (n, PARTS), column of the first maximum (n,), e = exp(z - m) (n, C)."""
+    """State of a tile of logits z (n, C): part (n, PARTS), column of the first maximum (n,), e = exp(z - m) (n, C)."""
     m = z.amax(-1)
     finite = torch.where(m.isinf(), 0, m)[:, None]
     index = first_argmax(z).clamp(max=z.shape[-1] - 1)
@@ -115,7 +115,7 @@ def tile_state(z: Tensor, col0: int, want: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def combine(part: Tensor, first: Tensor, label: Tensor, target: Tensor, want: int) -> Rows:
-    """Tiles' states (N, tiles, PARTS), first maxima (N, tiles), logit and slope of the label (N, 2) to a row's statistics.
+    """Tiles' states (N, tiles, PARTS), first maxima (N, tiles), the label's logit and slope (N, 2) to rows' statistics.
 
     With the owner the first tile that holds the maximum and d = m_t - m of another tile:
     R = R_owner + Σ (1 + R_t) e^d,   T = T_owner + Σ (T_t + d (1 + R_t)) e^d,   Q = Q_owner + Σ (1 + Q_t) e^(2d).
@@ -155,7 +155,7 @@ def settle(rows: Rows, target: Tensor) -> Rows:
 
 
 class Coef(NamedTuple):
-    """What the gradient of a row is made of, (n,) each: the upstream gradients of logp, lse and H, and the row's state."""
+    """What the gradient of a row is made of, (n,) each: upstream gradients of logp, lse and H, and the row's state."""
 
     dlogp: Tensor
     dlse: Tensor

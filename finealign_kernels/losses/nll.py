@@ -31,7 +31,7 @@ def nll_loss(
 
     logp          (B, T) with mask, or flat (N,) with cu_seqlens; nats
     mask          as logp, bool: is the token read;  token_weight  as logp, float: how much it counts; default 1
-    reduction     "token"  one mean over the batch's tokens: Σ w (-logp) / Σ w, or with average "all" / number of mask tokens
+    reduction     "token"  one mean over the batch's tokens: Σ w (-logp) / Σ w; average "all": / number of mask tokens
                   "mean"   over sequences, each with its own average;  "sum", "none"
     average       inside a sequence: False (sum), "kept" (by Σ token_weight), "all" (by its mask tokens)
     denominator   a number or tensor to divide the sum by instead (a global token count, say)

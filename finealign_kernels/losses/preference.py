@@ -207,7 +207,7 @@ def ipo(logp, ref_logp, *, scaling: str = "delta", **options) -> PreferenceLoss:
 
 
 def simpo(logp, *, gamma: float = 1.0, **options) -> PreferenceLoss:
-    """-log σ(beta (mean logp_chosen - mean logp_rejected) - gamma), arXiv:2405.14734 eq. 6. Arguments: preference_loss."""
+    """-log σ(beta (mean logp_chosen - mean logp_rejected) - gamma), arXiv:2405.14734 eq. 6. See preference_loss."""
     return preference_loss("simpo", logp, shift=gamma, **options)
 
 

@@ -71,11 +71,11 @@ def targets(labels: Tensor, mask: Tensor | None, ignore_index: int, vocab: int, 
     if mask is not None:
         read = read & mask.reshape(-1)
     wrong = read & ((flat < 0) | (flat >= vocab))
-    if os.environ.get("FINEALIGN_DEBUG") == "1" or (labels.device.type == "cpu" and not defer):
-        if not torch.compiler.is_compiling() and bool(wrong.any()):
-            n = int(wrong.nonzero()[0])
-            at = ", ".join(str(int(i)) for i in torch.unravel_index(torch.tensor(n), labels.shape))
-            raise IndexError(f"labels[{at}] = {int(flat[n])} is outside [0, {vocab})")
+    at_once = os.environ.get("FINEALIGN_DEBUG") == "1" or (labels.device.type == "cpu" and not defer)
+    if at_once and not torch.compiler.is_compiling() and bool(wrong.any()):
+        n = int(wrong.nonzero()[0])
+        at = ", ".join(str(int(i)) for i in torch.unravel_index(torch.tensor(n), labels.shape))
+        raise IndexError(f"labels[{at}] = {int(flat[n])} is outside [0, {vocab})")
     return torch.where(read, torch.where(wrong, BAD, flat), SKIP)
 
 
@@ -89,7 +89,7 @@ def note_errors(target: Tensor, vocab: int) -> None:
 
 
 def check_errors() -> None:
-    """Raises IndexError if a label was out of range since the last call, on any device. Reads the devices: a host sync."""
+    """Raises IndexError if a label was out of range since the last call, on any device. It is a host sync."""
     for device, word in _words.items():
         count, vocab = word.tolist()
         if count:

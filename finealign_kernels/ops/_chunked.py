@@ -115,13 +115,10 @@ def fwd(hidden, weight, bias, target, head, want, workspace, on_device, rows_nam
         wt, b = w[c0, c1].t(), None if bias is None else bias[c0:c1]
         for start, stop in spans(n, tile.rows, kept):
             here = e_slice(e, kept, c0, c1)[start:stop] if stop <= kept else None
-            z = (
-                here
-                if here is not None and direct
-                else buffer[: (stop - start) * (c1 - c0)].view(stop - start, c1 - c0)
-            )
+            in_place = direct and here is not None
+            z = here if in_place else buffer[: (stop - start) * (c1 - c0)].view(stop - start, c1 - c0)
             product(x[start, stop], wt, z)
-            side = dict(e=None if direct else here, in_place=direct and here is not None)
+            side = dict(e=None if direct else here, in_place=in_place)
             state = part[start:stop, t], first[start:stop, t], label[start:stop]
             rows_of.tile_fwd(z, b, at[start:stop], c0, head, want, *state, **side)
     found = formula.combine(part, first, label, at, want)
@@ -131,71 +128,98 @@ def fwd(hidden, weight, bias, target, head, want, workspace, on_device, rows_nam
 
 
 def bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, on_device, rows_name):
-    """dhidden, dweight, dbias (None where not needed). coef: formulas.Coef, (N,) each in float32 (float64); curved: there is
-    an upstream gradient of the entropy."""
+    """dhidden, dweight, dbias, None where not needed.
+
+    coef: formulas.Coef, (N,) each in float32 (float64); curved: there is an upstream gradient of the entropy.
+    """
     rows_of, tile = _choose.rows(rows_name), tile_of(hidden.device.type)
-    vocab, kept = weight.shape[0], e_max.shape[0]
-    dtype, out_dtype = compute_dtype(hidden), wide(hidden.dtype)
+    vocab, stored, dtype, out_dtype = weight.shape[0], e_max.shape[0], compute_dtype(hidden), wide(hidden.dtype)
     read = target != formula.SKIP
     active = read & coef.active()
     recompute = near_uniform(coef, bias, vocab) if curved and e.dtype != out_dtype else None
-    if on_device:
-        index = position = None
-        kept = kept if recompute is None else 0  # which rows those are is not known here
-        x = Operand(hidden, dtype, None, active)
-        n, at, coef = hidden.shape[0], target, torch.stack(coef)
+    if on_device:  # every row; which of them must be recomputed is not known here
+        rows = Active(None, None, hidden.shape[0], stored if recompute is None else 0)
     else:
-        index, position, kept = order(active, read, kept, recompute)
-        x = Operand(hidden, dtype, index)
-        n = hidden.shape[0] if index is None else index.shape[0]
-        at = target if index is None else target[index]
-        coef = torch.stack(coef if index is None else [c[index] for c in coef])
-    w = Operand(weight, dtype)
-    need_x, need_w, need_b = needs
-    dx = torch.zeros(n, hidden.shape[1], dtype=out_dtype, device=hidden.device) if need_x else None
-    dw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if need_w else None
-    db = torch.empty(vocab, dtype=out_dtype, device=weight.device) if need_b else None
-    columns = min(vocab, tile.columns)
-    z_buffer = torch.empty(min(n, tile.rows) * columns, dtype=out_dtype, device=hidden.device)
+        rows = active_rows(active, read, stored, recompute)
+    x, w = Operand(hidden, dtype, rows.index, active if on_device else None), Operand(weight, dtype)
+    at, coef = rows.take(target), torch.stack([rows.take(c) for c in coef])
+
+    blocks, columns = spans(rows.count, tile.rows, rows.stored), min(vocab, tile.columns)
+    z_buffer = torch.empty(min(rows.count, tile.rows) * columns, dtype=out_dtype, device=hidden.device)
     dz_buffer = z_buffer if dtype == out_dtype else torch.empty_like(z_buffer, dtype=dtype)
-    sums = (
-        torch.empty(columns, weight.shape[1], dtype=out_dtype, device=weight.device)
-        if need_w and dw.dtype != out_dtype
-        else None
-    )
-    blocks = spans(n, tile.rows, kept)
+    grads = Gradients(needs, rows.count, hidden, weight, out_dtype, columns)
     for t, (c0, c1) in enumerate(spans(vocab, tile.columns)):
         wc, b = w[c0, c1], None if bias is None else bias[c0:c1]
-        dwc = None if not need_w else dw[c0:c1] if sums is None else sums[: c1 - c0]
-        if not blocks:
-            for slice_ in (dwc, db[c0:c1] if need_b else None):
-                slice_.zero_() if slice_ is not None else None
+        chunk = e_slice(e, stored, c0, c1)
+        grads.open(c0, c1, empty=not blocks)
         for start, stop in blocks:
-            size = (stop - start) * (c1 - c0)
-            dz = dz_buffer[:size].view(stop - start, c1 - c0)
-            rows = at[start:stop], coef[:, start:stop].contiguous()
-            if stop <= kept:
-                where = None if position is None else position[start:stop]
-                chunk = e_slice(e, e_max.shape[0], c0, c1)
-                top = e_max[start:stop, t] if where is None else e_max[where, t]
-                src = chunk[start:stop] if where is None else chunk
-                rows_of.tile_bwd(dz, src, where, top.contiguous(), b, *rows, c0, head)
+            shape = (stop - start, c1 - c0)
+            dz = dz_buffer[: shape[0] * shape[1]].view(shape)
+            block = at[start:stop], coef[:, start:stop].contiguous()
+            if stop <= rows.stored:
+                place = None if rows.place is None else rows.place[start:stop]
+                src, top = (chunk[start:stop], e_max[start:stop, t]) if place is None else (chunk, e_max[place, t])
+                rows_of.tile_bwd(dz, src, place, top.contiguous(), b, *block, c0, head)
             else:
-                z = z_buffer[:size].view(stop - start, c1 - c0)
+                z = z_buffer[: shape[0] * shape[1]].view(shape)
                 product(x[start, stop], wc.t(), z)
-                rows_of.tile_bwd(dz, None if z_buffer is dz_buffer else z, None, None, b, *rows, c0, head)
-            if need_x:
-                product(dz, wc, dx[start:stop], accumulate=True)
-            if need_w:
-                product(dz.t(), x[start, stop], dwc, accumulate=start > 0)
-            if need_b:
-                column_sums = dz.sum(0, dtype=out_dtype)
-                db[c0:c1] = column_sums if start == 0 else db[c0:c1] + column_sums
-        if sums is not None:
-            dw[c0:c1] = dwc
-    if need_x and index is not None:
-        dx = torch.zeros_like(hidden, dtype=dx.dtype).index_copy_(0, index, dx)
-    return dx.to(hidden.dtype) if need_x else None, dw, db
+                rows_of.tile_bwd(dz, None if dz_buffer is z_buffer else z, None, None, b, *block, c0, head)
+            grads.add(dz, x[start, stop], wc, start, stop)
+        grads.close()
+    return grads.result(rows.index)
+
+
+class Gradients:
+    """Sums of the gradients in float32 (float64): dX over chunks, a chunk's slice of dW and dbias over blocks."""
+
+    def __init__(self, needs, rows: int, hidden: Tensor, weight: Tensor, dtype: torch.dtype, columns: int):
+        need_x, need_w, need_b = needs
+        self.hidden = hidden
+        self.dx = hidden.new_zeros(rows, hidden.shape[1], dtype=dtype) if need_x else None
+        self.dw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if need_w else None
+        self.db = weight.new_zeros(weight.shape[0], dtype=dtype) if need_b else None
+        narrow = need_w and weight.dtype != dtype
+        self.sums = weight.new_empty(columns, weight.shape[1], dtype=dtype) if narrow else None
+
+    def open(self, c0: int, c1: int, empty: bool) -> None:
+        """A chunk begins; with no row at all its slice of dW is 0."""
+        self.span = slice(c0, c1)
+        if self.dw is not None:
+            self.slice = self.dw[self.span] if self.sums is None else self.sums[: c1 - c0]
+            if empty:
+                self.slice.zero_()
+
+    def add(self, dz: Tensor, x: Tensor, w: Tensor, start: int, stop: int) -> None:
+        if self.dx is not None:
+            product(dz, w, self.dx[start:stop], accumulate=True)
+        if self.dw is not None:
+            product(dz.t(), x, self.slice, accumulate=start > 0)
+        if self.db is not None:
+            self.db[self.span] += dz.sum(0, dtype=self.db.dtype)
+
+    def close(self) -> None:
+        """The chunk's slice of dW is complete: rounded once, if at all."""
+        if self.sums is not None:
+            self.dw[self.span] = self.slice
+
+    def result(self, index: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        dx = self.dx
+        if dx is not None:
+            dx = dx if index is None else dx.new_zeros(self.hidden.shape).index_copy_(0, index, dx)
+            dx = dx.to(self.hidden.dtype)
+        return dx, self.dw, self.db
+
+
+class Active(NamedTuple):
+    """Rows that have a gradient: those that use their E first."""
+
+    index: Tensor | None  # (count,) of all rows; None: all of them, in their order
+    place: Tensor | None  # (stored,) their rows in E; None: 0, 1, ...
+    count: int
+    stored: int
+
+    def take(self, x: Tensor) -> Tensor:
+        return x if self.index is None else x[self.index]
 
 
 def rows_in(flags: Tensor) -> Tensor | None:
@@ -204,24 +228,22 @@ def rows_in(flags: Tensor) -> Tensor | None:
     return None if index.shape[0] == flags.shape[0] else index
 
 
-def order(
-    active: Tensor, read: Tensor, kept: int, recompute: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, int]:
-    """Rows with a gradient, those that use their E first: row indices, their places in E, and how many those are."""
-    place = read.cumsum(0) - 1  # E holds the rows that were read
+def active_rows(active: Tensor, read: Tensor, stored: int, recompute: Tensor | None) -> Active:
+    """The active rows of a call that read `read` and kept E of its first `stored`, without those to recompute."""
     index = active.nonzero()[:, 0]
-    stored = place[index] < kept
+    place = (read.cumsum(0) - 1)[index]  # E has the rows that were read
+    from_e = place < stored
     if recompute is not None:
-        stored &= ~recompute[index]
-    if index.shape[0] == active.shape[0] and bool(stored[:kept].all()):
-        return None, None, min(kept, index.shape[0])
-    index = torch.cat([index[stored], index[~stored]])
-    count = int(stored.sum())
-    return index, place[index[:count]], count
+        from_e &= ~recompute[index]
+    if index.shape[0] == active.shape[0] and bool(from_e[:stored].all()):
+        return Active(None, None, index.shape[0], min(stored, index.shape[0]))
+    count = int(from_e.sum())
+    order = torch.cat([from_e.nonzero()[:, 0], (~from_e).nonzero()[:, 0]])
+    return Active(index[order], place[order[:count]], index.shape[0], count)
 
 
-def near_uniform(coef: formula.Coef, bias: Tensor | None, vocab: int) -> Tensor | None:
-    """Rows whose entropy gradient half-precision E is not good for: there log p + H cancels. None: no row can be one."""
+def near_uniform(coef: formula.Coef, bias: Tensor | None, vocab: int) -> Tensor:
+    """Rows (N,) whose entropy gradient half-precision E is not good for: log V - H < ½, where log p + H cancels."""
     banned = 0 if bias is None else (bias == -torch.inf).sum()
     tokens = torch.as_tensor(vocab - banned, dtype=coef.entropy.dtype, device=coef.entropy.device)
     return (coef.dentropy != 0) & (tokens.log() - coef.entropy < 0.5)

@@ -6,7 +6,7 @@ TILE = None  # a row of any length is one tile
 
 
 def tile_fwd(x, bias, target, col0, head, want, part, first, label, e=None, in_place=False) -> None:
-    """State of one tile of raw products x (n, C) into part (n, 6), first (n,), label (n,), and exp(z - m) into e or x."""
+    """State of a tile of raw products x (n, C) into part (n, 6), first (n,), label (n, 2); exp(z - m) into e or x."""
     torch.ops.finealign.row_tile_fwd(x, bias, target, col0, *head, want, part, first, label, e, in_place)
 
 

@@ -1,4 +1,4 @@
-"""Row kernels over tiles in torch ops: any device, any float dtype. Contract: the same two functions in every row backend."""
+"""Row kernels over tiles in torch ops, for any device and float dtype. Every row backend has these two functions."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ TILE = (2048, 4096)  # rows and columns of existing logits that are widened at a
 
 
 def tile_fwd(x, bias, target, col0, head, want, part, first, label, e=None, in_place=False) -> None:
-    """State of one tile of raw products x (n, C) into part (n, 6), first (n,), label (n,), and exp(z - m) into e or x."""
+    """State of a tile of raw products x (n, C) into part (n, 6), first (n,), label (n, 2); exp(z - m) into e or x."""
     read = target != formula.SKIP
     wide = x if x.dtype == torch.float64 else x.float()
     z = formula.logits(torch.where(read[:, None], wide, 0), bias, head)

@@ -60,8 +60,8 @@ def linear_logprobs(
     weight       (V, D), same dtype and device as hidden (under autocast both are cast to its dtype)
     labels       (...) int32 or int64
     bias         (V,) float; -inf takes an id out of the vocabulary (padded heads)
-    mask         (...) bool: may the row be read. Where it is false, or the label is ignore_index, every output is 0, the
-                 row is never projected (hidden may hold NaN there) and upstream gradients are not looked at
+    mask         (...) bool: may the row be read. Where it is false, or the label is ignore_index, every output is 0,
+                 the row is never projected (hidden may hold NaN there) and upstream gradients are not looked at
     temperature, softcap > 0; logit_scale finite
     outputs      further outputs wanted: "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"
     workspace    bytes kept between forward and backward so that rows need no second product: a number, 0, "full", or
@@ -71,12 +71,12 @@ def linear_logprobs(
     batch_invariant  True asks for log-probs that do not depend on N; no backend here can promise that: raises
     backend      "auto", "reference" (any order of derivative), "torch", "native", "triton"
 
-    Returns LogProbs, each (...). Differentiable once, in hidden, weight and bias; the gradient of an input comes back in
-    its dtype, accumulated in float32. In backward, rows whose upstream gradient is exactly 0 are dropped before the
-    products. Results repeat bit for bit.
+    Returns LogProbs, each (...). Differentiable once, in hidden, weight and bias; the gradient of an input comes back
+    in its dtype, accumulated in float32. In backward, rows whose upstream gradient is exactly 0 are dropped before
+    the products. Results repeat bit for bit.
     Raises  TypeError, ValueError naming argument, expectation and finding; IndexError for a label outside [0, V) on a
             CPU (elsewhere the row is NaN and check_errors() raises); RuntimeError for a backend that cannot run here.
-    Source: docs of TRL's fused head for the order of operations; arXiv:2411.09009 for the idea of not keeping logits.
+    Source: the order of operations is that of TRL's fused head; that logits need not be kept, arXiv:2411.09009.
     """
     check_head("weight", weight)
     check_tensor("hidden", hidden)
@@ -133,11 +133,12 @@ def token_logprobs(
 ) -> LogProbs:
     """The outputs of linear_logprobs from logits that exist: z = softcap(logit_scale · logits) / temperature.
 
-    logits (..., V) float, row n predicts labels[n]; labels, mask (...) and the other arguments as in linear_logprobs. A row
-    that is not read may hold NaN. inplace_backward=True writes the gradient over the logits: no second (N, V) tensor, and a
-    second backward raises.
+    logits            (..., V) float, row n predicts labels[n]; a row that is not read may hold NaN
+    inplace_backward  True writes the gradient over the logits: no second (N, V) tensor, and a second backward raises
+    the others        as in linear_logprobs
+
     Returns LogProbs, each (...), float32 (float64 for float64 logits), differentiable once in logits.
-    Raises as linear_logprobs. Source: equations of the selective log-softmax, differentiated by hand in formulas/logprobs.py.
+    Raises  as linear_logprobs. Source: the selective log-softmax, differentiated by hand in formulas/logprobs.py.
     """
     check_tensor("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] == 0:

@@ -52,7 +52,7 @@ def segment_broadcast(
 
     v           (S,) float
     cu_seqlens  (S + 1,), or None for a padded batch, whose shape (S, T) is that of mask
-    total       N. Needed on a GPU where there is no mask: reading cu_seqlens[-1] would wait for the device
+    total       N. Needed on a GPU, and in a compiled graph, where there is no mask: cu_seqlens[-1] is not read there
     Returns     (N,), or (S, T) for a padded batch, of v's dtype; differentiable in v any number of times.
     """
     return _spread(v, cu_seqlens, total, mask, SUM, backend)
@@ -74,7 +74,7 @@ def segment_put_last(
 
 
 def _reduce(tokens: Tokens, over: int, backend: str) -> Tensor:
-    if _choose(backend, tokens.x.device.type) == "native":
+    if _backend(backend, tokens.x.device.type) == "native":
         return _Reduce.apply(tokens.x, tokens.mask, tokens.cu_seqlens, over)
     reference = formula.segment_sum if over == SUM else formula.segment_mean
     return reference(tokens.x, tokens.cu_seqlens, tokens.mask)
@@ -96,7 +96,7 @@ def _spread(v: Tensor, cu_seqlens: Tensor | None, total: int | None, mask: Tenso
     if mask is not None:
         check_tensor("mask", mask, dtypes=(torch.bool,), shape=shape)
         mask = mask.reshape(-1)
-    if _choose(backend, v.device.type) == "native":
+    if _backend(backend, v.device.type) == "native":
         flat = _Spread.apply(v, mask, cu_seqlens, over, shape.numel(), v.dtype)
     else:
         reference = formula.segment_broadcast if over == SUM else formula.segment_put_last
@@ -114,7 +114,7 @@ def _total(cu_seqlens: Tensor, total: int | None, mask: Tensor | None) -> int:
     return int(cu_seqlens[-1])
 
 
-def _choose(backend: str, device: str) -> str:
+def _backend(backend: str, device: str) -> str:
     """The backend that runs on a device type. One asked for by name runs, or raises with its reason."""
     missing = {"cpu": _native.reason, "cuda": _no_cuda}.get(device, f"it has no kernels for {device}")
     if backend == "auto":

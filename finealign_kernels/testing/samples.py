@@ -22,7 +22,7 @@ SPREADS = {"uniform": 0.01, "ordinary": 1.0, "peaked": 5.0}  # standard deviatio
 
 
 def linear(n: int, v: int, d: int, dtype=torch.float32, *, spread="ordinary", device="cpu", seed=0) -> Linear:
-    """Random head inputs whose logits have the spread of near-uniform, ordinary or peaked rows; half the labels are likely."""
+    """Random head inputs with logits of near-uniform, ordinary or peaked rows; half the labels are likely."""
     rng = torch.Generator().manual_seed(seed)
     hidden = torch.randn(n, d, generator=rng).to(dtype)
     weight = (torch.randn(v, d, generator=rng) * SPREADS[spread] / d**0.5).to(dtype)
@@ -34,7 +34,7 @@ def linear(n: int, v: int, d: int, dtype=torch.float32, *, spread="ordinary", de
 
 
 def confident(p: float, v: int, dtype=torch.float32, *, rows: int = 4) -> tuple[Tensor, Tensor]:
-    """Logits (rows, v) that give the label probability p over a flat tail, and labels; exact in dtype for every entry."""
+    """Logits (rows, v) of dtype that give the label probability p over a flat tail, and labels (rows,)."""
     gap = torch.tensor(p / (1 - p) * (v - 1), dtype=torch.float64).log()
     logits = torch.zeros(rows, v, dtype=dtype)
     labels = torch.arange(rows) * 7 % v
@@ -42,7 +42,9 @@ def confident(p: float, v: int, dtype=torch.float32, *, rows: int = 4) -> tuple[
     return logits, labels
 
 
-def eager(hidden: Tensor, weight: Tensor, labels: Tensor, *, softcap=None, temperature=1.0) -> tuple[Tensor, Tensor, Tensor]:
+def eager(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, softcap=None, temperature=1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """logp, lse, entropy as plain PyTorch has them: logits in the input dtype, then float32 (float64)."""
     logits = hidden @ weight.t()
     logits = logits if logits.dtype == torch.float64 else logits.float()

@@ -184,7 +184,8 @@ Tensor segment_spread(const Tensor& v, const std::optional<Tensor>& mask, const 
 }
 
 #ifdef FINEALIGN_CUDA
-Tensor segment_reduce_on_gpu(const Tensor& x, const std::optional<Tensor>& mask, const Tensor& cu_seqlens, int64_t over) {
+Tensor segment_reduce_on_gpu(const Tensor& x, const std::optional<Tensor>& mask, const Tensor& cu_seqlens,
+                             int64_t over) {
   const DeviceGuard guard(x.get_device_index());
   Tensor out;
   const char* failure = segment_reduce_cuda(make_reduce(x, mask, cu_seqlens, over, out), current_stream(x));
@@ -227,7 +228,8 @@ STABLE_TORCH_LIBRARY(finealign, m) {
   m.def("row_tile_bwd(Tensor(a!) out, Tensor? src, Tensor? index, Tensor? e_max, Tensor? bias, Tensor target, Tensor coef, "
         "int col0, float scale, float softcap, float inv_temperature) -> ()");
   m.def("segment_reduce(Tensor x, Tensor? mask, Tensor cu_seqlens, int over) -> Tensor");
-  m.def("segment_spread(Tensor v, Tensor? mask, Tensor cu_seqlens, int over, SymInt total, ScalarType dtype) -> Tensor");
+  m.def("segment_spread(Tensor v, Tensor? mask, Tensor cu_seqlens, int over, SymInt total, ScalarType dtype) "
+        "-> Tensor");
   m.def("_cuda_state() -> int");
   m.def("_cpu_state() -> int");
 }

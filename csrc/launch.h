@@ -94,9 +94,9 @@ struct Segments {
 enum class Over : int32_t { sum = 0, mean = 1, last = 2 };
 
 // The sum of a segment depends on its own tokens and their order alone: not on the batch around it, on threads, launch
-// shapes or the device, nor on masked tokens after its end. All additions are float64. In a chunk of kChunk tokens counted
-// from the segment's start, lane j adds tokens j, j + kLanes, ...; lanes are added by halves, chunks in order; the result is
-// rounded once.
+// shapes or the device, nor on masked tokens after its end. All additions are float64, the result is rounded once. In a
+// chunk of kChunk tokens counted from the segment's start, lane j adds tokens j, j + kLanes, ...; lanes are added by
+// halves, chunks in order.
 constexpr int kChunk = 1024;
 constexpr int kLanes = 32;
 

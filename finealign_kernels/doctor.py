@@ -191,19 +191,20 @@ def _relative(value, truth):
 
 
 def _row_backends(device, dtype):
-    return [name for name in _choose.ROW_BACKENDS if _runs(_choose.pick, name, device, dtype, _choose.backends())]
+    return [name for name in _choose.ROW_BACKENDS if _runs(name, device, dtype)]
 
 
-def _segment_backends(device):
-    return [name for name in ("reference", "native") if _runs(segments._choose, name, device)]
-
-
-def _runs(choose, *arguments):
+def _runs(backend, device, dtype):
     try:
-        choose(*arguments)
+        _choose.pick(backend, device, dtype, _choose.backends())
     except RuntimeError:
         return False
     return True
+
+
+def _segment_backends(device):
+    missing = _native.cuda() if device == "cuda" else _native.reason
+    return ["reference"] if missing else ["reference", "native"]
 
 
 def _version(package):

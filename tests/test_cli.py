@@ -52,11 +52,11 @@ def test_demo_end_to_end(way, tmp_path, capsys):
         pytest.importorskip("peft")
     path = tmp_path / "report.html"
     assert main([*TINY, way, "--report", str(path)]) == 0
-    told, page = capsys.readouterr().out, path.read_text(encoding="utf-8")
-    assert str(path) in told and "peak extra memory" in told
+    output, page = capsys.readouterr().out, path.read_text(encoding="utf-8")
+    assert str(path) in output and "peak extra memory" in output
     for text in ("DPO on tiny, 2 steps", "Loss head", "Step by step", "Where the gradient goes", "all rows", "chosen"):
         assert text in page
-    assert ("head gradient" in told) == ("head gradient" in page) == (way == "--full")  # LoRA freezes the head
+    assert ("head gradient" in output) == ("head gradient" in page) == (way == "--full")  # LoRA freezes the head
 
 
 @pytest.mark.parametrize("loss", demo.LOSSES)
@@ -262,8 +262,8 @@ finally:
 def test_help_of_demo_lists_the_losses(capsys):
     with pytest.raises(SystemExit) as end:
         main(["demo", "--help"])
-    told = capsys.readouterr().out
-    assert end.value.code == 0 and all(name in told for name in demo.LOSSES)
+    output = capsys.readouterr().out
+    assert end.value.code == 0 and all(name in output for name in demo.LOSSES)
 
 
 # ---- doctor --------------------------------------------------------------------------------------------------------
@@ -271,7 +271,7 @@ def test_help_of_demo_lists_the_losses(capsys):
 
 def test_doctor_passes(capsys):
     assert main(["doctor"]) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     for text in (
         "torch",
         "cpu",
@@ -282,7 +282,7 @@ def test_doctor_passes(capsys):
         *demo.LOSSES,
         "within their bounds",
     ):
-        assert text in told
+        assert text in output
 
 
 def test_doctor_speaks_json(capsys):
@@ -306,9 +306,9 @@ def test_doctor_finds_a_wrong_backend(capsys, monkeypatch):
 
     monkeypatch.setattr(_rows_torch, "tile_bwd", wrong)
     assert main(["doctor"]) == 1
-    told = capsys.readouterr().out
-    lines = [line for line in told.splitlines() if line.startswith("  WRONG")]
-    assert lines and all(" torch " in line for line in lines) and "checks failed: linear_logprobs torch" in told
+    output = capsys.readouterr().out
+    lines = [line for line in output.splitlines() if line.startswith("  WRONG")]
+    assert lines and all(" torch " in line for line in lines) and "checks failed: linear_logprobs torch" in output
 
 
 def test_doctor_goes_on_after_an_exception(capsys, monkeypatch):

@@ -218,7 +218,7 @@ BUGS = {
     "first instead of last": ("last > other ? last : other", "last < other ? last : other"),
     "end instead of last kept": ("i == tally.last", "i == b.stop - 1"),
     "mean over none": ("tally.kept > 0 ? tally.kept : 1));\n  else *out", "tally.kept));\n  else *out"),
-    "bounds not checked": ("stop <= segments.total && (!first", "(!first"),
+    "bounds not checked": ("stop <= segments.total && ends_fit", "ends_fit"),
     "head not filled": ("first ? 0 : clamp(start", "clamp(start"),
 }
 

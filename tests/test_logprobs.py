@@ -702,7 +702,7 @@ def test_opcheck(name, workspace, usable):
     s = samples.linear(6, 50, 8)
     head = (1.0, 0.0, 1.0)
     ops = torch.ops.finealign
-    args = (s.hidden, s.weight, None, s.labels, *head, formula.ENTROPY, workspace, True, name)
+    args = (s.hidden, s.weight, None, s.labels, *head, formula.ENTROPY, workspace, True, False, name)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.linear_logprobs_fwd.default, args, test_utils=checks)
     logp, lse, entropy, _, _, _, m, l, label_slope, e, e_max = ops.linear_logprobs_fwd(*args)
@@ -715,6 +715,24 @@ def test_opcheck(name, workspace, usable):
     token = (*s.upstream, logits, s.labels, logp, entropy, m, l, label_slope, *head, name)
     torch.library.opcheck(ops.token_logprobs_bwd.default, token, test_utils=checks)
     torch.library.opcheck(ops.token_logprobs_bwd_.default, token, test_utils=checks)
+
+
+@pytest.mark.parametrize("workspace", ("auto", 0, "full"))
+def test_compiles_without_a_graph_break(workspace):
+    def loss(hidden, weight, labels, mask):
+        out = fk.linear_logprobs(hidden, weight, labels, mask=mask, outputs=("entropy",), workspace=workspace)
+        return (2 * out.logp + out.entropy).sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (12, 20, 33):
+        s = samples.linear(n, 300, 16)
+        inputs = s.hidden.requires_grad_(), s.weight.requires_grad_()
+        mask = torch.arange(n) % 3 > 0
+        actual, expected = (f(*inputs, s.labels, mask) for f in (compiled, loss))
+        assert torch.equal(actual, expected)
+        pairs = zip(torch.autograd.grad(actual, inputs), torch.autograd.grad(expected, inputs), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_opcheck_of_native_rows(usable):

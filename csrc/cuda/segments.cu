@@ -8,7 +8,7 @@
 namespace finealign {
 namespace {
 
-// Segments a block takes: one where there are few, so that each has a whole block; as many as warps where there are many.
+// Segments a block takes: one where there are few, so that each has a whole block; as many as warps where many.
 int segments_each(int64_t count) { return count <= 2048 ? 1 : kWarps; }
 
 template <typename Op>

@@ -192,7 +192,7 @@ def _spans_of_tokens(answer):
 
 
 def _texts_of_tokens(tokenizer, answer):
-    """The response cut at its tokens, so that nothing is lost; special tokens by name, the rest of a split character ·."""
+    """The response cut at its tokens, nothing lost; special tokens by name, the rest of a split character as ·."""
     texts, reached, special = [], 0, tokenizer.all_special_ids
     for token, (_, end) in zip(answer.response_ids, answer.offsets, strict=True):
         own = answer.response.text[reached:end]

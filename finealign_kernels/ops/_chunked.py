@@ -83,15 +83,16 @@ def kept_rows(rows: int, vocab: int, dtype: torch.dtype, workspace: int) -> int:
     return min(rows, workspace // (vocab * dtype.itemsize))
 
 
-def e_slice(e: Tensor, kept: int, c0: int, c1: int) -> Tensor:
-    """The chunk's part of E, (kept, columns): chunks lie one behind the other, so each is contiguous."""
-    return e[kept * c0 : kept * c1].view(kept, c1 - c0)
+def e_slice(e: Tensor, room: int, c0: int, c1: int) -> Tensor:
+    """The chunk's part of E, (room, columns): chunks lie one behind the other, so each is contiguous."""
+    return e[room * c0 : room * c1].view(room, c1 - c0)
 
 
-def fwd(hidden, weight, bias, target, head, want, workspace, on_device, rows_name):
-    """logp, lse, entropy, log_sum_sq_probs, mean_logits, is_top1, m, l (N,) and E (kept·V,), its maxima (kept, chunks).
+def fwd(hidden, weight, bias, target, head, want, workspace, on_device, rows_name, static=False):
+    """Rows (N,) each, E (room·V,) and its maxima (room, chunks).
 
     workspace: bytes for E, FULL or 0. on_device: no count is read on the host; rows that are left out are computed.
+    static: E has room for rows that are not read too, so that its size is known to a compiler.
     """
     rows_of, tile = _choose.rows(rows_name), tile_of(hidden.device.type)
     n_all, vocab = hidden.shape[0], weight.shape[0]
@@ -103,18 +104,19 @@ def fwd(hidden, weight, bias, target, head, want, workspace, on_device, rows_nam
     at = target if index is None else target[index]
     n = at.shape[0]
     chunks = spans(vocab, tile.columns)
-    kept = kept_rows(n, vocab, hidden.dtype, workspace)
+    room = kept_rows(n_all if static else n, vocab, hidden.dtype, workspace)
+    kept = min(n, room)
 
     part = torch.zeros(n, len(chunks), formula.PARTS, dtype=out_dtype, device=hidden.device)
     first = torch.zeros(n, len(chunks), dtype=torch.int64, device=hidden.device)
     label = torch.full((n, 2), torch.nan, dtype=out_dtype, device=hidden.device)
-    e = torch.empty(kept * vocab, dtype=hidden.dtype, device=hidden.device)
+    e = torch.empty(room * vocab, dtype=hidden.dtype, device=hidden.device)
     direct = e.dtype == out_dtype  # the product is written where its E will stand
     buffer = torch.empty(min(n, tile.rows) * min(vocab, tile.columns), dtype=out_dtype, device=hidden.device)
     for t, (c0, c1) in enumerate(chunks):
         wt, b = w[c0, c1].t(), None if bias is None else bias[c0:c1]
         for start, stop in spans(n, tile.rows, kept):
-            here = e_slice(e, kept, c0, c1)[start:stop] if stop <= kept else None
+            here = e_slice(e, room, c0, c1)[start:stop] if stop <= kept else None
             in_place = direct and here is not None
             z = here if in_place else buffer[: (stop - start) * (c1 - c0)].view(stop - start, c1 - c0)
             product(x[start, stop], wt, z)
@@ -124,7 +126,9 @@ def fwd(hidden, weight, bias, target, head, want, workspace, on_device, rows_nam
     found = formula.combine(part, first, label, at, want)
     if index is not None:
         found = formula.Rows(*(x.new_zeros(n_all).index_copy_(0, index, x) for x in found))
-    return (*found, e, part[:kept, :, 0].contiguous())
+    e_max = part.new_zeros(room, len(chunks))
+    e_max[:kept] = part[:kept, :, 0]
+    return (*found, e, e_max)
 
 
 def bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, on_device, rows_name):
@@ -133,14 +137,14 @@ def bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, on_de
     coef: formulas.Coef, (N,) each in float32 (float64); curved: there is an upstream gradient of the entropy.
     """
     rows_of, tile = _choose.rows(rows_name), tile_of(hidden.device.type)
-    vocab, stored, dtype, out_dtype = weight.shape[0], e_max.shape[0], compute_dtype(hidden), wide(hidden.dtype)
+    vocab, room, dtype, out_dtype = weight.shape[0], e_max.shape[0], compute_dtype(hidden), wide(hidden.dtype)
     read = target != formula.SKIP
     active = read & coef.active()
     recompute = near_uniform(coef, bias, vocab) if curved and e.dtype != out_dtype else None
     if on_device:  # every row; which of them must be recomputed is not known here
-        rows = Active(None, None, hidden.shape[0], stored if recompute is None else 0)
+        rows = Active(None, None, hidden.shape[0], room if recompute is None else 0)
     else:
-        rows = active_rows(active, read, stored, recompute)
+        rows = active_rows(active, read, room, recompute)
     x, w = Operand(hidden, dtype, rows.index, active if on_device else None), Operand(weight, dtype)
     at, coef = rows.take(target), torch.stack([rows.take(c) for c in coef])
 
@@ -150,7 +154,7 @@ def bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, on_de
     grads = Gradients(needs, rows.count, hidden, weight, out_dtype, columns)
     for t, (c0, c1) in enumerate(spans(vocab, tile.columns)):
         wc, b = w[c0, c1], None if bias is None else bias[c0:c1]
-        chunk = e_slice(e, stored, c0, c1)
+        chunk = e_slice(e, room, c0, c1)
         grads.open(c0, c1, empty=not blocks)
         for start, stop in blocks:
             shape = (stop - start, c1 - c0)
@@ -228,15 +232,15 @@ def rows_in(flags: Tensor) -> Tensor | None:
     return None if index.shape[0] == flags.shape[0] else index
 
 
-def active_rows(active: Tensor, read: Tensor, stored: int, recompute: Tensor | None) -> Active:
-    """The active rows of a call that read `read` and kept E of its first `stored`, without those to recompute."""
+def active_rows(active: Tensor, read: Tensor, room: int, recompute: Tensor | None) -> Active:
+    """The active rows of a call that read `read` and kept E of its first `room`, without those to recompute."""
     index = active.nonzero()[:, 0]
     place = (read.cumsum(0) - 1)[index]  # E has the rows that were read
-    from_e = place < stored
+    from_e = place < room
     if recompute is not None:
         from_e &= ~recompute[index]
-    if index.shape[0] == active.shape[0] and bool(from_e[:stored].all()):
-        return Active(None, None, index.shape[0], min(stored, index.shape[0]))
+    if index.shape[0] == active.shape[0] and bool(from_e[:room].all()):
+        return Active(None, None, index.shape[0], min(room, index.shape[0]))
     count = int(from_e.sum())
     order = torch.cat([from_e.nonzero()[:, 0], (~from_e).nonzero()[:, 0]])
     return Active(index[order], place[order[:count]], index.shape[0], count)

@@ -160,8 +160,9 @@ def token_logprobs(
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, head, want, workspace, on_device, rows):
+        static = torch.compiler.is_compiling()
         out = torch.ops.finealign.linear_logprobs_fwd(
-            hidden, weight, bias, target, *head, want, workspace, on_device, rows
+            hidden, weight, bias, target, *head, want, workspace, on_device, static, rows
         )
         logp, lse, entropy, squares, mean, top1, m, l, label_slope, e, e_max = out
         ctx.save_for_backward(hidden, weight, bias, target, logp, entropy, m, l, label_slope, e, e_max)
@@ -267,30 +268,28 @@ def _linear_fwd(
     want: int,
     workspace: int,
     on_device: bool,
+    static: bool,
     rows: str,
 ) -> list[Tensor]:
     with torch.autocast(hidden.device.type, enabled=False):
         if on_device or hidden.device.type != "cpu":
             note_errors(target, weight.shape[0])
         head = Head(scale, softcap, inv_temperature)
-        return list(_chunked.fwd(hidden, weight, bias, target, head, want, workspace, on_device, rows))
+        return list(_chunked.fwd(hidden, weight, bias, target, head, want, workspace, on_device, rows, static))
 
 
 @_linear_fwd.register_fake
-def _(hidden, weight, bias, target, scale, softcap, inv_temperature, want, workspace, on_device, rows):
+def _(hidden, weight, bias, target, scale, softcap, inv_temperature, want, workspace, on_device, static, rows):
     n, vocab = hidden.shape[0], weight.shape[0]
     columns = _chunked.tile_of(hidden.device.type).columns
-    kept = 0
-    if workspace != 0:
-        kept = (
-            _chunked.kept_rows(n, vocab, hidden.dtype, workspace)
-            if on_device
-            else torch.library.get_ctx().new_dynamic_size()
-        )
+    if workspace == 0 or on_device or static:
+        room = _chunked.kept_rows(n, vocab, hidden.dtype, workspace)
+    else:
+        room = torch.library.get_ctx().new_dynamic_size()
     stats = [hidden.new_empty(n, dtype=_chunked.wide(hidden.dtype)) for _ in range(8)]
     top1 = hidden.new_empty(n, dtype=torch.bool)
-    e = hidden.new_empty(kept * vocab)
-    e_max = hidden.new_empty((kept, -(-vocab // columns)), dtype=_chunked.wide(hidden.dtype))
+    e = hidden.new_empty(room * vocab)
+    e_max = hidden.new_empty((room, -(-vocab // columns)), dtype=_chunked.wide(hidden.dtype))
     return [*stats[:5], top1, *stats[5:], e, e_max]
 
 

@@ -1,8 +1,8 @@
 // Segment sums, means and last tokens on a GPU, and their transposes. csrc/launch.h fixes the order of a sum.
 //
-// A block takes `each` consecutive segments: first each of its warps takes those of one chunk for itself, then all warps
-// take the longer ones together, a chunk each. The additions are those of launch.h either way, so the result does not
-// depend on `each`. No atomics, nothing shared between blocks.
+// A block takes `each` consecutive segments: first each of its warps takes those of one chunk for itself, then all
+// warps take the longer ones together, a chunk each. The additions are those of launch.h either way, so the result
+// does not depend on `each`. No atomics, nothing shared between blocks.
 #pragma once
 #include <cstdint>
 
@@ -23,8 +23,9 @@ struct Tally {
   int64_t last;  // index of the last of them, -1 if none
 };
 
-// Bounds of segment s. Where they are invalid (cu_seqlens does not start at 0, decreases, does not end at total) valid is
-// false and [start, stop) is the part of the batch that the segment has to fill with NaN; it is never outside the batch.
+// Bounds of segment s. Where they are invalid (cu_seqlens does not start at 0, decreases, does not end at total) valid
+// is false and [start, stop) is the part of the batch that the segment has to fill with NaN, never outside the batch.
+// Parts may then overlap, and which segment writes such a token last is left open.
 struct Bounds {
   int64_t start, stop;
   bool valid;
@@ -37,8 +38,8 @@ __device__ __forceinline__ int64_t clamp(int64_t x, int64_t low, int64_t high) {
 __device__ __forceinline__ Bounds bounds(const Segments& segments, int64_t s) {
   const int64_t start = segments.start(s), stop = segments.start(s + 1);
   const bool first = s == 0, last = s == segments.count - 1;
-  if (start >= 0 && start <= stop && stop <= segments.total && (!first || start == 0) && (!last || stop == segments.total))
-    return {start, stop, true};
+  const bool ends_fit = (!first || start == 0) && (!last || stop == segments.total);
+  if (start >= 0 && start <= stop && stop <= segments.total && ends_fit) return {start, stop, true};
   const int64_t from = first ? 0 : clamp(start, 0, segments.total);
   return {from, last ? segments.total : clamp(stop, from, segments.total), false};
 }
@@ -75,7 +76,9 @@ __device__ __forceinline__ void append(Tally& tally, const Tally& chunk) {
 }
 
 // The tally of tokens that are all kept, without the sum: nothing has to be read.
-__device__ __forceinline__ Tally all_kept(Bounds b) { return {0, b.stop - b.start, b.stop > b.start ? b.stop - 1 : -1}; }
+__device__ __forceinline__ Tally all_kept(Bounds b) {
+  return {0, b.stop - b.start, b.stop > b.start ? b.stop - 1 : -1};
+}
 
 // One block: all threads return the tally of a segment.
 template <typename T>

@@ -1,10 +1,10 @@
 // Runs simple CUDA C++ kernels on the CPU, for correctness tests only. Include it before a .cuh.
 //
-// A CUDA thread is a fiber; blocks run one after another. Fibers change only at __syncthreads and at warp shuffles. Forward
-// and backward order run one warp as far as it gets before the next one, the greatest distance that barriers allow;
-// random order mixes. A missing barrier then shows as a wrong result, most often one that depends on the order; a barrier
-// or shuffle that some threads never reach as a deadlock report. What it cannot show: races between two instructions of
-// one warp, speed, occupancy.
+// A CUDA thread is a fiber; blocks run one after another. Fibers change only at __syncthreads and at warp shuffles.
+// Forward and backward order run one warp as far as it gets before the next one, the greatest distance that barriers
+// allow; random order mixes. A missing barrier then shows as a wrong result, most often one that depends on the order;
+// a barrier or shuffle that some threads never reach as a deadlock report. What it cannot show: races between two
+// instructions of one warp, speed, occupancy.
 //
 // Covered: 1-D grids and blocks, static shared memory, __syncthreads, __syncwarp, __shfl_*_sync, the float types.
 #pragma once
@@ -153,7 +153,8 @@ inline void report_deadlock() {
   std::string where = "deadlock:";
   for (size_t i = 0; i < block->threads.size() && where.size() < 300; ++i) {
     const State state = block->threads[i].state;
-    where += " " + std::to_string(i) + (state == State::at_block_barrier ? "@barrier" : state == State::in_shuffle ? "@shuffle" : "@end");
+    const char* at = state == State::at_block_barrier ? "@barrier" : state == State::in_shuffle ? "@shuffle" : "@end";
+    where += " " + std::to_string(i) + at;
   }
   fail(where);
 }

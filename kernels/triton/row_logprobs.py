@@ -1,0 +1,239 @@
+"""Row kernels over a tile of logits: the state (m, R, T, Q) of each row forward, the gradient of the logits backward.
+
+z = softcap(scale * (x + bias)) / temperature. The mathematics is in formulas/logprobs.py. One program walks one row, in
+blocks whose size depends on the number of columns alone: a row's bits depend on no other row.
+"""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
+
+from ._tiles import block_state, combine_states, expm1, logit, shifted_exp, tanh_slope
+
+TILE = None  # a row of any length is one tile
+
+SKIP = tl.constexpr(-2)  # target of a row that is not read
+ENTROPY, SQUARES, MEAN = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
+
+# Columns up to: BLOCK, num_warps. Compiled for every target of bench/compile_gate.py, not yet run on a GPU.
+LAUNCH = ((1024, 1024, 4), (8192, 2048, 8), (float("inf"), 4096, 8))
+# A product and the sum after it round apart: the z of one pass is bit for bit that of the next, so e is 1 at a maximum.
+OPTIONS = {"enable_fp_fusion": False}
+
+
+@triton.jit
+def _local_label(target, col0, columns):
+    """Column of the label in this tile, -1 where it is not here: SKIP and BAD are below any col0."""
+    local = target - col0
+    return tl.where((local >= 0) & (local < columns), local, -1).to(tl.int32)
+
+
+@triton.jit
+def _load_product(x_ptr, bias_ptr, cols, columns, scale):
+    """y = scale * (x + bias); phantom columns are -inf."""
+    y = tl.load(x_ptr + cols, mask=cols < columns, other=float("-inf")).to(tl.float32)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + cols, mask=cols < columns, other=0.0).to(tl.float32)
+    return tl.where(cols < columns, y * scale, float("-inf"))
+
+
+@triton.jit(do_not_specialize=["part_stride", "first_stride", "col0"])
+def row_fwd_kernel(
+    x_ptr,  # (n, columns)
+    x_stride,
+    bias_ptr,  # (columns,) or None
+    target_ptr,  # (n,)
+    part_ptr,  # (n, 6)
+    part_stride,
+    first_ptr,  # (n,)
+    first_stride,
+    zlabel_ptr,  # (n,)
+    e_ptr,  # (n, columns), None, or x itself
+    e_stride,
+    col0,
+    columns,
+    scale,
+    softcap,
+    inv_temperature,
+    CAPPED: tl.constexpr,
+    WANT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + row)
+    label = _local_label(target, col0, columns)
+    read = target != SKIP
+    stop = tl.where(read, columns, 0)
+    x_ptr += row * x_stride
+
+    m = tl.full((), float("-inf"), tl.float32)
+    r, t, q = tl.full((), 0, tl.float32), tl.full((), 0, tl.float32), tl.full((), 0, tl.float32)
+    total, count = tl.full((), 0, tl.float32), tl.full((), 0, tl.int32)
+    first = tl.full((), 0, tl.int32)
+    for start in range(0, stop, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        z = logit(_load_product(x_ptr, bias_ptr, cols, columns, scale), softcap, inv_temperature, CAPPED)
+        # one lane at most; taken from here, so that the label's z is bitwise the maximum where it is the maximum
+        tl.store(zlabel_ptr + row + tl.zeros_like(cols), z, mask=cols == label)
+        block_m, block_r, block_t, block_q, index = block_state(z, ENTROPY & WANT, SQUARES & WANT)
+        first = tl.where(block_m > m, start + index, first)
+        m, r, t, q = combine_states(m, r, t, q, block_m, block_r, block_t, block_q)
+        if MEAN & WANT:
+            allowed = z != float("-inf")
+            total += tl.sum(tl.where(allowed, z, 0.0), axis=0)
+            count += tl.sum(allowed.to(tl.int32), axis=0)
+
+    part_ptr += row * part_stride
+    tl.store(part_ptr, tl.where(read, m, 0.0))
+    tl.store(part_ptr + 1, r)
+    tl.store(part_ptr + 2, t)
+    tl.store(part_ptr + 3, q)
+    tl.store(part_ptr + 4, total)
+    tl.store(part_ptr + 5, count.to(tl.float32))
+    tl.store(first_ptr + row * first_stride, (col0 + first).to(tl.int64))
+
+    if e_ptr is not None:
+        # x is read once more, each block before it is written: e may lie over x
+        e_ptr += row * e_stride
+        for start in range(0, stop, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            z = logit(_load_product(x_ptr, bias_ptr, cols, columns, scale), softcap, inv_temperature, CAPPED)
+            tl.store(e_ptr + cols, shifted_exp(z, m).to(e_ptr.dtype.element_ty), mask=cols < columns)
+
+
+@triton.jit(do_not_specialize=["e_max_stride", "coef_stride", "col0"])
+def row_bwd_kernel(
+    out_ptr,  # (n, columns)
+    out_stride,
+    src_ptr,  # (rows, columns): x, or e where e_max is given; may be out
+    src_stride,
+    index_ptr,  # (n,) or None
+    e_max_ptr,  # (n,) or None
+    e_max_stride,
+    bias_ptr,  # (columns,) or None
+    target_ptr,  # (n,)
+    coef_ptr,  # (7, n)
+    coef_stride,
+    col0,
+    columns,
+    scale,
+    softcap,
+    inv_temperature,
+    CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + row)
+    label = _local_label(target, col0, columns)
+    coef_ptr += row
+    step = coef_stride.to(tl.int64)
+    g, k, h = tl.load(coef_ptr), tl.load(coef_ptr + step), tl.load(coef_ptr + 2 * step)
+    out_ptr += row * out_stride
+    if (target == SKIP) | ((g == 0) & (k == 0) & (h == 0)):
+        for start in range(0, columns, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            tl.store(out_ptr + cols, tl.zeros((BLOCK,), out_ptr.dtype.element_ty), mask=cols < columns)
+    else:
+        m, l = tl.load(coef_ptr + 3 * step), tl.load(coef_ptr + 4 * step)
+        entropy, logp = tl.load(coef_ptr + 5 * step), tl.load(coef_ptr + 6 * step)
+        p_label = tl.exp(logp)
+        dz_label = -g * expm1(logp) + k * p_label - tl.where(h != 0, h * p_label * (logp + entropy), 0.0)
+        dz_label = tl.where(logp == float("-inf"), 0.0, dz_label)
+        src_row = row
+        if index_ptr is not None:
+            src_row = tl.load(index_ptr + row)
+        src_ptr += src_row * src_stride
+        e_max = 0.0
+        if e_max_ptr is not None:
+            e_max = tl.load(e_max_ptr + row * e_max_stride)
+        shift = e_max - m - l
+        for start in range(0, columns, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            is_label = cols == label
+            if e_max_ptr is None:
+                y = _load_product(src_ptr, bias_ptr, cols, columns, scale)
+                d = (logit(y, softcap, inv_temperature, CAPPED) - m) - l
+                p = tl.exp(d)
+            else:
+                e = tl.load(src_ptr + cols, mask=cols < columns, other=0.0).to(tl.float32)
+                log_e = e
+                if (h != 0) | CAPPED:  # costs more than the rest of the block
+                    log_e = tl.log(e)
+                d = log_e + shift
+                p = e * tl.exp(shift)
+            dz = tl.where(p == 0, 0.0, p * ((k - g) - tl.where(h != 0, h * (d + entropy), 0.0)))
+            dz = tl.where(is_label, dz_label, dz)
+            if CAPPED:
+                if e_max_ptr is None:
+                    slope = tanh_slope(y / softcap)
+                else:  # the label's z does not come from e: a rounded one would weigh on the largest gradient
+                    u = tl.where(is_label, logp + l + m, log_e + e_max) / inv_temperature / softcap
+                    slope = (1.0 - u) * (1.0 + u)
+                dz = tl.where(dz == 0, 0.0, dz * slope)
+            dx = dz * scale * inv_temperature
+            tl.store(out_ptr + cols, dx.to(out_ptr.dtype.element_ty), mask=cols < columns)
+
+
+def tile_fwd(x, bias, target, col0, head, want, part, first, zlabel, e=None, in_place=False) -> None:
+    """State of one tile of raw products x (n, C) into part (n, 6), first (n,), zlabel (n,), and exp(z - m) into e or x.
+
+    Rows of x, part and e may be strided, first too. Raises ValueError for any other stride, and for in_place=True
+    unless x is float32.
+    """
+    if in_place and x.dtype != torch.float32:
+        raise ValueError(f"in_place=True needs x in torch.float32, got {x.dtype}")
+    e = x if in_place else e
+    _check_unit_stride(x=x, bias=bias, target=target, part=part, zlabel=zlabel, e=e)
+    n, columns = x.shape
+    if n == 0:
+        return
+    with _device(x):
+        row_fwd_kernel[(n,)](
+            x, x.stride(0), bias, target, part, part.stride(0), first, first.stride(0), zlabel,
+            e, 0 if e is None else e.stride(0), col0, columns, *_head(head), WANT=want, **_launch(columns),
+        )  # fmt: skip
+
+
+def tile_bwd(out, src, index, e_max, bias, target, coef: Tensor, col0, head) -> None:
+    """dL/dx of one tile into out (n, C), from raw products src (None: out itself) or exp(z - e_max).
+
+    Rows of out, src and coef may be strided, e_max too. Raises ValueError for any other stride, and for an index with
+    src=None.
+    """
+    if src is None and index is not None:
+        raise ValueError("index needs src: rows of out cannot be gathered from out itself")
+    src = out if src is None else src
+    _check_unit_stride(out=out, src=src, index=index, bias=bias, target=target, coef=coef)
+    n, columns = out.shape
+    if n == 0:
+        return
+    with _device(out):
+        row_bwd_kernel[(n,)](
+            out, out.stride(0), src, src.stride(0), index, e_max, 0 if e_max is None else e_max.stride(0),
+            bias, target, coef, coef.stride(0), col0, columns, *_head(head), **_launch(columns),
+        )  # fmt: skip
+
+
+def _head(head) -> tuple:
+    scale, softcap, inv_temperature = head
+    return scale, softcap, inv_temperature, bool(softcap)
+
+
+def _launch(columns: int) -> dict:
+    block, num_warps = next((block, warps) for limit, block, warps in LAUNCH if columns <= limit)
+    return {"BLOCK": block, "num_warps": num_warps, **OPTIONS}
+
+
+def _device(x: Tensor):
+    """Triton launches on the current device: make it that of the tensor."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _check_unit_stride(**tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is not None and x.shape[-1] > 1 and x.stride(-1) != 1:
+            raise ValueError(f"{name} must have stride 1 in its last dimension, got strides {tuple(x.stride())}")

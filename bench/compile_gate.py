@@ -1,0 +1,493 @@
+"""Compiles every Triton kernel and csrc/cuda/*.cu for GPUs that need not be there, and reads what came out.
+
+    python bench/compile_gate.py                     the table; exit status 1 where a rule is broken
+    python bench/compile_gate.py --kernels FILE.py   the cases() of another file instead
+    python bench/compile_gate.py --cuda FILE.cu ...  these files instead
+
+Rules, for each kernel and GPU:
+    compiles    no compiler turns it down
+    spills      no more bytes of registers spilled (stores and loads) than the case allows, by default none
+    shared      no more shared memory than a block may have on that GPU
+    atomics     none, so that every run repeats
+    addresses   no product of two 32-bit integers that may leave 32 bits reaches an address. Read from Triton's IR,
+                where nothing is optimised away yet, and from PTX for .cu files. What has a bound: constants, thread
+                ids, tl.arange, and what is made of them. An index that a loop counts up is no product.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+INT_MAX = 2**31 - 1
+
+
+class Target(NamedTuple):
+    name: str
+    backend: str
+    arch: int | str
+    warp: int
+    shared: int  # bytes that one block may have
+
+
+TARGETS = (
+    Target("sm_80", "cuda", 80, 32, 163 * 1024),
+    Target("sm_90", "cuda", 90, 32, 227 * 1024),
+    Target("sm_100", "cuda", 100, 32, 227 * 1024),
+    Target("sm_120", "cuda", 120, 32, 99 * 1024),
+    Target("gfx942", "hip", "gfx942", 64, 64 * 1024),
+)
+CUDA_ARCHS = {"80": "sm_80", "90a": "sm_90", "100f": "sm_100", "120": "sm_120"}  # nvcc's name: ours
+
+
+class Case(NamedTuple):
+    """One way in which a Triton kernel is launched."""
+
+    name: str
+    kernel: Any  # a triton.JITFunction
+    signature: dict[str, str]  # type of every argument that is no constexpr
+    constexprs: dict[str, Any]  # None for a pointer that is not given
+    options: dict[str, Any]  # num_warps and so on
+    aligned: tuple[str, ...] = ()  # arguments divisible by 16: pointers always are
+    spill: int = 0  # bytes allowed
+    targets: tuple[str, ...] = tuple(target.name for target in TARGETS)
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    case: str
+    target: str
+    registers: int | None = None
+    spill: int | None = None  # bytes on NVIDIA, registers on AMD
+    shared: int | None = None
+    broken: tuple[str, ...] = ()
+
+
+# ---- what we ship --------------------------------------------------------------------------------------------------
+
+
+def cases() -> list[Case]:
+    return row_cases()
+
+
+def row_cases() -> list[Case]:
+    """Every launch of LAUNCH with all options on; other dtypes, the fewest options and odd sizes on the largest."""
+    from finealign_kernels.kernels import row_logprobs as rows
+
+    largest = rows.LAUNCH[-1]
+    found = [_row_fwd(rows, launch, "bf16") for launch in rows.LAUNCH]
+    found += [_row_fwd(rows, largest, dtype) for dtype in ("fp32", "fp16")]
+    found += [_row_fwd(rows, largest, "bf16", full=False), _row_fwd(rows, largest, "bf16", aligned=False)]
+    found += [_row_bwd(rows, launch, "bf16", from_e=False) for launch in rows.LAUNCH]
+    found += [_row_bwd(rows, largest, dtype, from_e=True) for dtype in ("bf16", "fp32", "fp16")]
+    found += [_row_bwd(rows, largest, "bf16", from_e, full=False) for from_e in (False, True)]
+    found += [_row_bwd(rows, largest, "bf16", from_e=False, aligned=False)]
+    return found
+
+
+def _row_fwd(rows, launch, dtype: str, full=True, aligned=True) -> Case:
+    _, block, num_warps = launch
+    signature = {"x_ptr": f"*{dtype}", "target_ptr": "*i64", "part_ptr": "*fp32", "first_ptr": "*i64"}
+    signature |= {"zlabel_ptr": "*fp32", "bias_ptr": "*fp32", "e_ptr": f"*{dtype}"}
+    signature |= dict.fromkeys(("x_stride", "part_stride", "first_stride", "e_stride", "col0", "columns"), "i32")
+    signature |= dict.fromkeys(("scale", "softcap", "inv_temperature"), "fp32")
+    constexprs = {"CAPPED": full, "WANT": 7 if full else 0, "BLOCK": block}
+    constexprs |= {} if full else {"bias_ptr": None, "e_ptr": None}
+    return Case(
+        f"row_fwd {dtype} {'full' if full else 'bare'}{'' if aligned else ' odd'} {block}",
+        rows.row_fwd_kernel,
+        signature,
+        constexprs,
+        {"num_warps": num_warps, **rows.OPTIONS},
+        aligned=("x_stride", "e_stride", "columns") if aligned else (),
+    )
+
+
+def _row_bwd(rows, launch, dtype: str, from_e: bool, full=True, aligned=True) -> Case:
+    _, block, num_warps = launch
+    signature = {"out_ptr": f"*{dtype}", "src_ptr": f"*{dtype}", "index_ptr": "*i64", "e_max_ptr": "*fp32"}
+    signature |= {"bias_ptr": "*fp32", "target_ptr": "*i64", "coef_ptr": "*fp32"}
+    signature |= dict.fromkeys(("out_stride", "src_stride", "e_max_stride", "coef_stride", "col0", "columns"), "i32")
+    signature |= dict.fromkeys(("scale", "softcap", "inv_temperature"), "fp32")
+    absent = ("bias_ptr",) if from_e else ("e_max_ptr",)
+    constexprs = {"CAPPED": full, "BLOCK": block} | dict.fromkeys(absent if full else (*absent, "index_ptr"))
+    return Case(
+        f"row_bwd {dtype} {'from e ' if from_e else ''}{'full' if full else 'bare'}{'' if aligned else ' odd'} {block}",
+        rows.row_bwd_kernel,
+        signature,
+        constexprs,
+        {"num_warps": num_warps, **rows.OPTIONS},
+        aligned=("out_stride", "src_stride", "columns") if aligned else (),
+    )
+
+
+# ---- products that reach an address --------------------------------------------------------------------------------
+
+
+class Flow:
+    """Where the integers of one function come from, and how large they may be. A name may have several origins."""
+
+    def __init__(self):
+        self.origins: dict[str, list[tuple[str, tuple]]] = {}
+
+    def add(self, name: str, kind: str, *operands) -> None:
+        """kind: "at most" (a number), "sum", "least", "product" (32-bit), "high" (half of it), "wide" (product)."""
+        self.origins.setdefault(name, []).append((kind, operands))
+
+    def bound(self, name: str, above: frozenset = frozenset()) -> int:
+        """The largest magnitude of a value; that of a 32-bit integer where nothing is known. `above`: who is asking."""
+        if re.fullmatch(r"-?\d+", name):
+            return abs(int(name))
+        if name in above or name not in self.origins:
+            return INT_MAX
+        return max(self._bound(kind, operands, above | {name}) for kind, operands in self.origins[name])
+
+    def _bound(self, kind: str, operands: tuple, above: frozenset) -> int:
+        if kind == "at most":
+            return operands[0]
+        bounds = [self.bound(operand, above) for operand in operands]
+        if kind == "least":  # of a mask, a remainder, a minimum: a negative one bounds nothing
+            return min(INT_MAX if one.startswith("-") else bound for one, bound in zip(operands, bounds, strict=True))
+        if kind == "sum":
+            return sum(bounds)
+        return bounds[0] * bounds[1] >> (32 if kind == "high" else 0)
+
+    def narrow_product(self, name: str) -> str | None:
+        """A product among the origins of a value that may leave 32 bits."""
+        seen, todo = set(), [name]
+        while todo:
+            one = todo.pop()
+            if one in seen:
+                continue
+            seen.add(one)
+            for kind, operands in self.origins.get(one, ()):
+                if kind == "product" and self.bound(operands[0]) * self.bound(operands[1]) > INT_MAX:
+                    return one
+                todo += operands if kind != "at most" else ()
+        return None
+
+
+class Region(NamedTuple):
+    """An operation of Triton's IR that holds blocks: what a yield in them feeds."""
+
+    results: list[str]
+    carried: list[str]  # block arguments of a loop
+    passed: list[str]  # what scf.condition hands to the second block of a while
+
+
+VALUE = r"%[\w$.-]+(?:#\d+)?"
+
+
+class TritonFlow(Flow):
+    """The flow of a kernel in the text of Triton's IR."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.scopes: list[dict[str, str]] = [{}]  # a name may come again in a sibling block
+        self.regions: list[Region] = []
+        self.offsets: list[str] = []  # what is added to pointers
+        self.number = itertools.count()
+        for line in text.splitlines():
+            self._read(re.sub(r"\s*\bloc\((?:[^()]|\([^()]*\))*\)", "", line).strip())
+
+    def _read(self, line: str) -> None:
+        closes, opens = line.startswith("}"), line.endswith("{")
+        if closes:
+            self.scopes.pop()
+        if closes and opens:  # else, do: another block of the same operation
+            self.scopes.append({})
+        elif closes:
+            self.regions.pop()
+        else:
+            result, _, operation = line.partition(" = ") if line.startswith("%") else ("", "", line)
+            opcode = re.split(r"[ (]", operation.replace('"', ""), maxsplit=1)[0]
+            operands = [self._look_up(value) for value in re.findall(VALUE, operation)]
+            if opens:
+                self._open(result, opcode, operands, operation)
+            elif result:
+                self._origin(self._define(result), opcode, operands, operation)
+            else:
+                self._hand_over(opcode, operands, operation)
+
+    def _define(self, name: str) -> str:
+        self.scopes[-1][name] = f"{name}@{next(self.number)}"
+        return self.scopes[-1][name]
+
+    def _look_up(self, name: str) -> str:
+        base, _, index = name.partition("#")
+        known = next((scope[base] for scope in reversed(self.scopes) if base in scope), base)
+        return f"{known}#{index}" if index else known
+
+    def _open(self, result: str, opcode: str, operands: list[str], operation: str) -> None:
+        """A loop, a branch, a reduction: block arguments come from initial values, a counter from its limits."""
+        base, _, count = result.partition(":")
+        carried = [(name, self._look_up(source)) for name, source in re.findall(rf"({VALUE}) = ({VALUE})", operation)]
+        limits = [self._look_up(limit) for limit in re.findall(rf" to ({VALUE})", operation)]
+        name = self._define(base) if base else ""
+        results = [f"{name}#{i}" for i in range(int(count))] if count else [name] * bool(name)
+        if not opcode.startswith("scf."):
+            self.add(name, "sum", *operands)
+        self.scopes.append({})
+        arguments = [self._define(argument) for argument, _ in carried]
+        self._feed(arguments, [source for _, source in carried])
+        if opcode == "scf.for":
+            self.add(arguments.pop(0), "sum", *limits)
+        self.regions.append(Region(results, arguments, []))
+
+    def _hand_over(self, opcode: str, operands: list[str], operation: str) -> None:
+        region = self.regions[-1] if self.regions else None
+        if opcode == "scf.yield":
+            self._feed(region.results, operands)
+            self._feed(region.carried, operands)
+        elif opcode == "scf.condition":
+            self._feed(region.results, operands[1:])
+            region.passed.extend(operands[1:])
+        elif opcode.startswith("^"):
+            arguments = [self._define(argument) for argument in re.findall(rf"({VALUE}):", operation)]
+            self._feed(arguments, region.passed)
+
+    def _feed(self, targets: list[str], sources: list[str]) -> None:
+        for target, source in zip(targets, sources, strict=False):
+            self.add(target, "sum", source)
+
+    def _origin(self, name: str, opcode: str, operands: list[str], text: str) -> None:
+        product = "product" if re.search(r"\b(tensor<[\dx]+x)?i32>?$", text) else "wide"
+        if opcode == "tt.addptr":
+            self.offsets.append(operands[1])
+        elif opcode == "arith.constant":
+            if value := re.match(r"arith.constant (?:dense<)?(-?\d+)>? :", text):
+                self.add(name, "at most", abs(int(value[1])))
+        elif opcode == "tt.make_range":
+            self.add(name, "at most", int(re.search(r"end = (\d+)", text)[1]))
+        elif opcode == "arith.muli":
+            self.add(name, product, *operands)
+        elif opcode == "arith.shli":
+            self.add(f"2^{operands[1]}", "at most", 1 << min(self.bound(operands[1]), 31))
+            self.add(name, product, operands[0], f"2^{operands[1]}")
+        elif opcode in ("arith.remsi", "arith.remui"):
+            self.add(name, "least", *operands)
+        elif opcode not in ("tt.load", "arith.cmpi", "arith.cmpf", "tt.get_program_id", "tt.get_num_programs"):
+            self.add(name, "sum", *operands)
+
+
+def ttir_products(text: str) -> list[str]:
+    """Pointer offsets in Triton's IR that hold a 32-bit product, "offset <- product" each."""
+    flow = TritonFlow(text)
+    products = [(offset, flow.narrow_product(offset)) for offset in flow.offsets]
+    return [re.sub(r"@\d+", "", f"{offset} <- {product}") for offset, product in products if product]
+
+
+def ptx_products(text: str) -> list[str]:
+    """Global addresses in the PTX of one function that hold a 32-bit product, "instruction <- product" each."""
+    flow, addresses = Flow(), []
+    for line in text.splitlines():
+        instruction = re.match(r"\s*(?:@!?%\w+ )?\s*([a-z][\w.:]*)\s+(.*);", line)
+        if not instruction:
+            continue
+        opcode, arguments = instruction.groups()
+        if re.match(r"(ld|st|atom|red|cp|prefetch)\b", opcode):
+            if not re.search(r"\.(shared|param|const|local)(?!.*global)", opcode):
+                addresses += [(f"{opcode} {arguments}", name) for name in re.findall(r"\[(%\w+)", arguments)]
+        elif not re.match(r"(setp|bra|call|ret|bar|membar|fence)\b", opcode):
+            _ptx_origin(flow, opcode, re.findall(r"%[\w.]+|-?\b\d+\b", arguments))
+    products = [(instruction, flow.narrow_product(name)) for instruction, name in addresses]
+    return [f"{instruction} <- {product}" for instruction, product in products if product]
+
+
+SPECIAL = {"%tid": 1023, "%ntid": 1024, "%laneid": 31, "%warpid": 31}
+
+
+def _ptx_origin(flow: Flow, opcode: str, values: list[str]) -> None:
+    if not values:
+        return
+    (name, *operands), narrow = values, opcode.endswith("32")
+    kind, _, rest = opcode.partition(".")
+    for operand in operands:
+        if operand.partition(".")[0] in SPECIAL:
+            flow.add(operand, "at most", SPECIAL[operand.partition(".")[0]])
+    if kind in ("mul", "mad") and re.match(r"(lo|hi|wide)\b", rest):
+        half = rest.partition(".")[0]
+        product = "high" if half == "hi" else "product" if half == "lo" and narrow else "wide"
+        flow.add(f"{name}*", product, *operands[:2])
+        flow.add(name, "sum", f"{name}*", *operands[2:])
+    elif kind == "shl":
+        flow.add(f"{name}*", "at most", 1 << min(flow.bound(operands[1]), 31))
+        flow.add(name, "product" if narrow else "wide", operands[0], f"{name}*")
+    elif kind in ("shr", "div"):
+        flow.add(name, "sum", operands[0])
+    elif kind in ("and", "rem", "min"):
+        flow.add(name, "least", *operands)
+    else:
+        flow.add(name, "sum", *operands)
+
+
+# ---- compiling -----------------------------------------------------------------------------------------------------
+
+
+def atomics(assembly: str) -> list[str]:
+    """Atomic operations in PTX or in Triton's IR."""
+    return sorted(set(re.findall(r"(?<![\w.])(?:atom|red)\.[\w.:]+|\btt\.atomic_\w+", assembly)))
+
+
+def ptxas(exe: Path | str, ptx: str, arch: str) -> dict[str, tuple[int, int, int]]:
+    """Registers, spilled bytes and static shared memory of each kernel in a PTX text."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [exe, "-v", "--gpu-name", arch, file.name, "-o", os.devnull]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    kernels = {}
+    for name, text in re.findall(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry|\Z)", log, re.S):
+        shared = re.search(r"(\d+) bytes smem", text)
+        spill = sum(map(int, re.findall(r"(\d+) bytes spill", text)))
+        kernels[name] = int(re.search(r"Used (\d+) registers", text)[1]), spill, int(shared[1]) if shared else 0
+    return kernels
+
+
+def compile_case(case: Case, target: Target) -> Row:
+    """One Triton case for one GPU, against every rule."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = case.kernel.arg_names
+    aligned = [name for name, kind in case.signature.items() if kind.startswith("*") or name in case.aligned]
+    source = ASTSource(
+        fn=case.kernel,
+        signature={name: "constexpr" if name in case.constexprs else case.signature[name] for name in names},
+        constexprs={(names.index(name),): value for name, value in case.constexprs.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned if name not in case.constexprs},
+    )
+    gpu = GPUTarget(target.backend, target.arch, target.warp)
+    try:
+        compiled = triton.compile(source, target=gpu, options=case.options)
+        if target.backend == "hip":
+            counts = {
+                name: int(re.search(rf"\.{name}: +(\d+)", compiled.asm["amdgcn"])[1])
+                for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
+            }
+            registers, spill = counts["vgpr_count"], counts["vgpr_spill_count"] + counts["sgpr_spill_count"]
+        else:
+            from triton.backends.nvidia.compiler import get_ptxas
+
+            ptx = compiled.asm["ptx"]
+            arch = re.search(r"\.target (\w+)", ptx)[1]
+            ((registers, spill, _),) = ptxas(get_ptxas(target.arch).path, ptx, arch).values()
+    except Exception as error:
+        return Row(case.name, target.name, broken=(f"compiles: {type(error).__name__}: {_line(str(error))}",))
+    row = Row(case.name, target.name, registers, spill, compiled.metadata.shared)
+    ir = compiled.asm["ttir"]
+    return judge(row, case.spill, target, atomics(ir + compiled.asm.get("ptx", "")), ttir_products(ir))
+
+
+def compile_cuda(file: Path, arch: str) -> list[Row]:
+    """One .cu file for one GPU by nvcc and its ptxas: a row for each kernel."""
+    target = next(target for target in TARGETS if target.name == CUDA_ARCHS[arch])
+    nvcc = shutil.which("nvcc")
+    include = [f"-I{ROOT}/csrc", f"-I{ROOT}/kernels/cuda"]
+    with tempfile.NamedTemporaryFile(suffix=".ptx") as out:
+        command = [nvcc, "-std=c++17", "-O3", "-ptx", f"-arch=compute_{arch}", *include, str(file), "-o", out.name]
+        try:
+            subprocess.run(command, capture_output=True, text=True, check=True)
+            ptx = Path(out.name).read_text()
+            kernels = ptxas(shutil.which("ptxas"), ptx, f"sm_{arch}")
+        except subprocess.CalledProcessError as error:
+            return [Row(file.name, target.name, broken=(f"compiles: {_line(error.stderr)}",))]
+    rows = []
+    functions = dict(re.findall(r"\.entry (\w+)(.*?)(?=\.entry |\Z)", ptx, re.S))
+    for name, (registers, spill, shared) in kernels.items():
+        row = Row(f"{file.name} {_plain(name)}", target.name, registers, spill, shared)
+        rows.append(judge(row, 0, target, atomics(functions[name]), ptx_products(functions[name])))
+    return rows
+
+
+def _line(message: str) -> str:
+    return " ".join(message.split())[:200]
+
+
+def _plain(mangled: str) -> str:
+    """`kernel<types>` out of a mangled name; the mangled name where binutils are missing."""
+    if not shutil.which("c++filt"):
+        return mangled
+    full = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
+    return re.search(r"(\w+(?:<[^(]*>)?)\((?!anonymous)|\Z", full)[1] or mangled
+
+
+def judge(row: Row, spill: int, target: Target, atomic: list[str], products: list[str]) -> Row:
+    """The row with the rules it breaks."""
+    broken = []
+    if row.spill > spill:
+        broken.append(f"spills: {row.spill}, allowed {spill}")
+    if row.shared > target.shared:
+        broken.append(f"shared: {row.shared} bytes, {target.name} has {target.shared}")
+    if atomic:
+        broken.append(f"atomics: {', '.join(atomic)}")
+    if products:
+        broken.append(f"addresses: {products[0]}" + (f" and {len(products) - 1} more" if len(products) > 1 else ""))
+    return row._replace(broken=tuple(broken))
+
+
+# ---- the table -----------------------------------------------------------------------------------------------------
+
+
+def check(triton_cases: list[Case], cuda_files: list[Path]) -> list[Row]:
+    """All rows, compiled in as many processes as there are cores."""
+    targets = {target.name: target for target in TARGETS}
+    work = [(compile_cuda, (file, arch)) for file in cuda_files for arch in CUDA_ARCHS]
+    work += [(compile_case, (case, targets[name])) for case in triton_cases for name in case.targets]
+    _work[:] = work  # a kernel does not pickle: the processes inherit it
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        results = pool.map(_run, range(len(work)), chunksize=1)
+    return [row for result in results for row in (result if isinstance(result, list) else [result])]
+
+
+_work: list = []
+
+
+def _run(number: int):
+    function, arguments = _work[number]
+    return function(*arguments)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kernels", type=Path, help="a Python file with a function cases()")
+    parser.add_argument("--cuda", type=Path, nargs="+", help=".cu files")
+    options = parser.parse_args()
+    os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels do not compile
+    start = time.monotonic()
+    everything = options.kernels is None and options.cuda is None
+    found = runpy.run_path(str(options.kernels))["cases"]() if options.kernels else cases() if everything else []
+    files = sorted((ROOT / "csrc/cuda").glob("*.cu")) if everything else options.cuda or []
+    if files and not (shutil.which("nvcc") and shutil.which("ptxas")):
+        print(f"no nvcc here: {len(files)} .cu files are not compiled")
+        files = []
+    rows = check(found, files)
+    width = max((len(row.case) for row in rows), default=0)
+    print(f"{'kernel':{width}} {'GPU':7} {'registers':>9} {'spill':>6} {'shared':>7}")
+    for row in rows:
+        numbers = ("-" if number is None else number for number in (row.registers, row.spill, row.shared))
+        line = "{:>9} {:>6} {:>7}".format(*numbers)
+        print(f"{row.case:{width}} {row.target:7} {line}", *(f"    BROKEN {rule}" for rule in row.broken), sep="\n")
+    broken = sum(bool(row.broken) for row in rows)
+    print(f"{len(rows)} compiled in {time.monotonic() - start:.0f} s, {broken} broken")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    # cases() of another file says `from compile_gate import Case`: this module, not a second one
+    sys.modules["compile_gate"] = sys.modules["__main__"]
+    sys.exit(main())

@@ -1,0 +1,210 @@
+"""Every rule of bench/compile_gate.py trips on a kernel that breaks it, and on no other."""
+
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+GATE = ROOT / "bench/compile_gate.py"
+
+TRITON = """
+import triton
+import triton.language as tl
+from compile_gate import Case
+
+
+@triton.jit
+def clean(x_ptr, y_ptr, stride, n, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cell = tl.arange(0, 16)[:, None] * 64 + tl.arange(0, 64)[None, :]  # a bounded product
+    tl.store(y_ptr + row * 1024 + cell, tl.load(y_ptr + row * stride + cell))
+    for start in range(0, n, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        tl.store(y_ptr + row * stride + cols, tl.load(x_ptr + row * stride + cols, mask=cols < n), mask=cols < n)
+
+
+@triton.jit
+def narrow_row(x_ptr, y_ptr, stride, n, BLOCK: tl.constexpr):
+    cols = tl.arange(0, BLOCK)
+    tl.store(y_ptr + cols, tl.load(x_ptr + tl.program_id(0) * stride + cols))
+
+
+@triton.jit
+def narrow_widened_late(x_ptr, y_ptr, stride, n, BLOCK: tl.constexpr):
+    cols = tl.arange(0, BLOCK)
+    tl.store(y_ptr + cols, tl.load(x_ptr + (tl.program_id(0) * stride).to(tl.int64) * 4 + cols))
+
+
+@triton.jit
+def narrow_constant(x_ptr, y_ptr, stride, n, BLOCK: tl.constexpr):
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + cols, tl.load(x_ptr + cols, mask=cols < n), mask=cols < n)
+
+
+@triton.jit
+def narrow_branch(x_ptr, y_ptr, stride, n, BLOCK: tl.constexpr):
+    cols = tl.arange(0, BLOCK)
+    at = tl.load(y_ptr).to(tl.int32)
+    if at > 0:
+        at = at * stride
+    else:
+        at += 1
+    tl.store(y_ptr + cols, tl.load(x_ptr + at + cols))
+
+
+@triton.jit
+def narrow_loop(x_ptr, y_ptr, stride, n, BLOCK: tl.constexpr):
+    cols = tl.arange(0, BLOCK)
+    at = tl.load(y_ptr).to(tl.int32)
+    for _ in range(0, n):
+        tl.store(y_ptr + cols, tl.load(x_ptr + at + cols))
+        at += stride * n
+
+
+@triton.jit
+def narrow_while(x_ptr, y_ptr, stride, n, BLOCK: tl.constexpr):
+    cols = tl.arange(0, BLOCK)
+    at = tl.load(y_ptr).to(tl.int32)
+    while at < n:
+        tl.store(y_ptr + cols, tl.load(x_ptr + at + cols))
+        at = at * stride
+
+
+@triton.jit
+def atomic(x_ptr, y_ptr, stride, n, BLOCK: tl.constexpr):
+    tl.atomic_add(y_ptr + tl.arange(0, BLOCK), 1.0)
+
+
+@triton.jit
+def spilling(x_ptr, y_ptr, stride, n, BLOCK: tl.constexpr):
+    cols = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + cols)
+    tl.store(y_ptr + cols, x - tl.max(x, axis=0))
+
+
+@triton.jit
+def sharing(x_ptr, y_ptr, stride, n, BLOCK: tl.constexpr):
+    cell = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for k in range(0, n):
+        total = tl.dot(tl.load(x_ptr + k + cell), tl.load(y_ptr + k + cell), total, input_precision="ieee")
+    tl.store(y_ptr + cell, total)
+
+
+@triton.jit
+def refused(x_ptr, y_ptr, stride, n, BLOCK: tl.constexpr):
+    tl.static_assert(BLOCK == 3)
+
+
+def case(kernel, block=128, targets=("sm_90", "gfx942"), spill=0, name=None, num_warps=4, **options):
+    signature = {"x_ptr": "*fp32", "y_ptr": "*fp32", "stride": "i32", "n": "i32"}
+    options |= {"num_warps": num_warps}
+    name = name or kernel.__name__
+    return Case(name, kernel, signature, {"BLOCK": block}, options, targets=targets, spill=spill)
+
+
+def cases():
+    simple = (clean, narrow_row, narrow_widened_late, narrow_constant, narrow_branch, narrow_loop, narrow_while, atomic)
+    many = {"block": 16384, "num_warps": 1}
+    return [
+        *map(case, simple),
+        case(spilling, **many),
+        case(spilling, targets=("sm_90",), spill=10**6, name="allowed", **many),
+        case(sharing, block=64, targets=("sm_120",), num_stages=5),
+        case(refused),
+    ]
+"""
+
+CUDA = """
+#include <cstdint>
+extern "C" {
+__global__ void clean(const float* x, float* y, int stride) {
+  __shared__ float cell[256];
+  cell[threadIdx.x * 2 % 256] = x[blockIdx.x * static_cast<int64_t>(stride) + threadIdx.x * 3];
+  __syncthreads();
+  y[static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x] = cell[threadIdx.x % 7];
+}
+__global__ void narrow(const float* x, float* y, int stride) { y[threadIdx.x] = x[blockIdx.x * stride + threadIdx.x]; }
+__global__ void narrow_index(float* y) { y[blockIdx.x * blockDim.x + threadIdx.x] = 0; }
+__global__ void narrow_loop(const float* x, float* y, int n, int stride) {
+  int at = threadIdx.x;
+  for (int i = 0; i < n; ++i) {
+    y[threadIdx.x] += x[at];
+    at = at * stride + 1;
+  }
+}
+__global__ void atomic(float* y) { atomicAdd(y, 1.0f); }
+__global__ void __launch_bounds__(1024) spilling(const float* x, float* y) {
+  float kept[128];
+#pragma unroll
+  for (int i = 0; i < 128; ++i) kept[i] = x[threadIdx.x + 1024 * i];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 128; ++i) y[threadIdx.x + 1024 * i] = kept[i] * kept[(i + 64) % 128];
+}
+}
+"""
+
+BREAKS = {"atomic": "atomics", "spilling": "spills", "sharing": "shared", "refused": "compiles"}
+
+
+def broken_rules(*arguments):
+    """{kernel: the rules it breaks}, and the exit status."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, GATE, *arguments], capture_output=True, text=True, env=environment)
+    assert "compiled in" in done.stdout, done.stderr
+    found, name = {}, None
+    for line in done.stdout.splitlines()[1:-1]:
+        if rule := re.match(r" +BROKEN (\w+)", line):
+            found[name].add(rule[1])
+        elif row := re.match(r"(\S.*?) +(sm_\d+|gfx\d+) ", line):
+            name = row[1].split()[-1]
+            found.setdefault(name, set())
+    return found, done.returncode
+
+
+def expected(names):
+    return {name: {"addresses" if name.startswith("narrow") else BREAKS[name]} for name in names}
+
+
+def test_triton_rules_trip(tmp_path):
+    pytest.importorskip("triton")
+    (tmp_path / "planted.py").write_text(TRITON)
+    found, status = broken_rules("--kernels", tmp_path / "planted.py")
+    assert found.pop("clean") == set() and found.pop("allowed") == set()
+    assert found == expected(found)
+    assert len(found) == 10 and status == 1
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+def test_cuda_rules_trip(tmp_path):
+    (tmp_path / "planted.cu").write_text(CUDA)
+    (tmp_path / "wrong.cu").write_text("__global__ void refused() { no such thing; }")
+    found, status = broken_rules("--cuda", tmp_path / "planted.cu", tmp_path / "wrong.cu")
+    assert found.pop("clean") == set()
+    assert found.pop("wrong.cu") == {"compiles"}
+    assert found == expected(found)
+    assert len(found) == 5 and status == 1
+
+
+def test_a_clean_file_passes(tmp_path):
+    pytest.importorskip("triton")
+    (tmp_path / "planted.py").write_text(TRITON + "\n\ndef cases():\n    return [case(clean)]\n")
+    assert broken_rules("--kernels", tmp_path / "planted.py") == ({"clean": set()}, 0)
+
+
+def test_every_kernel_has_a_case():
+    pytest.importorskip("triton")
+    named = {case.kernel.fn.__name__ for case in runpy.run_path(str(GATE))["cases"]()}
+    written = {
+        name
+        for file in (ROOT / "kernels/triton").glob("*.py")
+        for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.M)
+    }
+    assert named == written

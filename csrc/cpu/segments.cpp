@@ -1,4 +1,4 @@
-// Segment sums, means and last tokens on a CPU, and their transposes: bit for bit the twin of kernels/cuda/segments.cuh.
+// Segment sums, means and last tokens on a CPU, and their transposes: kernels/cuda/segments.cuh bit for bit.
 
 #include <algorithm>
 #include <cmath>

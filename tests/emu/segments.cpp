@@ -24,7 +24,8 @@ int run(void (*kernel)(Op, int), const Op& op, int each, int order, unsigned see
 }  // namespace
 
 extern "C" int emu_segment_reduce(const void* x, int dtype, const uint8_t* mask, const void* cu_seqlens, bool wide,
-                                  int64_t count, int64_t total, int over, void* out, int each, int order, unsigned seed) {
+                                  int64_t count, int64_t total, int over, void* out, int each, int order,
+                                  unsigned seed) {
   const Segments segments{cu_seqlens, wide, count, total, mask};
   const SegmentReduce op{segments, static_cast<Over>(over), x, static_cast<DType>(dtype), out};
   switch (op.dtype) {
@@ -37,7 +38,8 @@ extern "C" int emu_segment_reduce(const void* x, int dtype, const uint8_t* mask,
 }
 
 extern "C" int emu_segment_spread(const void* v, int dtype, const uint8_t* mask, const void* cu_seqlens, bool wide,
-                                  int64_t count, int64_t total, int over, void* out, int each, int order, unsigned seed) {
+                                  int64_t count, int64_t total, int over, void* out, int each, int order,
+                                  unsigned seed) {
   const Segments segments{cu_seqlens, wide, count, total, mask};
   const SegmentSpread op{segments, static_cast<Over>(over), v, out, static_cast<DType>(dtype)};
   switch (op.dtype) {

@@ -1,0 +1,1 @@
+"""Seams into trainers: one thin file each, which imports its framework lazily."""

@@ -300,8 +300,8 @@ def test_doctor_speaks_json(capsys):
 def test_doctor_finds_a_wrong_backend(capsys, monkeypatch):
     right = _rows_torch.tile_bwd
 
-    def wrong(out, *rest):
-        right(out, *rest)
+    def wrong(out, *rest, **options):
+        right(out, *rest, **options)
         out[:, 0] += 1e-3
 
     monkeypatch.setattr(_rows_torch, "tile_bwd", wrong)
@@ -312,7 +312,7 @@ def test_doctor_finds_a_wrong_backend(capsys, monkeypatch):
 
 
 def test_doctor_goes_on_after_an_exception(capsys, monkeypatch):
-    def broken(*args):
+    def broken(*args, **kwargs):
         raise ValueError("no such tile")
 
     monkeypatch.setattr(_rows_torch, "tile_fwd", broken)

@@ -101,8 +101,10 @@ def row_cases() -> list[Case]:
 def _row_fwd(rows, launch, dtype: str, full=True, aligned=True) -> Case:
     _, block, num_warps = launch
     signature = {"x_ptr": f"*{dtype}", "target_ptr": "*i64", "part_ptr": "*fp32", "first_ptr": "*i64"}
-    signature |= {"zlabel_ptr": "*fp32", "bias_ptr": "*fp32", "e_ptr": f"*{dtype}"}
-    signature |= dict.fromkeys(("x_stride", "part_stride", "first_stride", "e_stride", "col0", "columns"), "i32")
+    signature |= {"label_ptr": "*fp32", "bias_ptr": "*fp32", "e_ptr": f"*{dtype}"}
+    signature |= dict.fromkeys(
+        ("x_stride", "part_stride", "first_stride", "label_stride", "e_stride", "col0", "columns"), "i32"
+    )
     signature |= dict.fromkeys(("scale", "softcap", "inv_temperature"), "fp32")
     constexprs = {"CAPPED": full, "WANT": 7 if full else 0, "BLOCK": block}
     constexprs |= {} if full else {"bias_ptr": None, "e_ptr": None}

@@ -1,9 +1,16 @@
-"""Backends and devices that tests run over, and poisoned allocations."""
+"""Backends and devices that tests run over, Triton's interpreter put right, and poisoned allocations."""
+
+import importlib.util
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
 
 from finealign_kernels.ops import _choose
+
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+    runpy.run_path(str(Path(__file__).with_name("triton_interpreter.py")))["install"]()
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

@@ -1,13 +1,13 @@
-"""The house's own rules: imports point one way, importing does nothing else, versions are pinned, what is missing is said."""
+"""The house's rules: imports point one way, importing does nothing else, versions are pinned, what is missing is said."""
 
 import ast
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "finealign_kernels"
@@ -132,7 +132,7 @@ print(_choose.choose("auto", h), "|", _native.reason)
 def test_a_pure_python_install_works_and_says_what_is_missing():
     found = run(WITHOUT, FINEALIGN_DISABLE_NATIVE="1", FINEALIGN_REQUIRE_NATIVE="")
     assert found.returncode == 0, found.stderr
-    assert found.stdout.split() == "torch | FINEALIGN_DISABLE_NATIVE is set".split()
+    assert found.stdout.split() == ["torch", "|", "FINEALIGN_DISABLE_NATIVE", "is", "set"]
 
 
 def test_the_formulas_import_without_triton_and_without_the_extension():
@@ -154,6 +154,12 @@ def test_ci_versions_are_pinned_in_one_file():
     wanted = project["project"]["dependencies"] + extras["demo"] + extras["test"] + project["build-system"]["requires"]
     names = {re.match(r"[A-Za-z0-9_.-]+", item)[0].lower().replace("_", "-") for item in wanted}
     assert names <= pinned, names - pinned
+
+
+def test_every_package_is_in_the_wheel():
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    folders = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in PACKAGE.rglob("__init__.py")}
+    assert listed == folders | {"finealign_kernels.kernels"}
 
 
 def test_the_version_is_one():

@@ -220,10 +220,10 @@ PICKS = {"logp": (1, 0, 0), "lse": (0, 1, 0), "entropy": (0, 0, 1), "together": 
 
 
 def exact_and_eager(s, upstream, dtype=None, **options):
-    """Outputs and gradients of float64 from the same rounded inputs, and of eager PyTorch in their dtype (or another)."""
+    """Outputs and gradients of float64 from the same rounded inputs, and of eager PyTorch in their dtype."""
     results = []
-    for dtype in (torch.float64, dtype or s.hidden.dtype):
-        hidden, weight = s.hidden.to(dtype).requires_grad_(), s.weight.to(dtype).requires_grad_()
+    for kind in (torch.float64, dtype or s.hidden.dtype):
+        hidden, weight = s.hidden.to(kind).requires_grad_(), s.weight.to(kind).requires_grad_()
         out = samples.eager(hidden, weight, s.labels, **options)
         loss = sum((o * u.to(o.dtype)).sum() for o, u in zip(out, upstream, strict=True))
         results.append(([o.detach() for o in out], torch.autograd.grad(loss, (hidden, weight))))

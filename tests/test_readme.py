@@ -30,8 +30,10 @@ def losses_table() -> str:
             row.derived,
         )
         lines.append(f"| {' | '.join(cells)} |")
-    words = "Here Δ = h_chosen - h_rejected, h = Σ_t w_t (logp_t - ref_logp_t) and m = beta Δ - shift. Every row takes every average.\n\n"
-    return words + "\n".join(lines) + "\n"
+    words = (
+        "Here Δ = h_chosen - h_rejected, h = Σ_t w_t (logp_t - ref_logp_t) and m = beta Δ - shift. Every row takes\n"
+    )
+    return words + "every average.\n\n" + "\n".join(lines) + "\n"
 
 
 def test_examples():

@@ -1,8 +1,6 @@
 """The Triton row kernels against float64: compiled where there is a GPU, else under Triton's interpreter."""
 
 import math
-import runpy
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -14,8 +12,6 @@ tl = pytest.importorskip("triton.language")
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-if not GPU:
-    runpy.run_path(str(Path(__file__).with_name("triton_interpreter.py")))["install"]()
 
 from finealign_kernels.kernels import _tiles  # noqa: E402
 from finealign_kernels.kernels.row_logprobs import tile_bwd, tile_fwd  # noqa: E402
@@ -78,9 +74,21 @@ def tile(columns, dtype=torch.float32, head=PLAIN, with_bias=False, spread=3.0):
     return Tile(x.to(DEVICE), bias, target.to(DEVICE), rest, head)
 
 
+def before_softcap(t: Tile):
+    return t.head[0] * (t.x.double().cpu() + (0 if t.bias is None else t.bias.double().cpu()))
+
+
+def label_slope(t: Tile):
+    """1 - tanh² at the label of each row, 1 where there is no softcap, NaN where the label is not in the tile."""
+    y, softcap, local = before_softcap(t), t.head[1], t.target.cpu() - COL0
+    slope = 1 - torch.tanh(y / softcap) ** 2 if softcap else torch.ones_like(y)
+    here = (t.target.cpu() >= 0) & (local >= 0) & (local < y.shape[1])
+    return torch.where(here, slope.gather(1, local.clamp(0, y.shape[1] - 1)[:, None])[:, 0], NAN)
+
+
 def logits(t: Tile):
-    scale, softcap, inv_temperature = t.head
-    y = scale * (t.x.double().cpu() + (0 if t.bias is None else t.bias.double().cpu()))
+    _, softcap, inv_temperature = t.head
+    y = before_softcap(t)
     capped = softcap * torch.tanh(y / softcap) if softcap else y
     return torch.where(y == -INF, y, capped) * inv_temperature
 
@@ -90,16 +98,16 @@ def forward(t: Tile, want=ALL, e_dtype=None, in_place=False):
     part, part_check = guarded(n, 6, torch.float32)
     first, first_check = guarded(n, 1, torch.int64)
     e, e_check = guarded(n, columns, e_dtype) if e_dtype else (None, lambda: None)
-    zlabel = torch.full((n + 2,), NAN, device=DEVICE)
-    tile_fwd(t.x, t.bias, t.target, COL0, t.head, want, part, first[:, 0], zlabel[1:-1], e, in_place)
+    label = torch.full((n + 2, 4), NAN, device=DEVICE)  # red zones around (n, 2)
+    tile_fwd(t.x, t.bias, t.target, COL0, t.head, want, part, first[:, 0], label[1:-1, 1:3], e, in_place)
     for check in (part_check, first_check, e_check):
         check()
-    assert zlabel[[0, -1]].isnan().all()
-    return part.cpu(), first[:, 0].cpu(), zlabel[1:-1].cpu(), (t.x if in_place else e)
+    assert label[[0, -1]].isnan().all() and label[:, [0, 3]].isnan().all()
+    return part.cpu(), first[:, 0].cpu(), label[1:-1, 1:3].cpu(), (t.x if in_place else e)
 
 
 def expected_state(z, target):
-    """part, first, zlabel and e of each row, straight from their definitions, float64."""
+    """part, first, z of the label and e of each row, straight from their definitions, float64."""
     n, columns = z.shape
     part, first = torch.zeros(n, 6, dtype=torch.float64), torch.full((n,), COL0)
     zlabel, e = torch.full((n,), NAN, dtype=torch.float64), torch.zeros_like(z)
@@ -125,11 +133,12 @@ def expected_state(z, target):
 @pytest.mark.parametrize("columns", COLUMNS)
 def test_forward(columns, dtype, head, with_bias):
     t = tile(columns, dtype, head, with_bias)
-    part, first, zlabel, e = forward(t, e_dtype=torch.float32)
+    part, first, label, e = forward(t, e_dtype=torch.float32)
     part64, first64, zlabel64, e64 = expected_state(logits(t), t.target.cpu())
     assert_close(part.double(), part64, rtol=5e-6, atol=5e-6)
     assert torch.equal(first, first64)
-    assert_close(zlabel.double(), zlabel64, rtol=1e-6, atol=1e-6, equal_nan=True)
+    assert_close(label[:, 0].double(), zlabel64, rtol=1e-6, atol=1e-6, equal_nan=True)
+    assert_close(label[:, 1].double(), label_slope(t), rtol=1e-5, atol=1e-30, equal_nan=True)
     read = t.target.cpu() != SKIP
     assert_close(e.double().cpu()[read], e64[read], rtol=1e-5, atol=1e-30)
 
@@ -165,8 +174,8 @@ def test_the_labels_logit_is_bitwise_the_maximum_where_it_is_the_maximum():
     t = tile(1000, head=(0.3, 7.0, 1 / 0.7), with_bias=True)  # nothing here is exact in float32
     t = t._replace(target=COL0 + logits(t).nan_to_num(-INF).argmax(-1).to(DEVICE))
     rows = [ORDINARY, BANNED, LAST, ONLY_LABEL]
-    part, _, zlabel, e = forward(t, e_dtype=torch.float32)
-    assert torch.equal(part[rows, 0], zlabel[rows])
+    part, _, label, e = forward(t, e_dtype=torch.float32)
+    assert torch.equal(part[rows, 0], label[rows, 0])
     assert (e.cpu()[rows].amax(-1) == 1).all()
 
 
@@ -176,10 +185,10 @@ def test_e_in_place(columns):
     apart = forward(t, e_dtype=torch.float32)
     over, check = guarded(*t.x.shape, torch.float32)
     over.copy_(t.x)
-    part, first, zlabel, e = forward(t._replace(x=over), in_place=True)
+    part, first, label, e = forward(t._replace(x=over), in_place=True)
     check()
     assert torch.equal(part, apart[0]) and torch.equal(first, apart[1])
-    assert_close(zlabel, apart[2], rtol=0, atol=0, equal_nan=True)
+    assert_close(label, apart[2], rtol=0, atol=0, equal_nan=True)
     read = t.target != SKIP
     assert torch.equal(e[read], apart[3][read])
 
@@ -235,7 +244,7 @@ def test_a_row_depends_on_no_other_row():
 
 
 class Upstream(NamedTuple):
-    coef: torch.Tensor  # (7, n) float32: g, k, h, m, l, H, logp
+    coef: torch.Tensor  # (8, n) float32: g, k, h, m, l, H, logp, 1 - tanh² at the label
     dx: torch.Tensor  # (n, C) float64, by autograd
 
 
@@ -263,7 +272,7 @@ def upstream(t: Tile, which="gkh"):
     (dx,) = torch.autograd.grad(torch.where(read, loss, 0).sum(), x)
     m = z.amax(-1)
     logp = torch.where(label == BAD, NAN, logp)
-    rows = [g, k, h, m, lse - m, entropy, logp]
+    rows = [g, k, h, m, lse - m, entropy, logp, label_slope(t).nan_to_num(1)]
     coef = torch.stack([row.detach() for row in rows]).float()
     coef[:, ~read] = NAN  # nothing of such a row may be looked at
     return Upstream(coef.to(DEVICE), torch.where(read[:, None], dx, 0))
@@ -315,7 +324,7 @@ def test_backward_in_place():
 
 def gradient_from_e(e, e_max, t: Tile, coef):
     """The contract's formulas in float64, from the rounded e."""
-    g, k, h, m, l, entropy, logp = (c[:, None] for c in coef.double().cpu())
+    g, k, h, m, l, entropy, logp, own_slope = (c[:, None] for c in coef.double().cpu())
     scale, softcap, inv_temperature = t.head
     e, e_max = e.double().cpu(), e_max.double().cpu()[:, None]
     p = e * (e_max - m - l).exp()
@@ -326,8 +335,8 @@ def gradient_from_e(e, e_max, t: Tile, coef):
     is_label = torch.arange(e.shape[1]) + COL0 == t.target.cpu()[:, None]
     dz = torch.where(is_label, own, dz)
     if softcap:
-        z = torch.where(is_label, logp + l + m, e.log() + e_max)
-        dz = torch.where(dz == 0, 0, dz * (1 - (z / inv_temperature / softcap) ** 2))
+        slope = 1 - ((e.log() + e_max) / inv_temperature / softcap) ** 2
+        dz = torch.where(dz == 0, 0, dz * torch.where(is_label, own_slope, slope))
     return torch.where((t.target.cpu() != SKIP)[:, None], dz * scale * inv_temperature, 0)
 
 

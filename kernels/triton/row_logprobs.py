@@ -41,7 +41,7 @@ def _load_product(x_ptr, bias_ptr, cols, columns, scale):
     return tl.where(cols < columns, y * scale, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["part_stride", "first_stride", "col0"])
+@triton.jit(do_not_specialize=["part_stride", "first_stride", "label_stride", "col0"])
 def row_fwd_kernel(
     x_ptr,  # (n, columns)
     x_stride,
@@ -51,7 +51,8 @@ def row_fwd_kernel(
     part_stride,
     first_ptr,  # (n,)
     first_stride,
-    zlabel_ptr,  # (n,)
+    label_ptr,  # (n, 2)
+    label_stride,
     e_ptr,  # (n, columns), None, or x itself
     e_stride,
     col0,
@@ -69,6 +70,7 @@ def row_fwd_kernel(
     read = target != SKIP
     stop = tl.where(read, columns, 0)
     x_ptr += row * x_stride
+    label_ptr += row * label_stride
 
     m = tl.full((), float("-inf"), tl.float32)
     r, t, q = tl.full((), 0, tl.float32), tl.full((), 0, tl.float32), tl.full((), 0, tl.float32)
@@ -76,9 +78,15 @@ def row_fwd_kernel(
     first = tl.full((), 0, tl.int32)
     for start in range(0, stop, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        z = logit(_load_product(x_ptr, bias_ptr, cols, columns, scale), softcap, inv_temperature, CAPPED)
-        # one lane at most; taken from here, so that the label's z is bitwise the maximum where it is the maximum
-        tl.store(zlabel_ptr + row + tl.zeros_like(cols), z, mask=cols == label)
+        y = _load_product(x_ptr, bias_ptr, cols, columns, scale)
+        z = logit(y, softcap, inv_temperature, CAPPED)
+        if (label >= start) & (label < start + BLOCK):
+            # taken here, so that the label's z is bitwise the maximum where it is, and before e may lie over x
+            tl.store(label_ptr + tl.zeros_like(cols), z, mask=cols == label)
+            slope = tl.full((BLOCK,), 1.0, tl.float32)
+            if CAPPED:
+                slope = tanh_slope(y / softcap)
+            tl.store(label_ptr + 1 + tl.zeros_like(cols), slope, mask=cols == label)
         block_m, block_r, block_t, block_q, index = block_state(z, ENTROPY & WANT, SQUARES & WANT)
         first = tl.where(block_m > m, start + index, first)
         m, r, t, q = combine_states(m, r, t, q, block_m, block_r, block_t, block_q)
@@ -116,7 +124,7 @@ def row_bwd_kernel(
     e_max_stride,
     bias_ptr,  # (columns,) or None
     target_ptr,  # (n,)
-    coef_ptr,  # (7, n)
+    coef_ptr,  # (8, n)
     coef_stride,
     col0,
     columns,
@@ -140,6 +148,7 @@ def row_bwd_kernel(
     else:
         m, l = tl.load(coef_ptr + 3 * step), tl.load(coef_ptr + 4 * step)
         entropy, logp = tl.load(coef_ptr + 5 * step), tl.load(coef_ptr + 6 * step)
+        label_slope = tl.load(coef_ptr + 7 * step)
         p_label = tl.exp(logp)
         dz_label = -g * expm1(logp) + k * p_label - tl.where(h != 0, h * p_label * (logp + entropy), 0.0)
         dz_label = tl.where(logp == float("-inf"), 0.0, dz_label)
@@ -170,31 +179,33 @@ def row_bwd_kernel(
             if CAPPED:
                 if e_max_ptr is None:
                     slope = tanh_slope(y / softcap)
-                else:  # the label's z does not come from e: a rounded one would weigh on the largest gradient
-                    u = tl.where(is_label, logp + l + m, log_e + e_max) / inv_temperature / softcap
+                else:
+                    u = (log_e + e_max) / inv_temperature / softcap
                     slope = (1.0 - u) * (1.0 + u)
+                # the label's does not come from e: a rounded one would weigh on the largest gradient
+                slope = tl.where(is_label, label_slope, slope)
                 dz = tl.where(dz == 0, 0.0, dz * slope)
             dx = dz * scale * inv_temperature
             tl.store(out_ptr + cols, dx.to(out_ptr.dtype.element_ty), mask=cols < columns)
 
 
-def tile_fwd(x, bias, target, col0, head, want, part, first, zlabel, e=None, in_place=False) -> None:
-    """State of one tile of raw products x (n, C) into part (n, 6), first (n,), zlabel (n,), and exp(z - m) into e or x.
+def tile_fwd(x, bias, target, col0, head, want, part, first, label, e=None, in_place=False) -> None:
+    """State of a tile of products x (n, C) into part (n, 6), first (n,), label (n, 2); exp(z - m) into e or x.
 
-    Rows of x, part and e may be strided, first too. Raises ValueError for any other stride, and for in_place=True
+    Rows of x, part, label and e may be strided, first too. Raises ValueError for any other stride, and for in_place=True
     unless x is float32.
     """
     if in_place and x.dtype != torch.float32:
         raise ValueError(f"in_place=True needs x in torch.float32, got {x.dtype}")
     e = x if in_place else e
-    _check_unit_stride(x=x, bias=bias, target=target, part=part, zlabel=zlabel, e=e)
+    _check_unit_stride(x=x, bias=bias, target=target, part=part, label=label, e=e)
     n, columns = x.shape
     if n == 0:
         return
     with _device(x):
         row_fwd_kernel[(n,)](
-            x, x.stride(0), bias, target, part, part.stride(0), first, first.stride(0), zlabel,
-            e, 0 if e is None else e.stride(0), col0, columns, *_head(head), WANT=want, **_launch(columns),
+            x, x.stride(0), bias, target, part, part.stride(0), first, first.stride(0), label,
+            label.stride(0), e, 0 if e is None else e.stride(0), col0, columns, *_head(head), WANT=want, **_launch(columns),
         )  # fmt: skip
 
 

@@ -15,6 +15,13 @@ ALL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 BACKENDS = ("torch", "native", "triton")
 WORKSPACES = (0, "full")
 HALVES = (torch.bfloat16, torch.float16)
+TRITON = (
+    (torch.float32, 0, "host"),
+    (torch.float32, 9 * 203 * 4, "host"),
+    (torch.bfloat16, 3 * 203 * 2, "host"),
+    (torch.bfloat16, "full", "device"),
+    (torch.float16, "full", "host"),
+)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -145,9 +152,18 @@ def test_reference_has_second_derivatives():
     assert torch.autograd.gradgradcheck(call, (x, w))
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, *HALVES))
-@pytest.mark.parametrize("workspace", (0, "full", 9 * 203 * 4, 3 * 203 * 2))
-@pytest.mark.parametrize("compact", ("host", "device"))
+EVERY = [
+    (backend, dtype, workspace, compact)
+    for backend in BACKENDS
+    for dtype in (torch.float32, *HALVES)
+    for workspace in (0, "full", 9 * 203 * 4, 3 * 203 * 2)
+    for compact in ("host", "device")
+    # the interpreter is slow: Triton takes each dtype once and each kind of rows once
+    if backend != "triton" or (dtype, workspace, compact) in TRITON
+]
+
+
+@pytest.mark.parametrize("backend, dtype, workspace, compact", EVERY)
 def test_every_backend_agrees_with_float64(small_tiles, backend, dtype, workspace, compact, usable):
     """Tails of rows and columns, masked rows, dropped rows, banned tokens, rows with and without E, every output."""
     usable(backend, "cpu", dtype)
@@ -572,10 +588,10 @@ def test_memory_is_flat_over_many_steps():
             torch.autograd.grad(out.logp.sum(), (hidden, weight))
 
     steps(50)
-    extra = measure.peak_extra_mib(lambda: steps(1000))
+    extra = measure.peak_extra_mib(lambda: steps(300))
     if extra is None:
         pytest.skip("this system does not tell a process's peak memory")
-    assert extra < 1000 * 32 * 2000 * 4 / 2**20 / 10, extra  # a tenth of what keeping every E would cost
+    assert extra < 300 * 32 * 2000 * 4 / 2**20 / 10, extra  # a tenth of what keeping every E would cost
 
 
 # ---- autograd (S13) ------------------------------------------------------------------------------------------------

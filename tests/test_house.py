@@ -1,4 +1,4 @@
-"""The house's rules: imports point one way, importing does nothing else, versions are pinned, what is missing is said."""
+"""The house's rules: imports point one way, importing has no effects, versions are pinned, what is missing is said."""
 
 import ast
 import re

@@ -192,8 +192,8 @@ def row_bwd_kernel(
 def tile_fwd(x, bias, target, col0, head, want, part, first, label, e=None, in_place=False) -> None:
     """State of a tile of products x (n, C) into part (n, 6), first (n,), label (n, 2); exp(z - m) into e or x.
 
-    Rows of x, part, label and e may be strided, first too. Raises ValueError for any other stride, and for in_place=True
-    unless x is float32.
+    Rows of x, part, label and e may be strided, first too. Raises ValueError for any other stride, and for
+    in_place=True unless x is float32.
     """
     if in_place and x.dtype != torch.float32:
         raise ValueError(f"in_place=True needs x in torch.float32, got {x.dtype}")
@@ -205,7 +205,8 @@ def tile_fwd(x, bias, target, col0, head, want, part, first, label, e=None, in_p
     with _device(x):
         row_fwd_kernel[(n,)](
             x, x.stride(0), bias, target, part, part.stride(0), first, first.stride(0), label,
-            label.stride(0), e, 0 if e is None else e.stride(0), col0, columns, *_head(head), WANT=want, **_launch(columns),
+            label.stride(0), e, 0 if e is None else e.stride(0), col0, columns, *_head(head),
+            WANT=want, **_launch(columns),
         )  # fmt: skip
 
 

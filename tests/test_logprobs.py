@@ -1,6 +1,9 @@
 """linear_logprobs and token_logprobs: golden values, derivatives, error budgets, limits, refusals."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -228,6 +231,44 @@ def test_token_logprobs_agrees_with_float64(backend, dtype, usable):
     assert grad.dtype == dtype and grad[5].abs().max() == 0 and grad[9].abs().max() == 0
     tolerance = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}[dtype]
     assert_close(grad.double(), torch.nan_to_num(exact_grad), rtol=tolerance, atol=tolerance / 10)
+
+
+NARROW = """
+import torch, finealign_kernels as fk
+from finealign_kernels.ops import _native
+print(_native.instructions())
+for dtype, tolerance in ((torch.float32, 3e-6), (torch.bfloat16, 4e-3), (torch.float16, 1e-3)):
+    for v in (1, 5, 515, 2053):
+        torch.manual_seed(v)
+        logits, labels, upstream = (torch.randn(6, v) * 4).to(dtype), torch.randint(v, (6,)), torch.randn(3, 6)
+        found = []
+        for name in ("native", "reference"):
+            z = (logits if name == "native" else logits.double()).requires_grad_()
+            out = fk.token_logprobs(z, labels, softcap=9.0, temperature=0.7, outputs=("entropy",), backend=name)
+            stats = torch.stack(out[:3])
+            found.append((stats, torch.autograd.grad((stats * upstream.to(stats.dtype)).sum(), z)[0]))
+        for actual, expected in zip(*found):
+            bound = tolerance if actual.dtype == dtype else 3e-6
+            torch.testing.assert_close(actual.double(), expected.double(), rtol=bound, atol=bound)
+"""
+
+
+@pytest.mark.parametrize("asked", ("baseline", "avx2", "avx512"))
+def test_every_instruction_set_of_the_native_rows(asked, usable):
+    usable("native")
+    run = subprocess.run(
+        [sys.executable, "-c", NARROW],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "FINEALIGN_CPU": asked},
+        cwd="/",
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    chosen = run.stdout.split()[0]
+    if asked == "baseline":
+        assert chosen == "baseline"
+    elif chosen != asked:
+        pytest.skip(f"this processor has no {asked}: {chosen} was taken, and is right")
 
 
 # ---- error budgets (S1 to S4) --------------------------------------------------------------------------------------

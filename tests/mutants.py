@@ -61,7 +61,7 @@ MUTANTS = [
     Mutant("dW for a frozen head", OP, "ctx.needs_input_grad[:3]", "(True, True, False)", LOGPROBS),
     Mutant("E kept under no_grad", OP, "keep = torch.is_grad_enabled() and any", "keep = any", LOGPROBS),
     Mutant("gradients of lse ignored", OP, "_coef(dlogp, dlse, dentropy, logp, entropy, m, l, label_slope)\n    needs", "_coef(dlogp, None, dentropy, logp, entropy, m, l, label_slope)\n    needs", LOGPROBS),
-    Mutant("logits overwritten in backward", OP, "out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)\n    coef", "out = logits\n    coef", LOGPROBS),
+    Mutant("logits overwritten in backward", OP, "grad = logits if ctx.inplace else torch", "grad = logits if True else torch", LOGPROBS),
     Mutant("label check off", "ops/_check.py", "(flat < 0) | (flat >= vocab)", "flat > vocab", LOGPROBS),
     Mutant("autocast reaches the products", OP, "with torch.autocast(hidden.device.type, enabled=False):\n        if", "if True:\n        if", LOGPROBS),
     # the native row kernels

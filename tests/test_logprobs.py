@@ -783,9 +783,9 @@ def test_opcheck(name, workspace, usable):
     )
     logits = s.hidden @ s.weight.t()
     torch.library.opcheck(ops.token_logprobs_fwd.default, (logits, s.labels, *head, 7, name), test_utils=checks)
-    token = (*s.upstream, logits, s.labels, logp, entropy, m, l, label_slope, *head, name)
-    torch.library.opcheck(ops.token_logprobs_bwd.default, token, test_utils=checks)
-    torch.library.opcheck(ops.token_logprobs_bwd_.default, token, test_utils=checks)
+    token = (*s.upstream, s.labels, logp, entropy, m, l, label_slope, *head, name)
+    torch.library.opcheck(ops.token_logprobs_bwd.default, (torch.empty_like(logits), logits, *token), test_utils=checks)
+    torch.library.opcheck(ops.token_logprobs_bwd.default, (logits, None, *token), test_utils=checks)
 
 
 @pytest.mark.parametrize("workspace", ("auto", 0, "full"))

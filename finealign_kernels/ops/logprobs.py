@@ -202,11 +202,11 @@ class _TokenLogprobs(torch.autograd.Function):
             )
         saved = ctx.saved_tensors
         with torch.no_grad():
-            if ctx.inplace:
-                torch.ops.finealign.token_logprobs_bwd_(dlogp, dlse, dentropy, *saved, *ctx.options)
-                grad, ctx.spent = saved[0], True
-            else:
-                grad = torch.ops.finealign.token_logprobs_bwd(dlogp, dlse, dentropy, *saved, *ctx.options)
+            logits, *state = saved
+            grad = logits if ctx.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+            source = None if ctx.inplace else logits
+            torch.ops.finealign.token_logprobs_bwd(grad, source, dlogp, dlse, dentropy, *state, *ctx.options)
+            ctx.spent = ctx.inplace
         (grad,) = once("token_logprobs", (grad,), (dlogp, dlse, dentropy, saved[0]))
         return grad, None, None, None, None, None
 
@@ -378,47 +378,13 @@ def _(logits, target, scale, softcap, inv_temperature, want, rows):
     return [*stats[:5], logits.new_empty(logits.shape[0], dtype=torch.bool), *stats[5:]]
 
 
-def _token_gradient(out, src, coef, target, head, rows) -> None:
-    kernels, coef = _choose.rows(rows), torch.stack(coef)
-    for r, c0, c1 in _tiles(out, kernels.TILE):
-        tile = None if src is None else src[r, c0:c1]
-        kernels.tile_bwd(out[r, c0:c1], tile, None, None, None, target[r], coef[:, r].contiguous(), c0, head)
-
-
-@torch.library.custom_op("finealign::token_logprobs_bwd", mutates_args=())
+@torch.library.custom_op("finealign::token_logprobs_bwd", mutates_args=("out",))
 def _token_bwd(
+    out: Tensor,
+    logits: Tensor | None,
     dlogp: Tensor | None,
     dlse: Tensor | None,
     dentropy: Tensor | None,
-    logits: Tensor,
-    target: Tensor,
-    logp: Tensor,
-    entropy: Tensor,
-    m: Tensor,
-    l: Tensor,
-    label_slope: Tensor,
-    scale: float,
-    softcap: float,
-    inv_temperature: float,
-    rows: str,
-) -> Tensor:
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    coef = _coef(dlogp, dlse, dentropy, logp, entropy, m, l, label_slope)
-    _token_gradient(out, _unit_stride(logits), coef, target, Head(scale, softcap, inv_temperature), rows)
-    return out
-
-
-@_token_bwd.register_fake
-def _(dlogp, dlse, dentropy, logits, *rest):
-    return logits.new_empty(logits.shape)
-
-
-@torch.library.custom_op("finealign::token_logprobs_bwd_", mutates_args=("logits",))
-def _token_bwd_(
-    dlogp: Tensor | None,
-    dlse: Tensor | None,
-    dentropy: Tensor | None,
-    logits: Tensor,
     target: Tensor,
     logp: Tensor,
     entropy: Tensor,
@@ -430,16 +396,17 @@ def _token_bwd_(
     inv_temperature: float,
     rows: str,
 ) -> None:
-    coef = _coef(dlogp, dlse, dentropy, logp, entropy, m, l, label_slope)
-    head = Head(scale, softcap, inv_temperature)
-    if logits.stride(-1) == 1:
-        _token_gradient(logits, None, coef, target, head, rows)
-    else:
-        out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        _token_gradient(out, logits.contiguous(), coef, target, head, rows)
-        logits.copy_(out)
+    """The gradient of the logits into out; logits None: over the logits themselves."""
+    coef = torch.stack(_coef(dlogp, dlse, dentropy, logp, entropy, m, l, label_slope))
+    kernels, head = _choose.rows(rows), Head(scale, softcap, inv_temperature)
+    to, source = _unit_stride(out), None if logits is None else _unit_stride(logits)
+    for r, c0, c1 in _tiles(to, kernels.TILE):
+        tile = None if source is None else source[r, c0:c1]
+        kernels.tile_bwd(to[r, c0:c1], tile, None, None, None, target[r], coef[:, r].contiguous(), c0, head)
+    if to is not out:
+        out.copy_(to)
 
 
-@_token_bwd_.register_fake
-def _(dlogp, dlse, dentropy, logits, *rest):
+@_token_bwd.register_fake
+def _(out, logits, *rest):
     return None

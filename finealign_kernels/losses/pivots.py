@@ -1,0 +1,320 @@
+"""Which tokens deserve the gradient: pivots, segments between them, and masks by token score; best-of-N selection.
+
+    pivot_flags     scores -> where a segment starts
+    pivot_segments  flags  -> number of each token's segment
+    adaptive_mask   scores (and flags) -> token_weight of the losses
+    best_of_n       rewards -> the response of each prompt to train on
+
+The paper's equations (arXiv:2411.00809) were not to be found: the token mask is what code of a sibling paper does, the
+rest is derived from the abstract. Nothing here carries gradient.
+"""
+
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..formulas import pivots as formula
+from ..formulas.segments import segment_ids
+from ..ops._check import FLOATS, check_tensor, fail
+from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like, unflatten
+from ..ops.segments import segment_mean, segment_sum
+
+KINDS = ("threshold", "sign", "salience")
+BASELINES = ("batch", "row", "quantile")
+SEGMENT_SCORES = ("mean", "sum", "last")
+
+
+class AdaptiveMask(NamedTuple):
+    """The mask, and why: a token counts if its score is on the right side of its baseline. Shapes of token_score."""
+
+    token_weight: TokenTensor  # float32: 0 or 1, or between them with soft
+    score: TokenTensor  # float32: what was compared, the token's score or its segment's
+    baseline: TokenTensor  # float32
+    segment: TokenTensor | None  # int64, -1 where mask is false; None for a mask of single tokens
+
+
+def implicit_scores(
+    logp: TokenTensor,
+    ref_logp: TokenTensor,
+    *,
+    mask: TokenTensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    beta: float = 1.0,
+) -> TokenTensor:
+    """q_t = beta (logp_t - ref_logp_t), the token reward that a trained policy implies; 0 where mask is false.
+
+    logp, ref_logp  as in preference_loss; nats. Returns float32 (float64 for float64), detached. Raises ValueError.
+    """
+    _check_number("beta", beta, above=0)
+    tokens = flatten(logp, mask, cu_seqlens, name="logp")
+    ref = flatten_like(ref_logp, tokens, "ref_logp")
+    wide = torch.promote_types(tokens.x.dtype, torch.float32)
+    q = beta * (tokens.x.detach().to(wide) - ref.detach().to(wide))
+    return unflatten(q if tokens.mask is None else torch.where(tokens.mask, q, 0), tokens.shapes)
+
+
+def prefix_scores(
+    prefix_reward: TokenTensor,
+    *,
+    mask: TokenTensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    start: float | Tensor = 0.0,
+) -> TokenTensor:
+    """q_t = R(y_≤t) - R(y_<t), what each token adds to the reward of the prefix that it ends; 0 where mask is false.
+
+    prefix_reward  (B, T) with mask, flat (N,) with cu_seqlens, or a pair; R(y_≤t) stands at token t
+    start          reward of no response yet, before the first token of the mask: a number, or (S,) one a sequence
+
+    Returns float32 (float64 for float64), detached. A hole in the mask is stepped over. Raises ValueError, TypeError.
+    """
+    tokens = flatten(prefix_reward, mask, cu_seqlens, name="prefix_reward")
+    reward = tokens.x.detach().to(torch.promote_types(tokens.x.dtype, torch.float32))
+    read = _mask(tokens)
+    before = formula.previous(read, tokens.cu_seqlens)
+    earlier = torch.where(before >= 0, reward[before], _per_token("start", start, tokens, reward.dtype))
+    return unflatten(torch.where(read, reward - earlier, 0), tokens.shapes)
+
+
+def pivot_flags(
+    token_score: TokenTensor,
+    *,
+    kind: str,
+    mask: TokenTensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    threshold: float | None = None,
+    unit: str = "score",
+    percent: float | None = None,
+    baseline: float | str | Tensor = 0.0,
+    quantile: float | None = None,
+) -> TokenTensor:
+    """Tokens at which a segment starts: the first of each response, and those where the score q changes.
+
+        "threshold"   |q_t - q_(t-1)| > threshold
+        "sign"        (q_t - b)(q_(t-1) - b) < 0; a score exactly at b makes none
+        "salience"    |q_t - b| among the max(1, ceil(percent n / 100)) largest of its row, ties to the lower index
+
+    token_score  (B, T) with mask, flat (N,) with cu_seqlens, or a pair (B, T⁺), (B, T⁻); float, compared in float32
+    mask         bool: the response tokens. Others may hold NaN and are stepped over: t-1 is the previous response token
+    threshold    >= 0, of "threshold" alone; unit "score": as it is, "std": times the batch's standard deviation of q
+    percent      0 < percent <= 100, of "salience" alone
+    baseline, quantile   b, see adaptive_mask; not of "threshold"
+
+    Returns bool, the shape of token_score. A NaN score makes no pivot (FINEALIGN_DEBUG=1: ValueError).
+    Raises  ValueError, TypeError naming argument, expectation and finding.
+    Source  derived from the abstract of arXiv:2411.00809.
+    """
+    if kind not in KINDS:
+        fail("kind", f"be one of {KINDS}", repr(kind))
+    _check_only_with("threshold", threshold, "kind", "threshold", kind)
+    _check_only_with("percent", percent, "kind", "salience", kind)
+    if threshold is not None:
+        _check_number("threshold", threshold, least=0)
+    if percent is not None:
+        _check_number("percent", percent, above=0, most=100)
+    if unit not in ("score", "std"):
+        fail("unit", "be 'score' or 'std'", repr(unit))
+    tokens = flatten(token_score, mask, cu_seqlens, name="token_score")
+    q, read = _scores(tokens)
+    first, before = formula.firsts(_mask(tokens), tokens.cu_seqlens), formula.previous(read, tokens.cu_seqlens)
+    if kind == "threshold":
+        if not isinstance(baseline, (int, float)) or baseline != 0 or quantile is not None:
+            fail("baseline", "be left out with kind='threshold', which compares neighbours", repr(baseline))
+        flags = read & formula.threshold(q, before, threshold * formula.std(q, read) if unit == "std" else threshold)
+    else:
+        level = _baseline(q, read, tokens, baseline, quantile)
+        if kind == "sign":
+            flags = read & formula.sign(q, before, level)
+        else:
+            flags = formula.salience(q, read, tokens.cu_seqlens, level, percent)
+    return unflatten(first | flags, tokens.shapes)
+
+
+def pivot_segments(
+    pivots: TokenTensor, *, mask: TokenTensor | None = None, cu_seqlens: Tensor | None = None
+) -> TokenTensor:
+    """The segment of each token, counted from 0 in its sequence: pivots up to and with it, less 1; -1 outside mask.
+
+    pivots  bool, (B, T) with mask, flat (N,) with cu_seqlens, or a pair. The first token of a mask is a pivot anyway
+    Returns int64, the shape of pivots. Raises ValueError, TypeError.
+    """
+    tokens = _flatten_flags(pivots, mask, cu_seqlens)
+    read = _mask(tokens)
+    return unflatten(formula.ids(_starts(tokens.x != 0, tokens), read, tokens.cu_seqlens), tokens.shapes)
+
+
+def adaptive_mask(
+    token_score: TokenTensor,
+    *,
+    mask: TokenTensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    side: int | str | Tensor = "halves",
+    pivots: TokenTensor | None = None,
+    segment_score: str = "mean",
+    baseline: float | str | Tensor = 0.0,
+    quantile: float | None = None,
+    soft: float | None = None,
+) -> AdaptiveMask:
+    """Keeps the tokens, or segments, whose score agrees with what the loss does to their response.
+
+        M_t = m_t 1[s (q_t - b) > 0]            with pivots: M_t = m_t 1[s (Q_segment(t) - b) > 0]
+
+    Both sides are strict: a score exactly at b is dropped, so is NaN (FINEALIGN_DEBUG=1: ValueError). The result is the
+    token_weight of preference_loss and nll_loss, for policy and reference alike.
+
+    token_score    q: (B, T) with mask, flat (N,) with cu_seqlens, or a pair (B, T⁺), (B, T⁻); compared in float32
+    mask           bool: the response tokens; what stands elsewhere is not looked at
+    side           s: "halves" or "interleaved" for pairs as in preference_loss; 1 or -1 for all; or (S,), where a
+                   number >= 0 (an advantage, say) is to be reinforced and one < 0 suppressed
+    pivots         bool, where segments start (pivot_flags); None: every token for itself
+    segment_score  Q: "mean" of q over the segment, "sum", or "last"
+    baseline       b: a number; "batch": mean of q over all tokens; "row": over the sequence; "quantile" of all tokens;
+                   a tensor with one element (a mean over all ranks, say) or (S,)
+    quantile       in [0, 1], of baseline="quantile" alone
+    soft           None: 0 or 1; a width κ > 0: M_t = m_t σ(s (q_t - b) / κ)
+
+    Returns AdaptiveMask, detached. A response of which nothing is kept has score 0 and no gradient in the losses.
+    Raises  ValueError, TypeError naming argument, expectation and finding.
+    Source  token form with b = 0: code of arXiv:2502.11555; batch mean: its reviews; the rest derived.
+    """
+    if segment_score not in SEGMENT_SCORES:
+        fail("segment_score", f"be one of {SEGMENT_SCORES}", repr(segment_score))
+    if soft is not None:
+        _check_number("soft", soft, above=0)
+    tokens = flatten(token_score, mask, cu_seqlens, name="token_score")
+    q, read = _scores(tokens)
+    level, signs = _baseline(q, read, tokens, baseline, quantile), _side(side, tokens)
+    score, segment = q, None
+    if pivots is not None:
+        starts = _starts(flatten_like(pivots, tokens, "pivots", (torch.bool,)), tokens)
+        segment = formula.ids(starts, _mask(tokens), tokens.cu_seqlens)
+        score = _segment_scores(q, read, starts, segment_score)
+    kept = formula.keep(score, signs, level) if soft is None else formula.soft_keep(score, signs, level, soft)
+    found = (torch.where(read, kept, 0).float(), torch.where(read, score, 0), level.expand_as(q), segment)
+    return AdaptiveMask(*(None if x is None else unflatten(x, tokens.shapes) for x in found))
+
+
+def best_of_n(reward: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """The response of each prompt with the largest reward: what rejection sampling trains on, with nll_loss.
+
+    reward  (P, n), n responses a prompt; or (S,) with cu_seqlens (P + 1,), the responses of prompt p from cu_seqlens[p]
+            to cu_seqlens[p + 1]
+    mask    as reward, bool: is the response there at all
+
+    Returns bool, the shape of reward, one true for each prompt. Of equal rewards the first response is taken. NaN is
+            never the best (FINEALIGN_DEBUG=1: ValueError); a prompt without a reward that is a number has none.
+    Raises  ValueError, TypeError naming argument, expectation and finding.
+    """
+    if not isinstance(reward, Tensor):
+        fail("reward", "be a tensor", f"a {type(reward).__name__}", TypeError)
+    tokens = flatten(reward, mask, cu_seqlens, name="reward")
+    read = _numbers("reward", tokens)
+    prompt, place = segment_ids(tokens.cu_seqlens, read.shape[0]), torch.arange(len(read), device=read.device)
+    value = torch.where(read, tokens.x.detach(), -torch.inf)
+    best = value.new_full((tokens.segments,), -torch.inf).scatter_reduce(0, prompt, value, "amax")
+    at_best = torch.where(read & (value == best[prompt]), place, len(place))
+    first = place.new_full((tokens.segments,), len(place)).scatter_reduce(0, prompt, at_best, "amin")
+    return unflatten(place == first[prompt], tokens.shapes)
+
+
+def _mask(tokens: Tokens) -> Tensor:
+    return torch.ones_like(tokens.x, dtype=torch.bool) if tokens.mask is None else tokens.mask
+
+
+def _numbers(name: str, tokens: Tokens) -> Tensor:
+    """(N,) bool: what the mask keeps and is a number."""
+    mask, nan = _mask(tokens), tokens.x.detach().isnan()
+    if os.environ.get("FINEALIGN_DEBUG") == "1" and bool((mask & nan).any()):
+        fail(name, "hold numbers where mask is true", f"NaN at flat index {int((mask & nan).nonzero()[0])}")
+    return mask & ~nan
+
+
+def _scores(tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """q (N,) float32, 0 where it is not read, and where it is read: what the mask keeps and is a number."""
+    read = _numbers("token_score", tokens)
+    return torch.where(read, tokens.x.detach().float(), 0), read
+
+
+def _starts(flags: Tensor, tokens: Tokens) -> Tensor:
+    mask = _mask(tokens)
+    return (flags & mask) | formula.firsts(mask, tokens.cu_seqlens)
+
+
+def _segment_scores(q: Tensor, read: Tensor, starts: Tensor, kind: str) -> Tensor:
+    """Q of each token's segment (N,)."""
+    cu_seqlens, segment = formula.bounds(starts)
+    if kind == "last":
+        return formula.last_score(q, read, cu_seqlens)[segment]
+    return (segment_mean if kind == "mean" else segment_sum)(q, cu_seqlens, mask=read)[segment]
+
+
+def _baseline(q: Tensor, read: Tensor, tokens: Tokens, baseline, quantile) -> Tensor:
+    """b of each token (N,), float32."""
+    if isinstance(baseline, str) and baseline not in BASELINES:
+        fail("baseline", f"be a number, a tensor or one of {BASELINES}", repr(baseline))
+    _check_only_with("quantile", quantile, "baseline", "quantile", baseline if isinstance(baseline, str) else None)
+    if quantile is not None:
+        _check_number("quantile", quantile, least=0, most=1)
+    if not isinstance(baseline, str):
+        return _per_token("baseline", baseline, tokens)
+    if baseline == "row":
+        return _per_token("baseline", segment_mean(q, tokens.cu_seqlens, mask=read), tokens)
+    level = formula.mean(q, read) if baseline == "batch" else formula.quantile(q, read, quantile)
+    return level.expand_as(q)
+
+
+def _per_token(name: str, value: float | Tensor, tokens: Tokens, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(N,) of a number, a tensor with one element, or one number a sequence."""
+    if not isinstance(value, Tensor):
+        _check_number(name, value)
+        return torch.full_like(tokens.x, value, dtype=dtype)
+    check_tensor(name, value, dtypes=FLOATS, like=tokens.x)
+    if value.shape != (tokens.segments,) and value.numel() != 1:
+        fail(name, f"hold one number or have shape ({tokens.segments},)", tuple(value.shape))
+    value = value.detach().to(dtype).reshape(-1)
+    return value.expand(tokens.segments)[segment_ids(tokens.cu_seqlens, tokens.x.shape[0])]
+
+
+def _side(side: int | str | Tensor, tokens: Tokens) -> Tensor:
+    """s of each token (N,): 1 or -1, NaN where it is not known."""
+    many = tokens.segments
+    if isinstance(side, Tensor):
+        check_tensor("side", side, dtypes=FLOATS, shape=(many,), like=tokens.x)
+        signs = torch.where(side.detach() >= 0, 1.0, -1.0)
+        signs = torch.where(side.detach().isnan(), torch.nan, signs)
+    elif side in ("halves", "interleaved"):
+        if many % 2:
+            fail("token_score", f"hold an even number of sequences with side={side!r}", many)
+        place = torch.arange(many, device=tokens.x.device)
+        signs = torch.where(place < many // 2 if side == "halves" else place % 2 == 0, 1.0, -1.0)
+    elif isinstance(side, (int, float)) and not isinstance(side, bool) and side in (1, -1):
+        signs = torch.full((many,), float(side), device=tokens.x.device)
+    else:
+        fail("side", "be 'halves', 'interleaved', 1, -1 or a tensor", repr(side))
+    return signs[segment_ids(tokens.cu_seqlens, tokens.x.shape[0])]
+
+
+def _flatten_flags(pivots, mask, cu_seqlens) -> Tokens:
+    """Tokens whose x is 1 at a pivot."""
+    pair = isinstance(pivots, (tuple, list))
+    for part in pivots if pair else (pivots,):
+        check_tensor("pivots", part, dtypes=(torch.bool,))
+    floats = tuple(part.float() for part in pivots) if pair else pivots.float()
+    return flatten(floats, mask, cu_seqlens, name="pivots")
+
+
+def _check_only_with(name, value, argument, when, found) -> None:
+    """A value that is read where argument is `when` is given there, and nowhere else."""
+    if value is None and found == when:
+        fail(name, f"be given with {argument}={when!r}", None)
+    if value is not None and found != when:
+        fail(name, f"be None without {argument}={when!r}, which alone reads it", repr(value))
+
+
+def _check_number(name, value, *, above=None, least=None, most=None) -> None:
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+    good = good and (above is None or value > above) and (least is None or value >= least)
+    if not good or (most is not None and value > most):
+        bounds = [f"{word} {bound}" for word, bound in ((">", above), (">=", least), ("<=", most)) if bound is not None]
+        fail(name, " ".join(["be a finite number", *(bounds[:1]), *(f"and {b}" for b in bounds[1:])]), repr(value))

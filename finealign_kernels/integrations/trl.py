@@ -1,0 +1,160 @@
+"""Under TRL's trainers: `patch_kernels` puts linear_logprobs where TRL's own chunked head stands."""
+
+import inspect
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops._check import OUTPUTS, fail
+from ..ops.logprobs import linear_logprobs
+
+VERSIONS = ("1.16",)  # of TRL, that the seam was read and tested with
+SEAM = "trl.trainer.utils._ChunkedLogProbFunction"
+TAKES = (  # what its forward is called with, by position
+    "hidden",
+    "weight",
+    "bias",
+    "targets",
+    "temperature",
+    "chunk_size",
+    "final_logit_softcapping",
+    "logit_scale",
+    "outputs",
+)
+
+_patches: list["Patch"] = []  # those in force; the last one serves
+_stock: list[type] = []  # TRL's own function, while there are patches
+
+
+class Outputs(NamedTuple):
+    """What TRL unpacks, (N,) float32 each; None where it was not asked for. The first two carry gradients."""
+
+    log_probs: Tensor
+    entropy: Tensor | None
+    log_sum_sq_probs: Tensor | None
+    mean_logits: Tensor | None
+    is_top1: Tensor | None  # bool
+
+
+def patch_kernels(*, workspace: str | int = "auto", backend: str = "auto") -> "Patch":
+    """Puts `linear_logprobs` under TRL's SFT, DPO, KTO, GRPO, RLOO and AsyncGRPO trainers, in this process.
+
+    They all score labels through one function, which is replaced; a model that has been given to a trainer already
+    follows. Loss, metrics and options stay TRL's. What differs: gradients of a head that autocast narrows are rounded
+    to the narrow dtype once, as eager PyTorch's are; a label outside the vocabulary raises IndexError on a CPU.
+
+    workspace, backend   as in linear_logprobs; TRL's chunk_size has no meaning here
+
+    Returns a handle: `with patch_kernels(): ...`, or handle.undo(). Of several patches the latest serves, and TRL's own
+    function comes back when the last one is undone, in whatever order.
+    Raises  ImportError without TRL; RuntimeError naming version, or signature, for a TRL that is not known here.
+    """
+    utils = _known()
+    if not _patches:
+        _stock.append(utils._ChunkedLogProbFunction)
+    patch = Patch(utils, workspace, backend)
+    _patches.append(patch)
+    utils._ChunkedLogProbFunction = patch
+    return patch
+
+
+class Patch:
+    """A patch in force: stands for TRL's autograd function, and takes itself away."""
+
+    def __init__(self, utils, workspace: str | int, backend: str):
+        self._utils, self._options = utils, {"workspace": workspace, "backend": backend}
+
+    def undo(self) -> None:
+        """Takes this patch away; a second time does nothing."""
+        if self not in _patches:
+            return
+        _refuse_strangers(self._utils)
+        _patches.remove(self)
+        self._utils._ChunkedLogProbFunction = _patches[-1] if _patches else _stock.pop()
+
+    def __enter__(self) -> "Patch":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.undo()
+
+    def apply(
+        self,
+        hidden: Tensor,  # (N, D)
+        weight: Tensor,  # (V, D), whole: TRL has gathered it, for the forward
+        bias: Tensor | None,  # (V,)
+        targets: Tensor,  # (N,); on a CPU also the positions without a label, as 0: TRL zeroes their outputs
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: Iterable[str] = OUTPUTS,
+    ) -> Outputs:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        head = weight.to(dtype)
+        with _regathered(self._utils, weight, bias, head):
+            found = linear_logprobs(
+                hidden.to(dtype),
+                head,
+                targets,
+                bias=bias,
+                temperature=temperature,
+                softcap=final_logit_softcapping,
+                logit_scale=logit_scale,
+                outputs=[name for name in outputs if name != "log_probs"],
+                **self._options,
+            )
+        rest = (None if x is None else x.float() for x in found[2:5])
+        return Outputs(found.logp.float(), *rest, found.is_top1)
+
+
+def _regathered(utils, weight: Tensor, bias: Tensor | None, head: Tensor):
+    """A context that saves a ZeRO-3 parameter, not its gathered values, and gathers again when backward reads it.
+
+    weight, bias    parameters that TRL holds gathered in forward only; empty outside
+    head            weight in the dtype of the products
+    """
+    if not hasattr(weight, "ds_status"):
+        return nullcontext()
+
+    def pack(x: Tensor):
+        return (weight, x.dtype) if x is head else (bias, x.dtype) if x is bias else x
+
+    def unpack(saved):
+        if isinstance(saved, Tensor):
+            return saved
+        parameter, dtype = saved
+        with utils.maybe_gather_lm_head_ctx(parameter):
+            return parameter.detach().to(dtype, copy=True)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def _known():
+    """trl.trainer.utils, if this is a TRL whose function can be replaced."""
+    try:
+        import trl
+        from trl.trainer import utils
+    except ImportError as error:
+        raise ImportError(f"patch_kernels needs TRL ({error}); pip install 'finealign-kernels[trl]'") from error
+    if ".".join(trl.__version__.split(".")[:2]) not in VERSIONS:
+        fail("trl", f"be of version {' or '.join(VERSIONS)}", trl.__version__, RuntimeError)
+    if _patches:
+        _refuse_strangers(utils)
+        return utils
+    current = getattr(utils, "_ChunkedLogProbFunction", None)
+    takes = tuple(inspect.signature(current.forward).parameters)[1:] if hasattr(current, "forward") else None
+    if takes != TAKES:
+        got = f"({', '.join(takes)})" if takes else repr(current)
+        fail(SEAM, f"take ({', '.join(TAKES)})", got, RuntimeError)
+    return utils
+
+
+def _refuse_strangers(utils) -> None:
+    found = utils._ChunkedLogProbFunction
+    if found is not _patches[-1]:
+        fail(SEAM, "be what patch_kernels put there last", repr(found), RuntimeError)

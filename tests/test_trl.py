@@ -1,0 +1,414 @@
+"""TRL's trainers with linear_logprobs under them: the same function, the same training, and a way back."""
+
+import os
+import subprocess
+import sys
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache, partial
+
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="TRL is not installed")
+
+import transformers  # noqa: E402
+import trl  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
+from trl.kernels import ChunkedLogProbFunction as Stock  # noqa: E402
+from trl.trainer import utils  # noqa: E402
+
+from finealign_kernels.integrations.trl import patch_kernels  # noqa: E402
+from finealign_kernels.ops.logprobs import linear_logprobs  # noqa: E402
+from finealign_kernels.testing.budgets import assert_within  # noqa: E402
+
+ALL = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+BOUND = 1e-5  # relative, of loss and gradient norm at every step
+STEPS = 5
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+    assert utils._ChunkedLogProbFunction is Stock
+
+
+# ---- the function itself -------------------------------------------------------------------------------------------
+
+N, V, D = 23, 517, 32  # TRL's chunk_size of 128 gives it four chunks and a tail
+
+
+def head(dtype, bias):
+    generator = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, generator=generator)
+    tensors = [draw(N, D), draw(V, D) / 4, draw(V) if bias else None]
+    tensors = [None if x is None else x.to(dtype) for x in tensors]
+    return tensors, torch.randint(V, (N,), generator=generator), (draw(N), draw(N))
+
+
+def called(apply, tensors, targets, grads, options, outputs=ALL):
+    """The five outputs, then the gradients of hidden, weight and bias under random upstream gradients."""
+    leaves = [None if x is None else x.detach().clone().requires_grad_() for x in tensors]
+    found = apply(*leaves, targets, options["temperature"], 128, options["cap"], options["scale"], outputs)
+    loss = (found[0] * grads[0]).sum() + ((found[1] * grads[1]).sum() if "entropy" in outputs else 0)
+    loss.backward()
+    return found, [None if x is None else x.grad for x in leaves]
+
+
+def exactly(hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs):
+    """The formula in float64."""
+    options = dict(temperature=temperature, softcap=softcap, logit_scale=scale, backend="reference")
+    found = linear_logprobs(hidden, weight, targets, bias=bias, outputs=ALL[1:], **options)
+    return found.logp, *found[2:]
+
+
+OPTIONS = {
+    "plain": dict(temperature=1.0, cap=None, scale=1.0),
+    "temperature": dict(temperature=0.7, cap=None, scale=1.0),
+    "every option": dict(temperature=1.3, cap=2.0, scale=0.5),  # any other order of the three gives another result
+}
+close = partial(assert_within, rms_ratio=1.25, max_ratio=2.0, ulps=4)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_outputs_and_gradients_are_trls(dtype, options, bias):
+    tensors, targets, grads = head(dtype, bias)
+    with patch_kernels() as patched:
+        ours, dours = called(patched.apply, tensors, targets, grads, OPTIONS[options])
+    theirs, dtheirs = called(Stock.apply, tensors, targets, grads, OPTIONS[options])
+    wide = [None if x is None else x.double() for x in tensors]
+    exact, dexact = called(exactly, wide, targets, grads, OPTIONS[options])
+    for name, one, other, truth in zip(ALL, ours, theirs, exact, strict=True):
+        assert one.shape == other.shape == (N,) and one.dtype == other.dtype, name
+        assert one.requires_grad == other.requires_grad == (name in ALL[:2])
+        if name == "is_top1":
+            assert dtype != torch.float32 or torch.equal(one, other)
+        else:
+            close(one, truth, other)
+    for one, other, truth in zip(dours, dtheirs, dexact, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert one.dtype == other.dtype == dtype
+            close(one, truth, other)
+
+
+@pytest.mark.parametrize("outputs", [("log_probs",), ("log_probs", "mean_logits"), ("log_probs", "entropy", "is_top1")])
+def test_outputs_not_asked_for_are_none(outputs):
+    tensors, targets, grads = head(torch.float32, bias=False)
+    with patch_kernels() as patched:
+        ours, dours = called(patched.apply, tensors, targets, grads, OPTIONS["plain"], outputs)
+    theirs, dtheirs = called(Stock.apply, tensors, targets, grads, OPTIONS["plain"], outputs)
+    assert [x is None for x in ours] == [x is None for x in theirs] == [name not in outputs for name in ALL]
+    for one, other in zip([*ours, *dours], [*theirs, *dtheirs], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["narrow head", "autocast"])
+def test_a_head_of_another_dtype(way):
+    """cast_lm_head_to_fp32 brings float32 hidden states to a narrow head; autocast narrows both."""
+    tensors, targets, grads = head(torch.float32, bias=False)
+    if way == "narrow head":
+        tensors[1] = tensors[1].bfloat16()
+    with patch_kernels() as patched, torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+        ours, dours = called(patched.apply, tensors, targets, grads, OPTIONS["plain"])
+        theirs, dtheirs = called(Stock.apply, tensors, targets, grads, OPTIONS["plain"])
+    tolerance = 2.0**-7 if way == "autocast" else 1e-5  # autocast rounds each product of the two differently
+    for one, other in zip([*ours, *dours[:2]], [*theirs, *dtheirs[:2]], strict=True):
+        assert one.dtype == other.dtype
+        if one.dtype != torch.bool:
+            assert (one.double() - other.double()).norm() <= tolerance * other.double().norm()
+
+
+def test_no_row_at_all_keeps_the_graph():
+    """An all-masked micro-batch on a GPU: TRL scores no row and still runs backward."""
+    (hidden, weight, bias), targets, _ = head(torch.float32, bias=True)
+    with patch_kernels() as patched:
+        found, gradients = called(patched.apply, (hidden[:0], weight, bias), targets[:0], (0, 0), OPTIONS["plain"])
+    assert found.log_probs.shape == (0,) and gradients[0].shape == (0, D)
+    assert all(x.eq(0).all() for x in gradients[1:])
+
+
+# ---- ZeRO-3: the head is whole only inside TRL's gather ------------------------------------------------------------
+
+
+def shard(parameter):
+    """A parameter as ZeRO-3 leaves it: empty, its values held elsewhere."""
+    parameter.whole, parameter.ds_status = parameter.data, "NOT_AVAILABLE"
+    parameter.data = parameter.data.new_empty(0)
+
+
+@contextmanager
+def gathered(*parameters):
+    """What deepspeed.zero.GatheredParameters does, without the ranks; the values are gone afterwards."""
+    parameters = [p for p in parameters if p is not None and p.ds_status == "NOT_AVAILABLE"]
+    for p in parameters:
+        p.data, p.ds_status = p.whole.clone(), "AVAILABLE"
+    yield
+    for p in parameters:
+        p.data.fill_(torch.nan)
+        p.data, p.ds_status = p.data.new_empty(0), "NOT_AVAILABLE"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)  # of the head; hidden is float32
+@pytest.mark.parametrize("function", ["stock", "patched"])
+def test_a_zero3_head_is_gathered_again_in_backward(function, dtype, monkeypatch):
+    (hidden, weight, bias), targets, grads = head(torch.float32, bias=True)
+    weight = weight.to(dtype)
+    _, expected = called(Stock.apply, (hidden, weight, bias), targets, grads, OPTIONS["every option"])
+    entered = []
+
+    @contextmanager
+    def gather(*parameters):
+        entered.append(parameters)
+        with gathered(*parameters):
+            yield
+
+    monkeypatch.setattr(utils, "maybe_gather_lm_head_ctx", gather)
+    hidden.requires_grad_()
+    weight, bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
+    shard(weight), shard(bias)
+    with patch_kernels() if function == "patched" else nullcontext():
+        with utils.maybe_gather_lm_head_ctx(weight, bias):
+            found = utils._ChunkedLogProbFunction.apply(hidden, weight, bias, targets, 1.3, 128, 2.0, 0.5, ALL)
+        assert weight.numel() == bias.numel() == 0 and len(entered) == 1
+        loss = found[0] @ grads[0] + found[1] @ grads[1]
+        actual = torch.autograd.grad(loss, [hidden, weight, bias])
+    assert len(entered) > 1 and weight.numel() == 0
+    for one, other in zip(actual, expected, strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+# ---- patching and undoing ------------------------------------------------------------------------------------------
+
+
+def test_undo_restores_and_may_be_repeated():
+    patched = patch_kernels()
+    assert utils._ChunkedLogProbFunction is patched
+    patched.undo()
+    patched.undo()
+    assert utils._ChunkedLogProbFunction is Stock
+    with pytest.raises(KeyError), patch_kernels():
+        raise KeyError
+    assert utils._ChunkedLogProbFunction is Stock
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_patches_nest_and_end_in_any_order(order):
+    patches = [patch_kernels(workspace=budget) for budget in (0, "auto", "full")]
+    in_force = list(patches)
+    for i in order:
+        assert utils._ChunkedLogProbFunction is in_force[-1]
+        patches[i].undo()
+        in_force.remove(patches[i])
+    assert utils._ChunkedLogProbFunction is Stock
+
+
+def test_what_another_put_there_is_not_thrown_away(monkeypatch):
+    patched = patch_kernels()
+    with monkeypatch.context() as other:
+        other.setattr(utils, "_ChunkedLogProbFunction", print)
+        for act in (patched.undo, patch_kernels):
+            with pytest.raises(RuntimeError, match="must be what patch_kernels put there last, got <built-in function"):
+                act()
+        assert utils._ChunkedLogProbFunction is print
+    patched.undo()
+
+
+def test_an_unknown_version_is_refused(monkeypatch):
+    monkeypatch.setattr(trl, "__version__", "1.17.0")
+    with pytest.raises(RuntimeError, match=r"trl must be of version 1\.16, got 1\.17\.0"):
+        patch_kernels()
+
+
+def changed(ctx, hidden, weight, targets, temperature):
+    """What TRL's function took some versions ago."""
+
+
+@pytest.mark.parametrize(
+    "found, told",
+    [(type("Other", (), {"forward": staticmethod(changed)}), r"got \(hidden, weight, targets, temperature\)"),
+     (print, "got <built-in function print>"), (None, "got None")],
+)  # fmt: skip
+def test_an_unknown_function_is_refused(found, told, monkeypatch):
+    with monkeypatch.context() as other:
+        other.setattr(utils, "_ChunkedLogProbFunction", found)
+        with pytest.raises(RuntimeError, match=rf"_ChunkedLogProbFunction must take \(hidden, weight, bias.*{told}"):
+            patch_kernels()
+        other.delattr(utils, "_ChunkedLogProbFunction")
+        with pytest.raises(RuntimeError, match="got None"):
+            patch_kernels()
+
+
+LAZY = """
+import sys
+import finealign_kernels.integrations.trl as seam
+assert not {"trl", "transformers"} & set(sys.modules)
+sys.modules["trl"] = None  # importing it fails
+try:
+    seam.patch_kernels()
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_trl_is_imported_by_the_call_alone():
+    done = subprocess.run([sys.executable, "-c", LAZY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "patch_kernels needs TRL" in done.stdout and "pip install 'finealign-kernels[trl]'" in done.stdout
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+WORDS = ["a", "bee", "can", "do", "each", "fine", "good", "hive", "in", "jar"]
+TEMPLATE = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
+
+
+@lru_cache
+def tokenizer():
+    """One token a byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytes_only = Tokenizer(models.BPE({token: i for i, token in enumerate(["<pad>", "<eos>", *alphabet])}, []))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only.decoder = decoders.ByteLevel()
+    special = dict(eos_token="<eos>", pad_token="<pad>", bos_token="<eos>")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bytes_only, chat_template=TEMPLATE, **special)
+
+
+def model(kind):
+    """A causal model of width 32 with random weights; Gemma2's logits are capped, Llama's head is tied."""
+    torch.manual_seed(0)
+    sizes = dict(
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=1,
+        initializer_range=0.1,
+    )
+    more = {
+        "Qwen2": dict(tie_word_embeddings=False),
+        "Llama": dict(tie_word_embeddings=True),
+        "Gemma2": dict(head_dim=8, final_logit_softcapping=2.0, attn_implementation="eager"),
+    }
+    config = getattr(transformers, f"{kind}Config")(**sizes, **more[kind])
+    return getattr(transformers, f"{kind}ForCausalLM")(config)
+
+
+def rewards(completions, **_):
+    return [sum(map(ord, text)) % 7 / 7 for text in completions]
+
+
+def sentence(i, length):
+    return " ".join(WORDS[(i * k + k) % len(WORDS)] for k in range(1, length + 1))
+
+
+PROMPTS = [{"prompt": sentence(i, 2) + " "} for i in range(12)]
+DATA = {
+    "SFT": [{**row, "completion": sentence(i + 3, 3 + i % 3)} for i, row in enumerate(PROMPTS)],
+    "DPO": [{**row, "chosen": sentence(i + 3, 4), "rejected": sentence(i, 2 + i % 3)} for i, row in enumerate(PROMPTS)],
+    "KTO": [{**row, "completion": sentence(i, 3), "label": i % 2 == 0} for i, row in enumerate(PROMPTS)],
+    "GRPO": PROMPTS,
+    "RLOO": PROMPTS,
+}
+SAMPLED = dict(num_generations=2, max_completion_length=8, temperature=0.8)
+ARGUMENTS = {
+    "SFT": {},
+    "DPO": dict(use_weighting=True),  # WPO's weights read log_sum_sq_probs
+    "KTO": {},
+    "GRPO": dict(**SAMPLED, num_iterations=2, top_entropy_quantile=0.5),
+    "RLOO": dict(**SAMPLED, num_iterations=2, beta=0.0),
+}
+
+
+def logs(name, kind, folder):
+    """What the trainer logs at each step."""
+    given = dict(reward_funcs=rewards) if name in ("GRPO", "RLOO") else {}
+    if name in ("DPO", "KTO"):
+        given["ref_model"] = model(kind)
+    arguments = getattr(trl, f"{name}Config")(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        learning_rate=1e-4,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        seed=0,
+        **ARGUMENTS[name],
+    )
+    trainer = getattr(trl, f"{name}Trainer")(
+        model=model(kind),
+        args=arguments,
+        train_dataset=Dataset.from_list(DATA[name]),
+        processing_class=tokenizer(),
+        **given,
+    )
+    trainer.train()
+    told = [log for log in trainer.state.log_history if "grad_norm" in log]
+    assert len(told) == STEPS
+    return told
+
+
+def differences(name, ours, stock):
+    """Largest difference over the steps, of the loss and of the gradient norm, relative.
+
+    The policy losses are sums of advantages that cancel: theirs is relative to the size of the terms, 1.
+    """
+    floor = 1.0 if name in ("GRPO", "RLOO") else 0.0
+    pairs = list(zip(ours, stock, strict=True))
+    return [
+        max(abs(one[key] - other[key]) / max(abs(other[key]), floor if key == "loss" else 0.0) for one, other in pairs)
+        for key in ("loss", "grad_norm")
+    ]
+
+
+@lru_cache
+def stock_logs(name, kind, folder):
+    return logs(name, kind, folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.mark.parametrize("kind", ["Qwen2", "Llama", "Gemma2"])
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_training_is_the_same(name, kind, folder, monkeypatch):
+    stock, scored = stock_logs(name, kind, folder), []
+    with patch_kernels() as patched:
+        right = patched.apply
+        monkeypatch.setattr(patched, "apply", lambda *args: scored.append(args[3].numel()) or right(*args))
+        ours = logs(name, kind, folder)
+    assert len(scored) >= STEPS
+    assert max(differences(name, ours, stock)) <= BOUND
+    for one, other in zip(ours, stock, strict=True):
+        assert one.keys() == other.keys()
+        figures = {key: value for key, value in other.items() if "time" not in key}
+        assert {key: one[key] for key in figures} == pytest.approx(figures, rel=1e-4, abs=1e-5, nan_ok=True)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_shifted_labels_break_the_bound(name, folder, monkeypatch):
+    with patch_kernels() as patched:
+        right = patched.apply
+        monkeypatch.setattr(patched, "apply", lambda h, w, b, labels, *rest: right(h, w, b, labels.roll(1), *rest))
+        wrong = logs(name, "Qwen2", folder)
+    assert max(differences(name, wrong, stock_logs(name, "Qwen2", folder))) > 100 * BOUND

@@ -10,7 +10,8 @@ from .losses.pivots import (
     pivot_segments,
     prefix_scores,
 )
-from .losses.preference import PreferenceLoss, dpo, ipo, preference_loss, simpo
+from .losses.pointwise import PointwiseLoss, kto, pointwise_loss
+from .losses.preference import PreferenceLoss, cdpo, cpo, dpo, ipo, orpo, preference_loss, robust, simpo, slic
 from .ops._check import check_errors
 from .ops.logprobs import LogProbs, linear_logprobs, token_logprobs
 from .ops.segments import segment_broadcast, segment_mean, segment_put_last, segment_sum
@@ -21,23 +22,31 @@ __all__ = [
     "AdaptiveMask",
     "LogProbs",
     "NLLLoss",
+    "PointwiseLoss",
     "PreferenceLoss",
     "adaptive_mask",
     "best_of_n",
+    "cdpo",
     "check_errors",
+    "cpo",
     "dpo",
     "implicit_scores",
     "ipo",
+    "kto",
     "linear_logprobs",
     "nll_loss",
+    "orpo",
     "pivot_flags",
     "pivot_segments",
+    "pointwise_loss",
     "preference_loss",
     "prefix_scores",
+    "robust",
     "segment_broadcast",
     "segment_mean",
     "segment_put_last",
     "segment_sum",
     "simpo",
+    "slic",
     "token_logprobs",
 ]

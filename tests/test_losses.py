@@ -7,7 +7,8 @@ import torch
 from torch.testing import assert_close
 
 import finealign_kernels as fk
-from finealign_kernels.losses.preference import PREFERENCE, score_loss
+from finealign_kernels.losses.preference import PREFERENCE, Row, score_loss
+from finealign_kernels.losses.table import Hyper
 
 F64 = torch.float64
 
@@ -31,6 +32,20 @@ GOLDEN = [
     ("ipo_z", dict(average="kept"), 0.1764, -0.14, 0.084),
     ("simpo", dict(beta=2.0, shift=1.0), 0.8971358218, -0.3948427887, 0.2369056732),
     ("simpo", dict(beta=2.0, shift=1.0, average=False), 0.0122025846, -0.02425687, 0.02425687),
+    ("slic", dict(average=False), 0.7, -0.5, 0.5),
+    ("slic", dict(average="kept"), 0.92, -0.1666666667, 0.1),
+    ("cdpo", dict(average=False), 0.5843552445, -0.1627787416, 0.1627787416),
+    ("cdpo", dict(average="kept"), 0.6619469673, -0.06333511, 0.038001066),
+    ("cdpo", dict(average=False, smoothing=0.0), 0.5543552445, -0.2127787416, 0.2127787416),
+    ("robust", dict(average=False), 0.5168552445, -0.2752787416, 0.2752787416),
+    ("robust", dict(average="kept"), 0.6439469673, -0.10083511, 0.060501066),
+    ("robust", dict(average=False, smoothing=0.0), 0.5543552445, -0.2127787416, 0.2127787416),
+    ("cpo", dict(beta=0.1), 1.1338988018, -0.3766240428, 0.0432907095),
+    ("cpo", dict(beta=0.1, nll_weight=0.0), 0.5672321351, -0.0432907095, 0.0432907095),
+    ("cpo", dict(beta=0.1, average="kept"), 1.2442698978, -0.3497389102, 0.0098433461),
+    ("orpo", dict(beta=1.0), 0.6098677703, -0.3603643761, 0.0119886379),
+    ("kto", dict(beta=0.1, shift=0.1 * 0.05), 0.4925006093, -0.0124980471, 0.0124961727),
+    ("kto", dict(beta=0.1, shift=0.1 * 0.05, average="kept"), 0.4980000152, -0.0041666406, 0.0024999244),
 ]
 
 
@@ -65,9 +80,13 @@ def test_golden_token_weights(average, loss, up, down):
 
 
 def test_golden_segment_balanced_weights():
-    """Mean of segment means (section 2.9), as token weights 1 / (J |s_j|)."""
+    """Mean of segment means (section 2.9), as token weights 1 / (J |s_j|) or from the ids."""
     weights = row(0.25, 0.25, 0.5), row(1 / 3, 1 / 9, 1 / 9, 1 / 9, 1 / 3)
-    out, dchosen, drejected = fixture_b("dpo", average=False, token_weight=weights)
+    ids = torch.tensor([[0, 0, 1]]), torch.tensor([[0, 1, 1, 1, 2]])
+    expected = fixture_b("dpo", average=False, token_weight=weights)
+    out, dchosen, drejected = fixture_b("dpo", average="segments", segment_ids=ids)
+    assert_close(expected[0].loss, out.loss, rtol=1e-14, atol=0)
+    assert_close(expected[1:], (dchosen, drejected), rtol=1e-13, atol=0)
     assert_close(out.loss.item(), 0.6228865816, rtol=0, atol=1e-9)
     assert_close(dchosen, row(-0.057950768, -0.057950768, -0.115901536), rtol=0, atol=1e-9)
     assert_close(drejected[0, :2], torch.tensor([0.0772676907, 0.0257558969], dtype=F64), rtol=0, atol=1e-9)
@@ -105,7 +124,8 @@ def test_logged_numbers_are_detached():
 @pytest.mark.parametrize("spread", (1e-3, 1.0, 30.0))
 def test_slope_is_the_derivative(name, spread):
     torch.manual_seed(0)
-    score = (torch.randn(64, dtype=F64) * spread).requires_grad_()
+    score = torch.randn(64, dtype=F64) * spread
+    score = (score if PREFERENCE[name].reference else -score.abs()).requires_grad_()
     value, dscore = score_loss(name, score, beta=0.7, shift=0.3)
     (expected,) = torch.autograd.grad(value.sum(), score)
     assert_close(dscore, expected, rtol=1e-12, atol=1e-14)
@@ -184,9 +204,11 @@ def test_padding_packing_and_layout_change_nothing(name, average):
 def test_any_split_with_a_global_denominator(name):
     logp, ref, mask, _ = batch(torch.float32)
     whole, grad = run(name, logp, ref, mask=mask)
-    total = torch.zeros_like(grad)
+    total, more = torch.zeros_like(grad), {}
+    if PREFERENCE[name].nll == "token":
+        more = {"nll_denominator": mask[:3].sum()}  # chosen tokens of all ranks
     for pick in (torch.tensor([0, 3]), torch.tensor([1, 2, 4, 5])):
-        _, part = run(name, logp[pick], ref[pick], mask=mask[pick], denominator=3)
+        _, part = run(name, logp[pick], ref[pick], mask=mask[pick], denominator=3, **more)
         total[pick] += part
     assert (total - grad).norm() <= 1e-5 * grad.norm()
 
@@ -201,7 +223,9 @@ def test_reductions(name):
         (dict(denominator=torch.tensor(7.0)), losses.sum() / 7),
         (dict(reduction="none"), losses),
     ):
-        assert_close(run(name, logp, ref, mask=mask, **options)[0].loss.detach(), expected)
+        out, _ = run(name, logp, ref, mask=mask, **options)
+        assert_close(out.loss.detach(), expected + out.nll)
+        assert bool((out.nll != 0).all()) == bool(PREFERENCE[name].nll)
 
 
 @pytest.mark.parametrize("name", PREFERENCE)
@@ -212,6 +236,35 @@ def test_a_second_backward_is_exact(name):
     (first,) = torch.autograd.grad(out.loss, logp, retain_graph=True)
     (second,) = torch.autograd.grad(out.loss, logp)
     assert torch.equal(first, second)
+
+
+# ---- a row of one's own --------------------------------------------------------------------------------------------
+
+
+def test_a_loss_of_ones_own_is_one_row(monkeypatch):
+    """What walks the table covers it without another line."""
+
+    def exponential(m, *, rate):
+        return (-rate * m).exp(), -rate * (-rate * m).exp()
+
+    hyper = {"rate": Hyper(0.5, lambda r: r > 0, "be above 0")}
+    monkeypatch.setitem(PREFERENCE, "mine", Row(exponential, "e^(-rate m)", "here", beta=0.3, hyper=hyper))
+    test_slope_is_the_derivative("mine", 1.0)
+    test_any_split_with_a_global_denominator("mine")
+    test_no_pairs("mine")
+    for average in (False, "kept", "all"):
+        test_gradcheck("mine", average)
+        test_padding_packing_and_layout_change_nothing("mine", average)
+        test_empty_responses("mine", average)
+    logp, ref, mask, _ = batch()
+    chosen, rejected = torch.where(mask, logp - ref, 0).sum(1).chunk(2)
+    out = fk.preference_loss("mine", logp, ref, mask=mask, rate=2.0)
+    assert_close(out.loss, (-0.6 * (chosen - rejected)).exp().mean())
+
+    wrong = Row(lambda m: (m.exp(), -m.exp()), "wrong slope", "here")
+    monkeypatch.setitem(PREFERENCE, "wrong", wrong)
+    with pytest.raises(AssertionError):
+        test_slope_is_the_derivative("wrong", 1.0)
 
 
 # ---- degenerate cases ----------------------------------------------------------------------------------------------
@@ -227,7 +280,7 @@ def test_empty_responses(name, average):
     assert out.loss.isfinite() and out.chosen_rewards[0] == 0 and not grad[0].any() and grad[3][mask[3]].all()
     assert not grad[2].any() and not grad[5].any()
     dropped, _ = run(name, logp, ref, mask=mask, average=average, drop_empty=True)
-    assert_close(dropped.loss, out.losses[:2].mean())
+    assert_close(dropped.loss.detach(), out.losses[:2].mean() + dropped.nll)
     assert not out.loss.isclose(dropped.loss)
 
 

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import softplus
+from torch.nn.functional import relu, softplus
 
 from ..losses.nll import nll_loss
 from ..losses.preference import preference_loss
@@ -73,13 +73,24 @@ def library_loss(options, logp, tokens):
     return preference_loss(options.loss, logp, tokens.ref_logp, beta=options.beta, **counted)
 
 
-# loss of each pair from d, chosen less rejected score, written out apart from the library's own formulas
+# loss of each pair from the scores of its responses, written out apart from the library's own formulas
 PLAIN = {
-    "dpo": lambda d, beta: softplus(-beta * d),
-    "ipo": lambda d, beta: (d - 1 / (2 * beta)) ** 2,
-    "ipo_z": lambda d, beta: (beta * d - 0.5) ** 2,
-    "simpo": lambda d, beta: softplus(1.0 - beta * d),
+    "dpo": lambda c, r, beta: softplus(-beta * (c - r)),
+    "ipo": lambda c, r, beta: (c - r - 1 / (2 * beta)) ** 2,
+    "ipo_z": lambda c, r, beta: (beta * (c - r) - 0.5) ** 2,
+    "slic": lambda c, r, beta: relu(1 - beta * (c - r)),
+    "cdpo": lambda c, r, beta: 0.9 * softplus(-beta * (c - r)) + 0.1 * softplus(beta * (c - r)),
+    "robust": lambda c, r, beta: (0.9 * softplus(-beta * (c - r)) - 0.1 * softplus(beta * (c - r))) / 0.8,
+    "simpo": lambda c, r, beta: softplus(1.0 - beta * (c - r)),
+    "cpo": lambda c, r, beta: softplus(-beta * (c - r)),
+    "orpo": lambda c, r, beta: 0.1 * softplus(-beta * (_log_odds(c) - _log_odds(r))),
+    "kto": lambda c, r, beta: (torch.sigmoid(-beta * c) + torch.sigmoid(beta * r)) / 2,
 }
+
+
+def _log_odds(score):
+    score = score.clamp(max=-1e-6)
+    return score - torch.log(-torch.expm1(score))
 
 
 def plain_loss(options, logp, tokens):
@@ -87,15 +98,22 @@ def plain_loss(options, logp, tokens):
     if options.loss != "nll" and options.loss not in PLAIN:
         return library_loss(options, logp, tokens).loss
     weight = torch.where(tokens.mask, tokens.token_weight, 0.0)
-    ratio = logp if tokens.ref_logp is None else logp - tokens.ref_logp
-    score = (weight * torch.where(tokens.mask, ratio, 0.0)).sum(-1)
+    total = (weight * torch.where(tokens.mask, logp, 0.0)).sum(-1)
+    score = total
+    if tokens.ref_logp is not None:
+        score = total - (weight * torch.where(tokens.mask, tokens.ref_logp, 0.0)).sum(-1)
     average = average_of(options)
+    length = (tokens.mask if average == "all" else weight).sum(-1)
     if average:
-        score = score / (weight if average == "kept" else tokens.mask).sum(-1)
+        score = score / length
     if options.loss == "nll":
         return -score.mean()
     chosen, rejected = score.chunk(2)
-    return PLAIN[options.loss](chosen - rejected, beta_of(options)).mean()
+    loss = PLAIN[options.loss](chosen, rejected, beta_of(options)).mean()
+    total, length = total.chunk(2)[0], length.chunk(2)[0]
+    if options.loss == "cpo":
+        return loss - total.sum() / length.sum()
+    return loss - (total / length).mean() if options.loss == "orpo" else loss
 
 
 def differences(fused, eager):

@@ -1,80 +1,92 @@
-"""Preference losses: a table of scalar functions, and their assembly from token log-probs.
+"""Preference losses of pairs: assembly of the rows of `table` from token log-probs.
 
     h = Σ_t w_t m_t (logp_t - ref_logp_t)        score of a response; ref_logp = 0 for a loss without reference
     m = beta (h_chosen - h_rejected) - shift     margin of a pair
-    loss = scale · phi(m)
+    loss = scale · phi(m) + NLL of the chosen responses, for a row that has one
 
 A loss is a row: phi with its slope, how its margin is formed, where it comes from. Adding one is adding a row.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..formulas import margin
 from ..ops._check import check_tensor, fail
 from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like
 from ..ops.segments import segment_sum
-from .reduce import check_average, reduce, sequence_scores, sequence_weights
+from .reduce import check_average, check_denominator, reduce, sequence_scores, sequence_weights
+from .table import PREFERENCE, Row, check_number, row_of
 
-
-class Row(NamedTuple):
-    """One loss of the table."""
-
-    phi: Callable[..., tuple[Tensor, Tensor]]  # margin -> value, slope
-    equation: str  # with m = beta Δ - shift, Δ = h_chosen - h_rejected
-    source: str
-    beta: float = 0.1
-    shift: float = 0.0
-    average: bool | str = False  # the length average it is defined with
-    reference: bool = True  # reads ref_logp
-    scale: Callable[[float], float] = lambda beta: 1.0
-    derived: str = "averaged form"  # what is not in the source
-
-
-PREFERENCE: dict[str, Row] = {
-    "dpo": Row(margin.logistic, "-log σ(m)", "arXiv:2305.18290 eq. 7; averaged: arXiv:2406.19188"),
-    "ipo": Row(
-        margin.squared,
-        "(Δ - 1/(2 beta))² = (m - ½)² / beta²",
-        "arXiv:2310.12036 eq. 17",
-        scale=lambda beta: beta**-2,
-    ),
-    "ipo_z": Row(margin.squared, "(m - ½)²", "arXiv:2402.05749, the squared f", derived="scaling of IPO by beta²"),
-    "simpo": Row(
-        margin.logistic,
-        "-log σ(m), h = mean logp",
-        "arXiv:2405.14734 eq. 6",
-        beta=2.0,
-        shift=1.0,
-        average="kept",
-        reference=False,
-        derived="summed form",
-    ),
-}
+__all__ = ["PREFERENCE", "PreferenceLoss", "Row", "preference_loss", "score_loss"]
 
 
 class PreferenceLoss(NamedTuple):
     """loss carries the gradient; everything else is detached. (P,) over pairs."""
 
-    loss: Tensor  # () or (P,) with reduction="none"
+    loss: Tensor  # () or (P,) with reduction="none": losses, reduced, and nll_weight · nll
     losses: Tensor
     chosen_rewards: Tensor  # beta h of the chosen response
     rejected_rewards: Tensor
     margins: Tensor  # chosen_rewards - rejected_rewards
     accuracies: Tensor  # 1 where the chosen reward is the larger one
+    nll: Tensor  # the NLL term of the chosen responses, as reduced; 0 where there is none
 
 
-def score_loss(name: str, score: Tensor, *, beta: float, shift: float = 0.0, **hyper) -> tuple[Tensor, Tensor]:
-    """Loss of each pair (P,) and its gradient with respect to score (2P,), nats: chosen first, then rejected."""
-    row = PREFERENCE[name]
-    chosen, rejected = score.chunk(2)
+def score_loss(
+    name: str,
+    score: Tensor,
+    *,
+    beta: float,
+    shift: float | Tensor = 0.0,
+    scale: float | None = None,
+    target: Tensor | None = None,
+    policy: Tensor | None = None,
+    **hyper,
+) -> tuple[Tensor, Tensor]:
+    """Loss of each item and its gradient with respect to score (S,), nats.
+
+    Without target an item is a pair: all chosen, then all rejected, losses (S / 2,). With target (S,) an item is a
+    response of a row that has a label, u = beta h - shift, and an s of 1 makes it a positive one:
+
+        label "class"  phi(u) where s = 1, else phi(-u)      of a pair: the mean of chosen (s = 1) and rejected (s = 0)
+        label "soft"   s phi(u) + (1 - s) phi(-u)
+        label "value"  phi(u - s)
+
+    policy (S,), default score, is what a positive's NLL is read from where the score has a reference.
+    """
+    row, hyper = row_of(name, hyper)
+    h, stretch = row.transform(score) if row.transform else (score, 1)
+    scale = row.scale(beta) if scale is None else scale
+    if row.label is not None:
+        return _labelled_loss(row, score if policy is None else policy, beta, h, shift, scale, target, hyper)
+    chosen, rejected = h.chunk(2)
     value, slope = row.phi(beta * (chosen - rejected) - shift, **hyper)
-    scale = row.scale(beta)
     slope = beta * scale * slope
-    return scale * value, torch.cat([slope, -slope])
+    return scale * value, torch.cat([slope, -slope]) * stretch
+
+
+def _labelled_loss(row, policy, beta, score, shift, scale, target, hyper):
+    paired = target is None
+    if paired:
+        target = torch.ones_like(score)
+        target[len(score) // 2 :] = 0
+    positive = target == 1
+    if row.label == "value":
+        value, slope = row.phi(beta * score - shift - target, **hyper)
+    else:
+        s = target if row.label == "soft" else positive.to(score.dtype)
+        up, down = (row.phi(sign * (beta * score - shift), **hyper) for sign in (1, -1))
+        value = torch.where(s == 1, up[0], torch.where(s == 0, down[0], s * up[0] + (1 - s) * down[0]))
+        slope = torch.where(s == 1, up[1], torch.where(s == 0, -down[1], s * up[1] - (1 - s) * down[1]))
+    value, slope = scale * value, beta * scale * slope
+    if row.positive == "nll":
+        value, slope = torch.where(positive, -policy, value), torch.where(positive, -1, slope)
+    elif row.positive is not None:
+        own = row.positive(beta * score - shift)
+        value = torch.where(positive, scale * own[0], value)
+        slope = torch.where(positive, beta * scale * own[1], slope)
+    return (value.view(2, -1).mean(0), slope / 2) if paired else (value, slope)
 
 
 def preference_loss(
@@ -85,9 +97,14 @@ def preference_loss(
     mask: TokenTensor | None = None,
     cu_seqlens: Tensor | None = None,
     token_weight: TokenTensor | None = None,
+    segment_ids: TokenTensor | None = None,
     average: bool | str | None = None,
     beta: float | None = None,
-    shift: float | None = None,
+    shift: float | Tensor | None = None,
+    scale: float | None = None,
+    nll: str | None = None,
+    nll_weight: float | None = None,
+    nll_denominator: float | Tensor | None = None,
     pairs: str = "halves",
     reduction: str = "mean",
     denominator: float | Tensor | None = None,
@@ -103,80 +120,151 @@ def preference_loss(
                   Required by rows with a reference, refused by the others
     mask          as logp, bool: is the token read. What stands elsewhere (NaN, inf) reaches neither value nor gradient
     token_weight  as logp, float: how much a token counts, in policy and reference alike; default 1
+    segment_ids   as logp, int: the segment of each token, not decreasing in a response, -1 for none
     average       False: h is the weighted sum; "kept": divided by Σ token_weight; "all": by the number of mask tokens;
-                  None: as the loss is defined
-    beta, shift   None: the row's default. shift is subtracted outside beta (SimPO's γ)
+                  "segments": the mean of segment means; None: as the loss is defined
+    beta, shift   None: the row's default. shift is subtracted outside beta (SimPO's γ); it may be a tensor, () or (P,)
+    scale         multiplies phi; None: the row's own (ORPO's λ)
+    nll           NLL of the chosen responses, added: "sequence", a mean over pairs of each response's own average, or
+                  "token", one mean over the batch's chosen tokens: Σ w (-logp) / Σ w (average "all": / mask tokens)
+    nll_weight    how much of it; None: 1 for a row that has the term (CPO's α), 0 for the others
+    nll_denominator  a number or tensor to divide the sum over tokens by instead (a global count)
     pairs         "halves": all chosen, then all rejected; "interleaved": chosen, rejected, chosen, ...
-    reduction     "mean" over pairs, "sum" or "none"; denominator: a number or tensor to divide the sum by instead
+    reduction     "mean" over pairs, "sum" or "none" (the NLL over tokens then comes as shares that add up to it);
+                  denominator: a number or tensor to divide the sum over pairs by instead
     drop_empty    leave out pairs of which neither response has a token, from numerator and denominator
+    hyper         numbers the row takes, `PREFERENCE[name].hyper`: smoothing, ...
 
-    Returns PreferenceLoss. An empty response has h = 0 and no gradient; no pair at all gives 0, connected to the graph.
+    A row of single responses (KTO, ...) takes a pair as a desirable and an undesirable one, with the mean of their
+    losses. Returns PreferenceLoss. An empty response has h = 0 and no gradient; no pair at all gives 0, connected to
+    the graph.
     Raises  ValueError, TypeError naming argument, expectation and finding.
     """
-    if name not in PREFERENCE:
-        fail("name", f"be one of {tuple(PREFERENCE)}", repr(name))
-    row = PREFERENCE[name]
-    beta = row.beta if beta is None else beta
-    shift = row.shift if shift is None else shift
-    _check_number("beta", beta, positive=True)
-    _check_number("shift", shift)
-    average = row.average if average is None else average
-    check_average(average)
+    row, hyper = row_of(name, hyper)
+    beta, shift, average = check_options(row, beta, shift, scale, average, segment_ids)
     if pairs not in ("halves", "interleaved"):
         fail("pairs", "be 'halves' or 'interleaved'", repr(pairs))
     if isinstance(logp, (tuple, list)) and pairs != "halves":
         fail("pairs", "be 'halves' for a pair (chosen, rejected) of tensors", repr(pairs))
-    if row.reference and ref_logp is None:
-        fail("ref_logp", f"be given for {name!r} (zeros for a loss without reference)", "None")
-    if not row.reference and ref_logp is not None:
-        fail("ref_logp", f"be None: {name!r} has no reference", f"a {type(ref_logp).__name__}")
+    check_reference(name, row, ref_logp)
+    nll_weight = (1.0 if row.nll else 0.0) if nll_weight is None else nll_weight
+    nll = nll or row.nll or "token"
+    check_number("nll_weight", nll_weight)
+    if nll not in ("sequence", "token"):
+        fail("nll", "be 'sequence' or 'token'", repr(nll))
+    if nll_denominator is not None and (nll != "token" or not nll_weight):
+        fail("nll_denominator", "be None but for an NLL over tokens", repr(nll_denominator))
 
     tokens = flatten(logp, mask, cu_seqlens, name="logp")
     if tokens.segments % 2:
         fail("logp", "hold an even number of sequences, chosen and rejected", tokens.segments)
-    score = response_scores(tokens, ref_logp, token_weight, average)
-    if pairs == "interleaved":
-        score = torch.cat([score[0::2], score[1::2]])
+    if token_weight is not None:
+        token_weight = flatten_like(token_weight, tokens, "token_weight").detach()
+    shift = flat_shift(shift, tokens.segments // 2, tokens)
+    weight = sequence_weights(token_weight, tokens, average, segment_ids)
+    score = _halves(response_scores(tokens, ref_logp, weight, whole=token_weight is None and average is False), pairs)
+    policy = None
+    if row.positive == "nll":
+        policy = _halves(sequence_scores(tokens.x.detach(), weight, tokens), pairs)
+    if row.label is not None and isinstance(shift, Tensor) and shift.dim():
+        shift = torch.cat([shift, shift])
     counted = _not_empty(tokens, pairs) if drop_empty else None
 
-    losses = _FromScores.apply(score, *score_loss(name, score.detach(), beta=beta, shift=shift, **hyper))
+    options = dict(beta=beta, shift=shift, scale=scale, policy=policy, **hyper)
+    losses = FromScores.apply(score, *score_loss(name, score.detach(), **options))
+    loss = reduce(losses, reduction, denominator, counted)
+    term = torch.zeros_like(loss)
+    if nll_weight:
+        each = _chosen_nll(tokens, token_weight, weight, average, nll, pairs, nll_denominator)
+        if nll == "sequence":
+            term = reduce(each, reduction, denominator, counted)
+        else:
+            term = each if reduction == "none" else each.sum()
+        loss = loss + nll_weight * term
     chosen, rejected = (beta * score.detach()).chunk(2)
     return PreferenceLoss(
-        loss=reduce(losses, reduction, denominator, counted),
+        loss=loss,
         losses=losses.detach(),
         chosen_rewards=chosen,
         rejected_rewards=rejected,
         margins=chosen - rejected,
         accuracies=(chosen > rejected).to(score.dtype),
+        nll=term.detach(),
     )
 
 
-def response_scores(tokens: Tokens, ref_logp, token_weight, average) -> Tensor:
-    """h of each sequence (S,): weighted sum or average of logp - ref_logp over its mask."""
-    per_sequence = isinstance(ref_logp, Tensor) and tokens.shapes[0] != ref_logp.shape == (tokens.segments,)
-    if per_sequence and (token_weight is not None or average is not False):
-        wanted = "hold a log-prob per token where token_weight or an average is used"
-        fail("ref_logp", wanted, f"sums per sequence, shape {tuple(ref_logp.shape)}")
-    if token_weight is not None:
-        token_weight = flatten_like(token_weight, tokens, "token_weight").detach()
-    weight = sequence_weights(token_weight, tokens, average)
+def check_options(row: Row, beta, shift, scale, average, segment_ids):
+    """beta, shift and average as given, else as the row has them."""
+    beta = row.beta if beta is None else beta
+    shift = row.shift if shift is None else shift
+    average = row.average if average is None else average
+    check_number("beta", beta, positive=True)
+    if not isinstance(shift, Tensor):
+        check_number("shift", shift)
+    if scale is not None:
+        check_number("scale", scale, positive=True)
+    check_average(average, segment_ids)
+    return beta, shift, average
+
+
+def check_reference(name: str, row: Row, ref_logp) -> None:
+    if row.reference and ref_logp is None:
+        fail("ref_logp", f"be given for {name!r} (zeros for a loss without reference)", "None")
+    if not row.reference and ref_logp is not None:
+        fail("ref_logp", f"be None: {name!r} has no reference", f"a {type(ref_logp).__name__}")
+
+
+def flat_shift(shift, items: int, tokens: Tokens):
+    """shift as a number, or a detached tensor () or (items,)."""
+    if not isinstance(shift, Tensor):
+        return shift
+    check_tensor("shift", shift, like=tokens.x)
+    if shift.dim() and shift.shape != (items,):
+        fail("shift", f"be a number or have shape () or ({items},)", tuple(shift.shape))
+    return shift.detach()
+
+
+def response_scores(tokens: Tokens, ref_logp, weight: Tensor, *, whole: bool) -> Tensor:
+    """h of each sequence (S,): Σ_t weight_t (logp_t - ref_logp_t). whole: may ref_logp be sums of responses."""
     if ref_logp is None:
         return sequence_scores(tokens.x, weight, tokens)
-    if per_sequence:
+    if isinstance(ref_logp, Tensor) and tokens.shapes[0] != ref_logp.shape == (tokens.segments,):
+        if not whole:
+            wanted = "hold a log-prob per token where token_weight or an average is used"
+            fail("ref_logp", wanted, f"sums per sequence, shape {tuple(ref_logp.shape)}")
         check_tensor("ref_logp", ref_logp, like=tokens.x)
         return sequence_scores(tokens.x, weight, tokens) - ref_logp.detach()
     return sequence_scores(tokens.x - flatten_like(ref_logp, tokens, "ref_logp").detach(), weight, tokens)
 
 
+def _chosen_nll(tokens: Tokens, token_weight, weight, average, nll: str, pairs: str, denominator) -> Tensor:
+    """(P,): each chosen response's average -logp; or with nll="token" its share of the mean over all their tokens."""
+    if nll == "sequence":
+        own = weight if average else sequence_weights(token_weight, tokens, "kept")
+        return -_halves(sequence_scores(tokens.x, own, tokens), pairs).chunk(2)[0]
+    own = sequence_weights(token_weight, tokens, False)
+    if denominator is None:
+        counts = own if average != "all" else torch.ones_like(own)
+        total = _halves(segment_sum(counts, tokens.cu_seqlens, mask=tokens.mask), pairs).chunk(2)[0].sum()
+        denominator = torch.where(total == 0, 1, total)
+    chosen = _halves(sequence_scores(tokens.x, own, tokens), pairs).chunk(2)[0]
+    return -chosen / check_denominator(denominator, "nll_denominator")
+
+
+def _halves(score: Tensor, pairs: str) -> Tensor:
+    """(S,): all chosen, then all rejected."""
+    return torch.cat([score[0::2], score[1::2]]) if pairs == "interleaved" else score
+
+
 def _not_empty(tokens: Tokens, pairs: str) -> Tensor:
     """Pairs (P,) of which a response has a token."""
     count = segment_sum(torch.ones_like(tokens.x), tokens.cu_seqlens, mask=tokens.mask)
-    chosen, rejected = count.chunk(2) if pairs == "halves" else (count[0::2], count[1::2])
+    chosen, rejected = _halves(count, pairs).chunk(2)
     return (chosen > 0) | (rejected > 0)
 
 
-class _FromScores(torch.autograd.Function):
-    """Losses of scores whose slopes are known: backward is upstream times slope, for any upstream gradient per pair."""
+class FromScores(torch.autograd.Function):
+    """Losses of scores whose slopes are known: backward is upstream times slope, for any upstream gradient per item."""
 
     @staticmethod
     def forward(ctx, score, losses, slope):
@@ -186,9 +274,9 @@ class _FromScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         (slope,) = ctx.saved_tensors
-        # a pair that is not counted has upstream 0, whatever its slope
-        both = torch.cat([upstream, upstream])
-        return torch.where(both == 0, 0, both * slope), None, None
+        # an item that is not counted has upstream 0, whatever its slope
+        each = upstream if upstream.shape == slope.shape else torch.cat([upstream, upstream])
+        return torch.where(each == 0, 0, each * slope), None, None
 
 
 def dpo(logp, ref_logp, **options) -> PreferenceLoss:
@@ -211,7 +299,26 @@ def simpo(logp, *, gamma: float = 1.0, **options) -> PreferenceLoss:
     return preference_loss("simpo", logp, shift=gamma, **options)
 
 
-def _check_number(name, value, positive=False) -> None:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
-    if not good or (positive and value <= 0):
-        fail(name, "be a finite number" + (" > 0" if positive else ""), repr(value))
+def slic(logp, ref_logp, **options) -> PreferenceLoss:
+    """max(0, 1 - beta (h_chosen - h_rejected)), arXiv:2305.10425. Zeros for ref_logp give the form without one."""
+    return preference_loss("slic", logp, ref_logp, **options)
+
+
+def cdpo(logp, ref_logp, *, smoothing: float = 0.1, **options) -> PreferenceLoss:
+    """DPO whose pairs are wrong with probability `smoothing`, in [0, 0.5]. Arguments: preference_loss."""
+    return preference_loss("cdpo", logp, ref_logp, smoothing=smoothing, **options)
+
+
+def robust(logp, ref_logp, *, smoothing: float = 0.1, **options) -> PreferenceLoss:
+    """DPO made unbiased under flips of probability `smoothing`, in [0, 0.5), arXiv:2403.00409. See preference_loss."""
+    return preference_loss("robust", logp, ref_logp, smoothing=smoothing, **options)
+
+
+def cpo(logp, *, alpha: float = 1.0, **options) -> PreferenceLoss:
+    """-log σ(beta (logp_chosen - logp_rejected)) + alpha NLL, arXiv:2401.08417. Arguments: preference_loss."""
+    return preference_loss("cpo", logp, nll_weight=alpha, **options)
+
+
+def orpo(logp, *, odds_weight: float = 0.1, **options) -> PreferenceLoss:
+    """NLL of the chosen - odds_weight log σ(log-odds_chosen - log-odds_rejected), arXiv:2403.07691. preference_loss."""
+    return preference_loss("orpo", logp, scale=odds_weight, **options)

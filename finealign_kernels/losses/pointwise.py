@@ -1,0 +1,122 @@
+"""Losses of single responses with a target each (KTO, ...): the rows of `table` that need no pairs."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops._check import FLOATS, check_tensor, fail
+from ..ops._layout import TokenTensor, flatten, flatten_like
+from ..ops.segments import segment_sum
+from .preference import FromScores, check_options, check_reference, flat_shift, response_scores, score_loss
+from .reduce import REDUCTIONS, reduce, sequence_scores, sequence_weights
+from .table import PREFERENCE, check_number, row_of
+
+
+class PointwiseLoss(NamedTuple):
+    """loss carries the gradient; losses and rewards (S,) of the responses are detached."""
+
+    loss: Tensor  # () or (S,) with reduction="none"
+    losses: Tensor
+    rewards: Tensor  # beta h
+
+
+def pointwise_loss(
+    name: str,
+    logp: TokenTensor,
+    ref_logp: TokenTensor | None = None,
+    *,
+    target: Tensor,
+    mask: TokenTensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    token_weight: TokenTensor | None = None,
+    segment_ids: TokenTensor | None = None,
+    average: bool | str | None = None,
+    beta: float | None = None,
+    shift: float | Tensor | None = None,
+    positive_weight: float = 1.0,
+    other_weight: float = 1.0,
+    reduction: str = "mean",
+    denominator: float | Tensor | None = None,
+    drop_empty: bool = False,
+    **hyper,
+) -> PointwiseLoss:
+    """Loss of single responses from token log-probs; `PREFERENCE` lists the names with their equations.
+
+        h = Σ_t w_t (logp_t - ref_logp_t),   u = beta h - shift,   loss = mean of L(u, target)
+
+    target        (S,) bool or float: 1 for a response to be reinforced. Rows with a soft label take any number in
+                  [0, 1], those that regress on it any number; to the others whatever is not exactly 1 is a negative
+    shift         subtracted outside beta: beta z₀ for KTO, -c for point-wise DPO. A number or a tensor, () or (S,)
+    positive_weight, other_weight  multiply the losses of responses with target 1 and of the others (KTO's λ)
+    reduction     "mean" over responses, "sum", "none", or "class_mean": the mean over responses with target 1 plus the
+                  mean over the others, 0 for a class that is absent
+    denominator   divides the sum instead; with "class_mean" a tensor (2,), the numbers of positives and of others
+    drop_empty    leave out responses without a token
+
+    The other arguments are preference_loss's. Returns PointwiseLoss.
+    Raises  ValueError, TypeError naming argument, expectation and finding.
+    """
+    row, hyper = row_of(name, hyper)
+    if row.pair:
+        fail("name", f"be one of {tuple(n for n, r in PREFERENCE.items() if not r.pair)}", repr(name))
+    beta, shift, average = check_options(row, beta, shift, None, average, segment_ids)
+    check_number("positive_weight", positive_weight)
+    check_number("other_weight", other_weight)
+    if reduction not in (*REDUCTIONS, "class_mean"):
+        fail("reduction", f"be one of {(*REDUCTIONS, 'class_mean')}", repr(reduction))
+    check_reference(name, row, ref_logp)
+
+    tokens = flatten(logp, mask, cu_seqlens, name="logp")
+    if token_weight is not None:
+        token_weight = flatten_like(token_weight, tokens, "token_weight").detach()
+    weight = sequence_weights(token_weight, tokens, average, segment_ids)
+    score = response_scores(tokens, ref_logp, weight, whole=token_weight is None and average is False)
+    policy = sequence_scores(tokens.x.detach(), weight, tokens) if row.positive == "nll" else None
+    target = _targets(row, target, score)
+    shift = flat_shift(shift, tokens.segments, tokens)
+    losses, slope = score_loss(name, score.detach(), beta=beta, shift=shift, target=target, policy=policy, **hyper)
+    positive = target == 1
+    share = torch.where(positive, positive_weight, other_weight).to(score.dtype)
+    losses = FromScores.apply(score, share * losses, share * slope)
+    counted = None
+    if drop_empty:
+        counted = segment_sum(torch.ones_like(tokens.x), tokens.cu_seqlens, mask=tokens.mask) > 0
+    if reduction == "class_mean":
+        loss = _class_mean(losses, positive, counted, denominator)
+    else:
+        loss = reduce(losses, reduction, denominator, counted)
+    return PointwiseLoss(loss, losses.detach(), beta * score.detach())
+
+
+def _targets(row, target, score: Tensor) -> Tensor:
+    check_tensor("target", target, dtypes=(torch.bool, *FLOATS), shape=score.shape, like=score)
+    target = target.detach().to(score.dtype)
+    if row.label == "soft" and target.device.type == "cpu" and not bool(((target >= 0) & (target <= 1)).all()):
+        wrong = target[~((target >= 0) & (target <= 1))][0].item()
+        fail("target", "lie in [0, 1] for a soft label", wrong)
+    return target
+
+
+def _class_mean(losses: Tensor, positive: Tensor, counted: Tensor | None, counts) -> Tensor:
+    """Mean over the positives plus mean over the others, each 0 where there is none."""
+    classes = [positive, ~positive] if counted is None else [positive & counted, ~positive & counted]
+    if counts is None:
+        counts = [inside.sum().clamp(min=1) for inside in classes]
+    else:
+        check_tensor("denominator", counts, dtypes=(*FLOATS, torch.int32, torch.int64), shape=(2,), like=losses)
+    return sum(reduce(losses, "sum", count, inside) for inside, count in zip(classes, counts, strict=True))
+
+
+def kto(
+    logp, ref_logp, target, *, z0: float | Tensor = 0.0, desirable_weight=1.0, undesirable_weight=1.0, **options
+) -> PointwiseLoss:
+    """1 - σ(beta (h - z0)) for desirable responses, 1 - σ(beta (z0 - h)) for the others, arXiv:2402.01306.
+
+    target (S,) bool: is it desirable. z0 is the batch's estimate of the divergence from the reference, from mismatched
+    prompts and responses, averaged over the ranks like h; below 0 it counts as 0. Other arguments: pointwise_loss.
+    """
+    beta = options.get("beta") or PREFERENCE["kto"].beta
+    z0 = z0.detach().clamp(min=0) if isinstance(z0, Tensor) else max(0.0, z0)
+    weights = dict(positive_weight=desirable_weight, other_weight=undesirable_weight)
+    return pointwise_loss("kto", logp, ref_logp, target=target, shift=beta * z0, **weights, **options)

@@ -1,0 +1,116 @@
+"""The table of preference losses: one row a loss. `preference` and `pointwise` put them together."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..formulas import margin
+from ..ops._check import fail
+
+Formula = Callable[..., tuple[Tensor, Tensor]]
+
+
+class Hyper(NamedTuple):
+    """A number that phi takes beside the margin."""
+
+    default: float
+    holds: Callable[[float], bool]
+    expected: str  # completes "must ..."
+
+
+class Row(NamedTuple):
+    """One loss of the table."""
+
+    phi: Formula  # margin -> value, slope
+    equation: str  # with m = beta Δ - shift, Δ = h_chosen - h_rejected, u = beta h - shift
+    source: str
+    beta: float = 0.1
+    shift: float = 0.0
+    average: bool | str = False  # the length average it is defined with
+    reference: bool = True  # reads ref_logp
+    scale: Callable[[float], float] = lambda beta: 1.0
+    derived: str = "averaged form"  # what is not in the source
+    pair: bool = True  # needs pairs; otherwise each response is a sample of its own
+    hyper: dict[str, Hyper] = {}  # noqa: RUF012, read only
+    transform: Formula | None = None  # what the score becomes before the margin
+    nll: str | None = None  # the denominator of its NLL term over chosen responses: "sequence" or "token"
+    label: str | None = None  # how a row without a margin of two reads its target s: see `score_loss`
+    positive: Formula | str | None = None  # what a response with s = 1 gets in place of phi; "nll": its own -logp
+
+
+PREFERENCE: dict[str, Row] = {
+    "dpo": Row(margin.logistic, "-log σ(m)", "arXiv:2305.18290 eq. 7; averaged: arXiv:2406.19188"),
+    "ipo": Row(
+        margin.squared,
+        "(Δ - 1/(2 beta))² = (m - ½)² / beta²",
+        "arXiv:2310.12036 eq. 17",
+        scale=lambda beta: beta**-2,
+    ),
+    "ipo_z": Row(margin.squared, "(m - ½)²", "arXiv:2402.05749, the squared f", derived="scaling of IPO by beta²"),
+    "slic": Row(margin.hinge, "max(0, 1 - m)", "arXiv:2305.10425; with a reference: arXiv:2402.05749"),
+    "cdpo": Row(
+        margin.smoothed,
+        "-(1-ε) log σ(m) - ε log σ(-m), ε = smoothing",
+        "E. Mitchell's note on DPO with noisy labels",
+        hyper={"smoothing": Hyper(0.1, lambda e: 0 <= e <= 0.5, "be in [0, 0.5]")},
+    ),
+    "robust": Row(
+        margin.robust,
+        "(-(1-ε) log σ(m) + ε log σ(-m)) / (1-2ε), ε = smoothing",
+        "arXiv:2403.00409",
+        hyper={"smoothing": Hyper(0.1, lambda e: 0 <= e < 0.5, "be in [0, 0.5)")},
+    ),
+    "simpo": Row(
+        margin.logistic,
+        "-log σ(m), h = mean logp",
+        "arXiv:2405.14734 eq. 6",
+        beta=2.0,
+        shift=1.0,
+        average="kept",
+        reference=False,
+        derived="summed form",
+    ),
+    "cpo": Row(
+        margin.logistic, "-log σ(m) + NLL of the chosen tokens", "arXiv:2401.08417", reference=False, nll="token"
+    ),
+    "orpo": Row(
+        margin.logistic,
+        "-λ log σ(m) + NLL of the chosen, h = log-odds of mean logp, λ = scale = 0.1",
+        "arXiv:2403.07691",
+        beta=1.0,
+        average="kept",
+        reference=False,
+        scale=lambda beta: 0.1,
+        transform=margin.log_odds,
+        nll="sequence",
+        derived="summed form",
+    ),
+    "kto": Row(
+        margin.bounded,
+        "1 - σ(u) desirable, 1 - σ(-u) not; shift = beta z₀",
+        "arXiv:2402.01306",
+        pair=False,
+        label="class",
+    ),
+}
+
+
+def row_of(name: str, hyper: dict) -> tuple[Row, dict]:
+    """The row of a name, and its hyper-parameters: those given, else its own."""
+    if name not in PREFERENCE:
+        fail("name", f"be one of {tuple(PREFERENCE)}", repr(name))
+    row = PREFERENCE[name]
+    for key, value in hyper.items():
+        if key not in row.hyper:
+            raise TypeError(f"{name!r} takes {tuple(row.hyper) or 'no hyper-parameter'}, got {key!r}")
+        check_number(key, value)
+        if not row.hyper[key].holds(value):
+            fail(key, row.hyper[key].expected, repr(value))
+    return row, {key: hyper.get(key, wanted.default) for key, wanted in row.hyper.items()}
+
+
+def check_number(name, value, positive=False) -> None:
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+    if not good or (positive and value <= 0):
+        fail(name, "be a finite number" + (" > 0" if positive else ""), repr(value))

@@ -78,15 +78,9 @@ def row_fwd_kernel(
     first = tl.full((), 0, tl.int32)
     for start in range(0, stop, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        y = _load_product(x_ptr, bias_ptr, cols, columns, scale)
-        z = logit(y, softcap, inv_temperature, CAPPED)
-        if (label >= start) & (label < start + BLOCK):
-            # taken here, so that the label's z is bitwise the maximum where it is, and before e may lie over x
-            tl.store(label_ptr + tl.zeros_like(cols), z, mask=cols == label)
-            slope = tl.full((BLOCK,), 1.0, tl.float32)
-            if CAPPED:
-                slope = tanh_slope(y / softcap)
-            tl.store(label_ptr + 1 + tl.zeros_like(cols), slope, mask=cols == label)
+        z = logit(_load_product(x_ptr, bias_ptr, cols, columns, scale), softcap, inv_temperature, CAPPED)
+        # one lane at most; taken from here, so that the label's z is bitwise the maximum where it is the maximum
+        tl.store(label_ptr + tl.zeros_like(cols), z, mask=cols == label)
         block_m, block_r, block_t, block_q, index = block_state(z, ENTROPY & WANT, SQUARES & WANT)
         first = tl.where(block_m > m, start + index, first)
         m, r, t, q = combine_states(m, r, t, q, block_m, block_r, block_t, block_q)
@@ -94,6 +88,14 @@ def row_fwd_kernel(
             allowed = z != float("-inf")
             total += tl.sum(tl.where(allowed, z, 0.0), axis=0)
             count += tl.sum(allowed.to(tl.int32), axis=0)
+
+    slope = 1.0
+    if CAPPED:
+        y = tl.load(x_ptr + label, mask=label >= 0, other=0.0).to(tl.float32)
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + label, mask=label >= 0, other=0.0).to(tl.float32)
+        slope = tanh_slope(y * scale / softcap)
+    tl.store(label_ptr + 1, slope, mask=label >= 0)
 
     part_ptr += row * part_stride
     tl.store(part_ptr, tl.where(read, m, 0.0))
@@ -105,7 +107,8 @@ def row_fwd_kernel(
     tl.store(first_ptr + row * first_stride, (col0 + first).to(tl.int64))
 
     if e_ptr is not None:
-        # x is read once more, each block before it is written: e may lie over x
+        # x is read once more, each block before it is written: e may lie over x, of which every warp has read the label
+        tl.debug_barrier()
         e_ptr += row * e_stride
         for start in range(0, stop, BLOCK):
             cols = start + tl.arange(0, BLOCK)

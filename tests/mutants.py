@@ -63,7 +63,7 @@ MUTANTS = [
     Mutant("gradients of lse ignored", OP, "_coef(dlogp, dlse, dentropy, logp, entropy, m, l, label_slope)\n    needs", "_coef(dlogp, None, dentropy, logp, entropy, m, l, label_slope)\n    needs", LOGPROBS),
     Mutant("logits overwritten in backward", OP, "grad = logits if ctx.inplace else torch", "grad = logits if True else torch", LOGPROBS),
     Mutant("label check off", "ops/_check.py", "(flat < 0) | (flat >= vocab)", "flat > vocab", LOGPROBS),
-    Mutant("autocast reaches the products", OP, "with torch.autocast(hidden.device.type, enabled=False):\n        if", "if True:\n        if", LOGPROBS),
+    Mutant("autocast reaches the products", OP, "with torch.autocast(device, enabled=False):", "if True:", LOGPROBS),
     # the native row kernels
     Mutant("C++: sum includes the maximum", ROWS, "from = side ? first + 1 : 0", "from = side ? first : 0", LOGPROBS),
     Mutant("C++: maximum starts at 0", ROWS, "float m = -kInf;\n  *max_block", "float m = 0;\n  *max_block", LOGPROBS),

@@ -156,6 +156,15 @@ def test_ci_versions_are_pinned_in_one_file():
     assert names <= pinned, names - pinned
 
 
+def test_every_planted_bug_still_has_its_place():
+    import runpy
+
+    for mutant in runpy.run_path(str(ROOT / "tests/mutants.py"))["MUTANTS"]:
+        path = ROOT / mutant.path if mutant.path.startswith("csrc/") else PACKAGE / mutant.path
+        path = ROOT / "kernels/triton" / path.name if mutant.path.startswith("kernels/") else path
+        assert path.read_text().count(mutant.old) == 1, f"{mutant.what}: {mutant.old!r} in {mutant.path}"
+
+
 def test_every_package_is_in_the_wheel():
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     folders = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in PACKAGE.rglob("__init__.py")}

@@ -711,14 +711,16 @@ def test_inplace_backward_writes_over_the_logits(backend, usable):
         out.logp.sum().backward()
 
 
-def test_autocast_casts_and_returns_input_dtypes():
+@pytest.mark.parametrize("name", ("reference", "torch", "native"))
+def test_autocast_casts_and_returns_input_dtypes(name, usable):
+    usable(name)
     s = samples.linear(20, 900, 16)
     hidden, weight = s.hidden.requires_grad_(), s.weight.requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = fk.linear_logprobs(hidden, weight, s.labels)
+        out = fk.linear_logprobs(hidden, weight, s.labels, backend=name)
         loss = (out.logp * s.upstream[0]).sum()
     dx, dw = torch.autograd.grad(loss, (hidden, weight))
-    half = fk.linear_logprobs(s.hidden.bfloat16(), s.weight.bfloat16(), s.labels)
+    half = fk.linear_logprobs(s.hidden.bfloat16(), s.weight.bfloat16(), s.labels, backend=name)
     assert torch.equal(out.logp, half.logp) and out.logp.dtype == torch.float32
     assert dx.dtype == dw.dtype == torch.float32
 

@@ -39,7 +39,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
-    """out (+)= a @ b, out float32 (float64), summed in its own dtype."""
+    """out (+)= a @ b, out float32 (float64), summed in its own dtype. Autocast does not touch products into an out."""
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
     elif accumulate:

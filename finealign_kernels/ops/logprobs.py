@@ -108,13 +108,14 @@ def linear_logprobs(
 
     x = hidden.reshape(-1, hidden.shape[-1])
     target = targets(labels, mask, ignore_index, vocab, defer=compact == "device")
-    if name == "reference":
-        found = formula.reference(_project(x, weight, target), bias, target, head)
-    else:
-        inputs = [t for t in (hidden, weight, bias) if t is not None]
-        keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)  # inside apply it cannot be told
-        budget = _bytes(workspace, weight) if keep else 0
-        found = _LinearLogprobs.apply(x, weight, bias, target, head, _want(outputs), budget, on_device, name)
+    with torch.autocast(device, enabled=False):  # the operands have their dtype by now
+        if name == "reference":
+            found = formula.reference(_project(x, weight, target), bias, target, head)
+        else:
+            inputs = [t for t in (hidden, weight, bias) if t is not None]
+            keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)  # inside apply it cannot be told
+            budget = _bytes(workspace, weight) if keep else 0
+            found = _LinearLogprobs.apply(x, weight, bias, target, head, _want(outputs), budget, on_device, name)
     return _shaped(found, labels.shape, outputs)
 
 
@@ -271,11 +272,10 @@ def _linear_fwd(
     static: bool,
     rows: str,
 ) -> list[Tensor]:
-    with torch.autocast(hidden.device.type, enabled=False):
-        if on_device or hidden.device.type != "cpu":
-            note_errors(target, weight.shape[0])
-        head = Head(scale, softcap, inv_temperature)
-        return list(_chunked.fwd(hidden, weight, bias, target, head, want, workspace, on_device, rows, static))
+    if on_device or hidden.device.type != "cpu":
+        note_errors(target, weight.shape[0])
+    head = Head(scale, softcap, inv_temperature)
+    return list(_chunked.fwd(hidden, weight, bias, target, head, want, workspace, on_device, rows, static))
 
 
 @_linear_fwd.register_fake
@@ -326,10 +326,8 @@ def _linear_bwd(
     coef = _coef(dlogp, dlse, dentropy, logp, entropy, m, l, label_slope)
     needs = (need_hidden, need_weight, need_bias)
     head = Head(scale, softcap, inv_temperature)
-    with torch.autocast(hidden.device.type, enabled=False):
-        grads = _chunked.bwd(
-            coef, dentropy is not None, hidden, weight, bias, target, e, e_max, head, needs, on_device, rows
-        )
+    curved = dentropy is not None
+    grads = _chunked.bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, on_device, rows)
     return [hidden.new_empty(0) if grad is None else grad for grad in grads]
 
 

@@ -10,7 +10,7 @@ from .losses.pivots import (
     pivot_segments,
     prefix_scores,
 )
-from .losses.pointwise import PointwiseLoss, kto, pointwise_loss
+from .losses.pointwise import PointwiseLoss, kto, pdpo, pointwise_loss, ulma, unlikelihood
 from .losses.preference import PreferenceLoss, cdpo, cpo, dpo, ipo, orpo, preference_loss, robust, simpo, slic
 from .ops._check import check_errors
 from .ops.logprobs import LogProbs, linear_logprobs, token_logprobs
@@ -36,6 +36,7 @@ __all__ = [
     "linear_logprobs",
     "nll_loss",
     "orpo",
+    "pdpo",
     "pivot_flags",
     "pivot_segments",
     "pointwise_loss",
@@ -49,4 +50,6 @@ __all__ = [
     "simpo",
     "slic",
     "token_logprobs",
+    "ulma",
+    "unlikelihood",
 ]

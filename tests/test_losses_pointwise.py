@@ -127,6 +127,117 @@ def test_nan_at_a_token_that_is_read_reaches_the_loss():
     assert call("kto", logp, ref, target, mask=mask, reduction="class_mean").loss.isnan()
 
 
+# ---- golden values -------------------------------------------------------------------------------------------------
+
+# Fixture C of the specification: a demonstration, two others, beta = .5; the mask is its padding's
+LOGP = torch.tensor([[-0.5, -1.0, -0.2, 0, 0], [-1.2, -0.3, -0.8, -0.6, -1.5], [-0.4, -0.9, 0, 0, 0]], dtype=F64)
+REF = torch.tensor([[-0.7, -0.9, -0.4, 0, 0], [-1.0, -0.5, -0.6, -0.9, -1.1], [-0.6, -1.1, 0, 0, 0]], dtype=F64)
+MASK = torch.arange(5) < torch.tensor([3, 5, 2])[:, None]
+SCORE = torch.tensor([1.0, 0.2, 0.7], dtype=F64)
+
+# name, average, c, batch mean, mean of classes, gradient of each token of each response under the batch mean
+GOLDEN = [
+    ("pdpo", False, 0, 0.680017655, 1.3305050064, [-0.0770950258, 0.0770950258, 0.0916389996]),
+    ("pdpo", "kept", 0, 0.6970386615, 1.3797878162, [-0.027083478, 0.0164166854, 0.0437482656]),
+    ("pdpo", "kept", 0.3, 0.7612098476, 1.4085058492, [-0.0229656901, 0.0189030968, 0.0498906383]),
+    ("pdpo_soft", False, 0, 0.6433509883, None, [-0.0770950258, 0.0437616924, -0.0250276671]),
+    ("pdpo_soft", "kept", 0, 0.6757053281, None, [-0.027083478, 0.0097500187, -0.0145850677]),
+    ("pdpo_squared", False, 0, 0.365, 0.90875, [-0.2833333333, -0.1166666667, -0.1666666667]),
+    ("pdpo_squared", "kept", 0, 0.4384666667, 1.10895, [-0.1055555556, -0.0153333333, -0.1]),
+    ("pdpo_hybrid", "kept", 0, None, 0.874909648, [-0.027083478, -0.0153333333, -0.1]),
+    ("pdpo_hybrid", "kept", 0.3, None, 0.5808321554, [-0.0229656901, 0.0046666667, -0.05]),
+    ("ulma", False, 0, 1.0396986391, 2.4095479586, [-0.3333333333, 0.0770950258, 0.0916389996]),
+    ("ulma", "kept", 0, 0.6631076677, 1.2779948349, [-0.1111111111, 0.0164166854, 0.0437482656]),
+    ("ulma", "kept", 0.3, 0.7723046847, 1.4417903604, [-0.1111111111, 0.0189030968, 0.0498906383]),
+    ("ulma_squared", "kept", 0, 0.3265222222, 0.7731166667, [-0.1111111111, -0.0153333333, -0.1]),
+    ("ulma_squared", "kept", 0.3, 0.2205222222, 0.6141166667, [-0.1111111111, 0.0046666667, -0.05]),
+    ("unlikelihood", "kept", 0, None, -0.1983333333, [-0.1111111111, 0.0666666667, 0.1666666667]),
+]
+
+
+@pytest.mark.parametrize("name, average, c, mean, class_mean, grads", GOLDEN)
+def test_golden(name, average, c, mean, class_mean, grads):
+    options = dict(mask=MASK, average=average, shift=-c, beta=0.5 if PREFERENCE[name].reference else 1.0)
+    grads = torch.tensor(grads, dtype=F64)[:, None] * MASK
+    # one of three is a positive: its class mean counts it 1, not 1/3; each of the two others 1/2
+    by_class = grads * torch.tensor([3, 1.5, 1.5], dtype=F64)[:, None]
+    for reduction, loss, expected in (("mean", mean, grads), ("class_mean", class_mean, by_class)):
+        out, grad = run(name, LOGP, REF, SCORE, reduction=reduction, **options)
+        assert_close(grad, expected, rtol=0, atol=1e-9)
+        if loss is not None:
+            assert_close(out.loss.item(), loss, rtol=0, atol=1e-9)
+
+
+# ---- conventions that differ ---------------------------------------------------------------------------------------
+
+
+def test_only_a_score_of_exactly_1_is_a_demonstration():
+    near = torch.tensor([1 - 1e-9, 0.2, 0.7], dtype=F64)
+    losses = call("ulma", LOGP, REF, near, mask=MASK).losses
+    assert_close(losses[0], -torch.nn.functional.logsigmoid(-0.1 * (LOGP - REF).sum(1))[0])
+    assert_close(call("ulma", LOGP, REF, SCORE, mask=MASK).losses[0].item(), 1.7)
+
+
+def test_class_means_weigh_a_class_whatever_its_size():
+    """One demonstration and seven others: the sum of two class means (the code) or one batch mean (1/8 each)."""
+    pick = torch.tensor([0, 1, 2, 1, 2, 1, 2, 1])
+    of = dict(mask=MASK[pick], average="kept")
+    _, by_class = run("ulma", LOGP[pick], REF[pick], SCORE[pick], reduction="class_mean", **of)
+    _, by_batch = run("ulma", LOGP[pick], REF[pick], SCORE[pick], **of)
+    assert_close(by_class[0, 0].item(), -1 / 3)
+    assert_close(by_batch[0, 0].item(), -1 / 24)
+    assert_close(by_class[1] / by_batch[1], torch.full((5,), 8 / 7, dtype=F64))
+
+
+def test_c_lies_outside_beta():
+    h = torch.where(MASK, LOGP - REF, 0).sum(1)
+    found = fk.pdpo(LOGP, REF, SCORE, mask=MASK, beta=0.5, c=0.3, kind="squared").losses
+    assert_close(found, (SCORE - (0.5 * h + 0.3)).square())
+    assert not found.isclose((SCORE - 0.5 * (h + 0.3)).square()).any()
+
+
+def test_the_two_readings_of_a_score_have_their_own_minima():
+    """(s - u)² is least at u = s, the cross-entropy at σ(u) = s, where it is -log σ at scores of 0 and 1."""
+    s = torch.tensor([0.3, 0.8], dtype=F64)
+    assert not score_loss("pdpo_squared", s, beta=1.0, target=s)[1].any()
+    at = torch.logit(s)
+    assert_close(score_loss("pdpo_soft", at, beta=1.0, target=s)[1], torch.zeros(2, dtype=F64), rtol=0, atol=1e-15)
+    hard = torch.tensor([1.0, 0.0], dtype=F64)
+    for soft, binary in zip(*(score_loss(n, at, beta=1.0, target=hard) for n in ("pdpo_soft", "pdpo")), strict=True):
+        assert torch.equal(soft, binary)
+
+
+def test_slopes_keep_their_digits_far_out():
+    u = torch.tensor([800.0, -800.0])
+    value, slope = score_loss("pdpo", u, beta=1.0, target=torch.tensor([1.0, 0.0]))
+    assert value.tolist() == [0, 0] and slope.tolist() == [0, 0]
+    value, slope = score_loss("pdpo", u, beta=1.0, target=torch.tensor([0.0, 1.0]))
+    assert value.tolist() == [800, 800] and slope.tolist() == [1, -1]
+    _, slope = score_loss("pdpo", torch.tensor([30.0]), beta=1.0, target=torch.tensor([1.0]))
+    assert_close(slope.item(), -math.exp(-30), rtol=1e-6, atol=0)
+
+
+def test_a_negative_without_tokens_contributes_its_offset():
+    mask = MASK.clone()
+    mask[0], mask[1] = False, False
+    out, grad = run("ulma", LOGP, REF, SCORE, mask=mask, shift=-0.3, reduction="none")
+    assert_close(out.losses[:2], torch.tensor([0.0, math.log1p(math.exp(0.3))], dtype=F64))
+    assert not grad[:2].any()
+
+
+def test_wrappers():
+    kinds = {"binary": "pdpo", "soft": "pdpo_soft", "squared": "pdpo_squared", "hybrid": "pdpo_hybrid"}
+    for kind, name in kinds.items():
+        found = fk.pdpo(LOGP, REF, SCORE, mask=MASK, kind=kind, c=0.2).loss
+        assert torch.equal(found, call(name, LOGP, REF, SCORE, mask=MASK, shift=-0.2).loss)
+    for kind, name in {"binary": "ulma", "squared": "ulma_squared"}.items():
+        found = fk.ulma(LOGP, REF, SCORE, mask=MASK, kind=kind, c=0.2).loss
+        assert torch.equal(found, call(name, LOGP, REF, SCORE, mask=MASK, shift=-0.2).loss)
+    assert torch.equal(
+        fk.unlikelihood(LOGP, SCORE, mask=MASK).loss, call("unlikelihood", LOGP, None, SCORE, mask=MASK).loss
+    )
+
+
 # ---- KTO -----------------------------------------------------------------------------------------------------------
 
 
@@ -166,6 +277,18 @@ REFUSALS = {
         lambda: fk.kto(L, L, Z, reduction="class_mean", denominator=torch.tensor(2.0)),
         ValueError,
         r"denominator must have shape \(2,\)",
+    ),
+    "kind": (lambda: fk.pdpo(L, L, Z, kind="mixed"), ValueError, "kind must be one of .*got 'mixed'"),
+    "soft score": (
+        lambda: fk.pdpo(L, L, torch.tensor([0.5, 1.2]), kind="soft"),
+        ValueError,
+        r"target must lie in \[0, 1\] for a soft label, got 1.2",
+    ),
+    "soft nan": (lambda: fk.pdpo(L, L, Z * math.nan, kind="soft"), ValueError, "target must lie in .*got nan"),
+    "unlikelihood's reference": (
+        lambda: fk.pointwise_loss("unlikelihood", L, L, target=Z),
+        ValueError,
+        "ref_logp must be None",
     ),
     "weight": (lambda: fk.kto(L, L, Z, desirable_weight=math.nan), ValueError, "positive_weight must be a finite"),
     "no reference": (lambda: fk.pointwise_loss("kto", L, target=Z), ValueError, "ref_logp must be given for 'kto'"),

@@ -11,6 +11,8 @@ from ..ops.logprobs import linear_logprobs
 from .options import average_of, beta_of
 
 LIMIT = 1e-4  # relative, float32; eager's own error on confident tokens reaches 5e-5
+LEAST_LOSS = 0.1  # nats
+TINY = torch.finfo(torch.float32).tiny
 
 
 class DifferenceError(Exception):
@@ -85,6 +87,13 @@ PLAIN = {
     "cpo": lambda c, r, beta: softplus(-beta * (c - r)),
     "orpo": lambda c, r, beta: 0.1 * softplus(-beta * (_log_odds(c) - _log_odds(r))),
     "kto": lambda c, r, beta: (torch.sigmoid(-beta * c) + torch.sigmoid(beta * r)) / 2,
+    "pdpo": lambda c, r, beta: (softplus(-beta * c) + softplus(beta * r)) / 2,
+    "pdpo_soft": lambda c, r, beta: (softplus(-beta * c) + softplus(beta * r)) / 2,
+    "pdpo_squared": lambda c, r, beta: ((1 - beta * c) ** 2 + (beta * r) ** 2) / 2,
+    "pdpo_hybrid": lambda c, r, beta: (softplus(-beta * c) + (beta * r) ** 2) / 2,
+    "ulma": lambda c, r, beta: softplus(beta * r) / 2,
+    "ulma_squared": lambda c, r, beta: (beta * r) ** 2 / 2,
+    "unlikelihood": lambda c, r, beta: (beta * r - beta * c) / 2,
 }
 
 
@@ -105,30 +114,41 @@ def plain_loss(options, logp, tokens):
     average = average_of(options)
     length = (tokens.mask if average == "all" else weight).sum(-1)
     if average:
-        score = score / length
+        score = _ratio(score, length)
     if options.loss == "nll":
         return -score.mean()
     chosen, rejected = score.chunk(2)
     loss = PLAIN[options.loss](chosen, rejected, beta_of(options)).mean()
     total, length = total.chunk(2)[0], length.chunk(2)[0]
     if options.loss == "cpo":
-        return loss - total.sum() / length.sum()
-    return loss - (total / length).mean() if options.loss == "orpo" else loss
+        return loss - _ratio(total.sum(), length.sum())
+    if options.loss.startswith("ulma"):
+        return loss - (_ratio(total, length) if average else total).mean() / 2
+    return loss - _ratio(total, length).mean() if options.loss == "orpo" else loss
+
+
+def _ratio(total, length):
+    """0 where a mask has left nothing to divide by."""
+    return total / torch.where(length == 0, 1, length)
 
 
 def differences(fused, eager):
-    """Relative difference (norm of the difference over eager's norm) of the loss and of each gradient."""
+    """Relative difference (norm of the difference over eager's norm) of the loss and of each gradient.
+
+    A loss that is a difference of log-probs (unlikelihood) may vanish: it is held against LEAST_LOSS at least.
+    """
     pairs = {
         "loss": (fused.loss, eager.loss),
         "hidden gradient": (fused.dhidden, eager.dhidden),
         "head gradient": (fused.dweight, eager.dweight),
     }
-    return {name: _relative(*both) for name, both in pairs.items() if both[0] is not None}
+    least = {"loss": LEAST_LOSS}
+    return {name: _relative(*both, least.get(name, TINY)) for name, both in pairs.items() if both[0] is not None}
 
 
-def _relative(value, expected):
+def _relative(value, expected, least):
     error, scale = (value - expected).norm().item(), expected.norm().item()
-    return 0.0 if error == 0 else error / max(scale, torch.finfo(torch.float32).tiny)
+    return 0.0 if error == 0 else error / max(scale, least)
 
 
 def refuse_difference(step, differences):

@@ -43,6 +43,11 @@ def bounded(m: Tensor) -> tuple[Tensor, Tensor]:
     return (-m).sigmoid(), -m.sigmoid() * (-m).sigmoid()
 
 
+def linear(m: Tensor) -> tuple[Tensor, Tensor]:
+    """-m, unbounded below; slope -1."""
+    return -m, -torch.ones_like(m)
+
+
 def log_odds(score: Tensor) -> tuple[Tensor, Tensor]:
     """a - log(1 - e^a), a a log-probability below 0; slope 1/(1 - e^a).
 

@@ -120,3 +120,33 @@ def kto(
     z0 = z0.detach().clamp(min=0) if isinstance(z0, Tensor) else max(0.0, z0)
     weights = dict(positive_weight=desirable_weight, other_weight=undesirable_weight)
     return pointwise_loss("kto", logp, ref_logp, target=target, shift=beta * z0, **weights, **options)
+
+
+def pdpo(logp, ref_logp, target, *, kind: str = "binary", c: float | Tensor = 0.0, **options) -> PointwiseLoss:
+    """Point-wise DPO on u = beta h + c, arXiv:2312.02554. Its code averages and takes reduction="class_mean".
+
+    target (S,): 1 is a positive. kind "binary": -log σ(u) for positives, -log σ(-u) for the others; "soft": cross
+    entropy with target in [0, 1]; "squared": (target - u)²; "hybrid": squared but for positives, which are binary.
+    c stands for beta log Z of the prompt, added outside beta. Other arguments: pointwise_loss.
+    """
+    rows = {"binary": "pdpo", "soft": "pdpo_soft", "squared": "pdpo_squared", "hybrid": "pdpo_hybrid"}
+    return pointwise_loss(_row(kind, rows), logp, ref_logp, target=target, shift=-c, **options)
+
+
+def ulma(logp, ref_logp, target, *, kind: str = "binary", c: float | Tensor = 0.0, **options) -> PointwiseLoss:
+    """Demonstrations (target exactly 1) get their NLL, other responses point-wise DPO on u = beta h + c.
+
+    kind "binary": -log σ(-u); "squared": (target - u)². The released code averages and takes reduction="class_mean";
+    arXiv:2312.02554. Other arguments: pointwise_loss.
+    """
+    rows = {"binary": "ulma", "squared": "ulma_squared"}
+    return pointwise_loss(_row(kind, rows), logp, ref_logp, target=target, shift=-c, **options)
+
+
+def unlikelihood(logp, target, **options) -> PointwiseLoss:
+    """-(average logp) of responses with target 1, + that of the others, unbounded below. Arguments: pointwise_loss."""
+    return pointwise_loss("unlikelihood", logp, target=target, **options)
+
+
+def _row(kind: str, rows: dict[str, str]) -> str:
+    return rows[kind] if kind in rows else fail("kind", f"be one of {tuple(rows)}", repr(kind))

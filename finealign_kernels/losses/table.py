@@ -1,6 +1,7 @@
 """The table of preference losses: one row a loss. `preference` and `pointwise` put them together."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
@@ -38,6 +39,8 @@ class Row(NamedTuple):
     label: str | None = None  # how a row without a margin of two reads its target s: see `score_loss`
     positive: Formula | str | None = None  # what a response with s = 1 gets in place of phi; "nll": its own -logp
 
+
+_square = partial(margin.squared, center=0.0)
 
 PREFERENCE: dict[str, Row] = {
     "dpo": Row(margin.logistic, "-log σ(m)", "arXiv:2305.18290 eq. 7; averaged: arXiv:2406.19188"),
@@ -92,6 +95,68 @@ PREFERENCE: dict[str, Row] = {
         "arXiv:2402.01306",
         pair=False,
         label="class",
+    ),
+    "pdpo": Row(
+        margin.logistic,
+        "-log σ(u) where s = 1, else -log σ(-u); shift = -c",
+        "arXiv:2312.02554; averaged: its code",
+        pair=False,
+        label="class",
+        derived="",
+    ),
+    "pdpo_soft": Row(
+        margin.logistic,
+        "-s log σ(u) - (1-s) log σ(-u), s in [0, 1]; shift = -c",
+        "arXiv:2312.02554, binary form",
+        pair=False,
+        label="soft",
+        derived="soft labels",
+    ),
+    "pdpo_squared": Row(
+        _square,
+        "(s - u)²; shift = -c",
+        "arXiv:2312.02554, its code",
+        pair=False,
+        label="value",
+        derived="used for s = 1 too",
+    ),
+    "pdpo_hybrid": Row(
+        _square,
+        "-log σ(u) where s = 1, else (s - u)²; shift = -c",
+        "arXiv:2312.02554, its code",
+        pair=False,
+        label="value",
+        positive=margin.logistic,
+        derived="",
+    ),
+    "ulma": Row(
+        margin.logistic,
+        "-Σ w logp where s = 1, else -log σ(-u); shift = -c",
+        "arXiv:2312.02554; averaged: its code",
+        pair=False,
+        label="class",
+        positive="nll",
+        derived="",
+    ),
+    "ulma_squared": Row(
+        _square,
+        "-Σ w logp where s = 1, else (s - u)²; shift = -c",
+        "arXiv:2312.02554, its code",
+        pair=False,
+        label="value",
+        positive="nll",
+        derived="",
+    ),
+    "unlikelihood": Row(
+        margin.linear,
+        "-Σ w logp where s = 1, else Σ w logp",
+        "arXiv:2312.02554, its code",
+        beta=1.0,
+        average="kept",
+        reference=False,
+        pair=False,
+        label="class",
+        derived="summed form",
     ),
 }
 

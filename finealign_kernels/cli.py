@@ -18,7 +18,7 @@ def main(argv=None):
 
 
 def _demo_options(parser):
-    from .demo import AVERAGES, LOSSES, Options
+    from .demo import AVERAGES, KEEPS, LOSSES, PIVOTS, Options
 
     default = Options()
     add = parser.add_argument
@@ -28,6 +28,12 @@ def _demo_options(parser):
     add("--average", choices=AVERAGES, default=default.average, help="of log-probs; default: the loss's own")
     add("--beta", type=float, metavar="X", help="default: the loss's own")
     add("--span-weight", type=float, default=default.span_weight, metavar="W", help=_SPAN_WEIGHT)
+    add("--pivots", choices=PIVOTS, help="train the segments whose score agrees with the answer's side")
+    add("--keep", choices=KEEPS, default=default.keep, help="such segments, or such pivots only; default: %(default)s")
+    add("--scores", metavar="implicit|spans|FILE", help=_SCORES)
+    add("--threshold", type=float, metavar="X", help="of --pivots threshold, in standard deviations; default: 1")
+    add("--percent", type=float, metavar="P", help="of --pivots salience, most salient tokens an answer; default: 20")
+    add("--baseline", metavar="B", help="a number, batch, row, or quantile:P; a score above it is good; default: batch")
     add("--steps", type=int, default=default.steps, metavar="N", help="optimiser steps; default: %(default)s")
     add("--batch", type=int, default=default.batch, metavar="N", help="pairs a step; default: %(default)s")
     add("--pairs", type=int, default=default.pairs, metavar="N", help="pairs to learn from; default: %(default)s")
@@ -54,6 +60,13 @@ def _demo_options(parser):
 _SPAN_WEIGHT = (
     "how much a marked fault counts in the rejected answer; in the chosen one it counts 1/W, praise the other way "
     "round; 1 ignores spans; default: %(default)s"
+)
+
+
+_SCORES = (
+    "token scores that decide which tokens are trained: implicit (the policy's own, after half of the steps), spans "
+    "(those of the data's spans), or a feedback file with the same answers; default: implicit with --pivots, else all "
+    "tokens are trained"
 )
 
 

@@ -10,9 +10,10 @@ import torch
 
 pytest.importorskip("transformers", reason="the demo needs transformers")
 
+import finealign_kernels as fk  # noqa: E402
 from finealign_kernels import demo, feedback  # noqa: E402
 from finealign_kernels.cli import main  # noqa: E402
-from finealign_kernels.demo import data, heads, models, told, training  # noqa: E402
+from finealign_kernels.demo import data, heads, masks, models, told, training  # noqa: E402
 from finealign_kernels.ops import _rows_torch  # noqa: E402
 
 TINY = ["demo", "--model", "tiny", "--steps", "2", "--batch", "2", "--pairs", "3", "--threads", "1"]
@@ -191,6 +192,118 @@ def test_a_wrong_head_gradient_alone_is_seen():
     heads.refuse_difference(5, heads.differences(right, right))
 
 
+# ---- masks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, told_of",
+    [
+        (["--pivots", "threshold", "--threshold", "0.5", "--scores", "spans"], "above 0.5 standard deviations"),
+        (["--pivots", "sign", "--baseline", "0"], "implicit, masked from step 2"),
+        (["--pivots", "salience", "--percent", "30", "--keep", "pivots", "--loss", "nll"], "the 30 % furthest"),
+        (["--scores", "FILE", "--baseline", "quantile:0.3"], "none, token by token"),
+    ],
+)
+def test_demo_with_masks(arguments, told_of, examples, tmp_path, capsys):
+    scores, path = tmp_path / "scores.jsonl", tmp_path / "report.html"
+    feedback.write(scores, examples)
+    arguments = [str(scores) if argument == "FILE" else argument for argument in arguments]
+    assert main([*TINY, *arguments, "--report", str(path)]) == 0
+    output, page = capsys.readouterr().out, path.read_text(encoding="utf-8")
+    assert "of them kept" in output and "fused, unmasked" in output and "without its mask" in output
+    unit = "pivot" if "pivots" in arguments else "segment 0" if "--pivots" in arguments else "token"
+    for text in (
+        "How the mask moved the gradient",
+        "with mask",
+        "by score",
+        told_of,
+        f"kept: {unit} scores",
+        "dropped: ",
+    ):
+        assert text in page, text
+    assert (' s" ' in page) == ("--pivots" in arguments)
+
+
+def run_masked(examples, **changed):
+    chosen = options(steps=3, **changed)
+    model, batches = prepared(chosen, examples)
+    return chosen, model, batches, *training.train(chosen, model, batches)
+
+
+@pytest.mark.parametrize("loss", demo.LOSSES)
+@pytest.mark.parametrize("baseline", ["batch", "1e9", "-1e9"])
+def test_every_loss_agrees_with_eager_under_a_mask(loss, baseline, examples):
+    """1e9 keeps nothing of the chosen answers, -1e9 nothing of the rejected ones."""
+    changed = dict(loss=loss, beta=0.05, scores="spans", pivots="sign", baseline=baseline)
+    _, _, _, steps, last = run_masked(examples, **changed)
+    for step in steps:
+        off = dict(step.differences)
+        assert off.pop("loss") * abs(step.loss) <= 1e-6 + 1e-5 * abs(step.loss)  # some losses pass through 0
+        assert all(0 <= value <= 1e-5 for value in off.values())
+    kept, dlogp = last.batch.token_weight != 0, last.head.dlogp
+    assert torch.equal(kept, last.batch.why.token_weight != 0) and not kept[~last.batch.mask].any()
+    assert not dlogp[~kept].any()
+    half = len(last.batch.pairs)
+    if baseline == "batch":
+        assert dlogp[kept].all() and last.unmasked.dlogp[last.batch.mask].all()
+    else:
+        empty, full = (slice(0, half), slice(half, None)) if baseline == "1e9" else (slice(half, None), slice(0, half))
+        assert not kept[empty].any() and torch.equal(kept[full], last.batch.mask[full])
+
+
+def test_the_mask_is_the_librarys_and_leaves_the_batch_alone(examples):
+    chosen = options(scores="spans", pivots="salience", percent=30.0, baseline="row")
+    model, (batch, _) = prepared(chosen, examples)
+    found = masks.masked(chosen, model, None, batch)
+    pivots = fk.pivot_flags(batch.token_score, mask=batch.mask, kind="salience", percent=30.0, baseline="row")
+    why = fk.adaptive_mask(batch.token_score, mask=batch.mask, pivots=pivots, baseline="row")
+    assert torch.equal(found.pivots, pivots) and torch.equal(found.token_weight, batch.span_weight * why.token_weight)
+    assert batch.why is None and torch.equal(batch.token_weight, batch.span_weight)
+    assert masks.unmasked(found).why is None and torch.equal(masks.unmasked(found).token_weight, batch.span_weight)
+    only = masks.masked(chosen._replace(keep="pivots"), model, None, batch)
+    alone = fk.adaptive_mask(batch.token_score, mask=batch.mask, baseline="row").token_weight
+    assert torch.equal(only.why.token_weight, alone * pivots) and only.why.segment is None
+
+
+def test_implicit_scores_are_read_after_half_of_the_steps(examples):
+    changed = dict(pivots="sign", lr=1e-3, beta=0.5)
+    chosen, model, batches, steps, last = run_masked(examples, **changed)
+    assert [step.seconds.keys() == training.MASKED_HEADS.keys() for step in steps] == [False, True, True]
+    logp = last.head.logp
+    expected = 0.5 * (logp - last.batch.start_logp)
+    torch.testing.assert_close(last.batch.token_score[last.batch.mask], expected[last.batch.mask])
+    assert last.batch.token_score.any() and torch.equal(last.batch.start_logp, last.batch.ref_logp)
+    _, _, batches, _, last = run_masked(examples, **changed, loss="simpo")
+    assert last.batch.ref_logp is None and last.batch.token_score.any()
+
+
+def test_spans_score_their_tokens():
+    text = "One good part, one bad part."
+    spans = (
+        feedback.Span(0, 13, "help", score=1.0),
+        feedback.Span(9, 13, "fact", score=-0.5),
+        feedback.Span(15, 18, "x"),
+    )
+    offsets = [(0, 3), (3, 8), (8, 13), (13, 14), (14, 18), (18, 28), (28, 28)]
+    assert masks.span_scores(offsets, text, spans) == [1.0, 1.0, 0.5, 0.0, -1.0, 0.0, 0.0]
+
+
+def test_shares_of_the_gradient_add_up(examples):
+    chosen, _, _, _, last = run_masked(examples, scores="spans", pivots="threshold")
+    sorts = told._sorts(chosen, last.batch)
+    assert torch.equal(sum(of.int() for _, of in sorts), last.batch.mask.int())
+    for s, answer in enumerate(last.batch.answers):
+        side = "chosen" if s < len(last.batch.pairs) else "rejected"
+        faults = sum(any(span for span in spans) for spans in told._spans_of_tokens(answer))
+        assert dict(sorts)[f"{side}, marked"][s].sum() == faults
+    reasons, starts = told._reasons(last.batch, 0)
+    read = last.batch.mask[0]
+    kept = [reason[0].startswith("kept: segment") for reason in reasons]
+    assert (
+        kept == last.batch.why.token_weight[0][read].bool().tolist() and starts == last.batch.pivots[0][read].tolist()
+    )
+
+
 # ---- what a newcomer meets -----------------------------------------------------------------------------------------
 
 
@@ -206,6 +319,25 @@ def test_bad_options(capsys, tmp_path):
     assert "--report must lie in a directory that exists" in complaint(capsys, "--report", str(tmp_path / "no" / "r"))
     assert '--model must be a directory or "tiny"' in complaint(capsys, "--model", str(tmp_path / "none"))
     assert "config.json or a .gguf file" in complaint(capsys, "--model", str(tmp_path))
+
+
+def test_bad_options_of_masks(capsys, examples, tmp_path):
+    for arguments, message in (
+        (["--threshold", "1"], "--threshold is read with --pivots threshold alone, got --pivots None"),
+        (["--pivots", "sign", "--percent", "9"], "--percent is read with --pivots salience alone, got --pivots sign"),
+        (["--pivots", "salience", "--percent", "101"], "--percent must be at most 100, got 101.0"),
+        (["--pivots", "threshold", "--threshold", "0"], "--threshold must be a finite number above 0, got 0.0"),
+        (["--baseline", "0"], "--baseline is read with --pivots or --scores alone, got 0"),
+        (["--pivots", "sign", "--baseline", "mean"], "--baseline must be a finite number, batch, row, or quantile:P"),
+        (["--pivots", "sign", "--baseline", "quantile:2"], "got quantile:2"),
+        (["--keep", "pivots"], "--keep must be segments or pivots, and is read with --pivots alone, got pivots"),
+        (["--pivots", "sign", "--steps", "1"], "--steps must be at least 2 with implicit scores"),
+        (["--scores", str(tmp_path / "none.jsonl")], "--scores must be implicit, spans or a feedback file"),
+    ):
+        assert message in complaint(capsys, *arguments), arguments
+    other = tmp_path / "other.jsonl"
+    feedback.write(other, [feedback.Example(e.id, e.prompt, e.responses[::-1]) for e in examples])
+    assert "must hold the responses of --data, got another or none" in complaint(capsys, "--scores", str(other))
 
 
 def test_an_unknown_loss_is_told_the_known_ones(capsys):

@@ -168,6 +168,12 @@ def test_tokens_tell_their_numbers_and_spans():
     assert 'class="t k k0">factual' in page and 'class="t k k1">repetition' in page  # the legend
 
 
+def test_a_line_stands_before_a_token_that_starts_something():
+    tokens = [Token("a", {"weight": 1.0}, starts=True), Token("b", {"weight": 0.0})]
+    page = report.token_texts("t", [Example("e", "p", [Response("r", tokens)])], [Shade("weight", "", "")])
+    assert [classes for classes, *_ in tokens_of(page)] == ["t a s", "t"] and ".s {" in STYLE
+
+
 def luminance(rgb):
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (value / 255 for value in rgb)]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -6,9 +6,11 @@ from typing import NamedTuple
 import torch
 
 from .. import feedback
+from ..losses.pivots import AdaptiveMask
 from ..ops.logprobs import linear_logprobs
+from .masks import read_scores, scored_spans, span_scores
 from .models import hidden_states
-from .options import UsageError, reads_reference
+from .options import UsageError, reads_reference, scores_of
 
 
 class Answer(NamedTuple):
@@ -19,6 +21,7 @@ class Answer(NamedTuple):
     response_ids: list[int]
     offsets: list[tuple[int, int]]
     weights: list[float]
+    scores: list[float]  # 0 where no span is read
 
 
 class Pair(NamedTuple):
@@ -39,8 +42,13 @@ class Batch(NamedTuple):
     attention_mask: torch.Tensor  # (S, T)
     labels: torch.Tensor  # (S, T-1)
     mask: torch.Tensor  # (S, T-1) bool, true where a response token is predicted
-    token_weight: torch.Tensor  # (S, T-1)
+    token_weight: torch.Tensor  # (S, T-1), the mask in it
     ref_logp: torch.Tensor | None  # (S, T-1)
+    start_logp: torch.Tensor | None  # (S, T-1), of the model that training started from, where anything reads it
+    span_weight: torch.Tensor  # (S, T-1), without the mask
+    token_score: torch.Tensor  # (S, T-1)
+    pivots: torch.Tensor | None = None  # (S, T-1) bool
+    why: AdaptiveMask | None = None  # None without a mask
 
 
 def read_examples(options):
@@ -56,17 +64,22 @@ def read_pairs(options, tokenizer, examples):
     if not judged:
         raise UsageError(f"--data must hold preferences to learn from, got {len(examples)} examples without any")
     random.Random(options.seed).shuffle(judged)
-    return [_pair(options, tokenizer, *one) for one in judged[: options.pairs]]
+    scored = read_scores(options, examples)
+    return [_pair(options, tokenizer, scored, *one) for one in judged[: options.pairs]]
 
 
-def _pair(options, tokenizer, example, preference):
-    chosen, rejected = (example.responses[i] for i in (preference.chosen, preference.rejected))
+def _pair(options, tokenizer, scored, example, preference):
     prompt = _prompt(tokenizer, example.prompt)
+
+    def answer(index, fault):
+        spans = scored_spans(options, scored, example, index)
+        return _answer(options, tokenizer, prompt, example.responses[index], spans, fault=fault)
+
     return Pair(
         name=f"{example.id}, answer {preference.chosen + 1} over {preference.rejected + 1}",
         prompt=example.prompt,
-        chosen=_answer(options, tokenizer, prompt, chosen, fault=1 / options.span_weight),
-        rejected=_answer(options, tokenizer, prompt, rejected, fault=options.span_weight),
+        chosen=answer(preference.chosen, fault=1 / options.span_weight),
+        rejected=answer(preference.rejected, fault=options.span_weight),
     )
 
 
@@ -77,7 +90,7 @@ def _prompt(tokenizer, text):
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
-def _answer(options, tokenizer, prompt, response, *, fault):
+def _answer(options, tokenizer, prompt, response, scored, *, fault):
     """A fault weighs `fault`, praise (a span of positive score) 1/fault, the rest 1."""
     encoded = feedback.encode(tokenizer, prompt, response)
     praised = [span for span in response.spans if (span.score or 0.0) > 0]
@@ -92,6 +105,7 @@ def _answer(options, tokenizer, prompt, response, *, fault):
         response_ids=encoded.input_ids[start:][: options.max_response],
         offsets=offsets,
         weights=[a * b for a, b in zip(down, up, strict=True)],
+        scores=span_scores(offsets, response.text, scored),
     )
 
 
@@ -103,14 +117,15 @@ def make_batch(options, model, pairs):
     sequences = [answer.prompt_ids + answer.response_ids for answer in answers]
     S, T = len(sequences), max(map(len, sequences))
     input_ids, attention_mask = torch.zeros(S, T, dtype=torch.int64), torch.zeros(S, T, dtype=torch.int64)
-    mask, token_weight = torch.zeros(S, T - 1, dtype=torch.bool), torch.ones(S, T - 1)
+    mask, weight, score = torch.zeros(S, T - 1, dtype=torch.bool), torch.ones(S, T - 1), torch.zeros(S, T - 1)
     for s, (ids, answer) in enumerate(zip(sequences, answers, strict=True)):
         input_ids[s, : len(ids)], attention_mask[s, : len(ids)] = torch.tensor(ids), 1
         read = slice(len(answer.prompt_ids) - 1, len(ids) - 1)  # the row before a token predicts it
-        mask[s, read], token_weight[s, read] = True, torch.tensor(answer.weights)
-    batch = Batch(pairs, answers, input_ids, attention_mask, input_ids[:, 1:], mask, token_weight, None)
-    if not reads_reference(options):
+        mask[s, read], weight[s, read], score[s, read] = True, torch.tensor(answer.weights), torch.tensor(answer.scores)
+    labels = input_ids[:, 1:]
+    batch = Batch(pairs, answers, input_ids, attention_mask, labels, mask, weight, None, None, weight, score)
+    if not reads_reference(options) and scores_of(options) != "implicit":
         return batch
     with torch.no_grad(), model.frozen():
         logp = linear_logprobs(hidden_states(model, batch), model.weight, batch.labels, mask=batch.mask).logp
-    return batch._replace(ref_logp=logp)
+    return batch._replace(ref_logp=logp if reads_reference(options) else None, start_logp=logp)

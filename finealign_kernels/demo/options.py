@@ -6,6 +6,8 @@ from typing import NamedTuple
 from ..losses.preference import PREFERENCE
 
 LOSSES = (*PREFERENCE, "nll")
+PIVOTS = ("threshold", "sign", "salience")
+KEEPS = ("segments", "pivots")
 AVERAGES = {"default": None, "sum": False, "kept": "kept", "all": "all"}
 
 
@@ -22,6 +24,12 @@ class Options(NamedTuple):
     average: str = "default"  # a key of AVERAGES
     beta: float | None = None
     span_weight: float = 2.0
+    pivots: str | None = None  # one of PIVOTS; None: no segments
+    keep: str = "segments"  # one of KEEPS: whole segments, or pivot tokens only
+    scores: str | None = None  # "implicit", "spans", a feedback file; None: "implicit" with pivots, else no mask
+    threshold: float | None = None  # of "threshold", in standard deviations of the scores
+    percent: float | None = None  # of "salience"
+    baseline: str | None = None  # a number, "batch", "row" or "quantile:P"
     steps: int = 8
     batch: int = 4  # pairs a step
     pairs: int = 8  # pairs trained on, over and over
@@ -44,13 +52,64 @@ def check(options):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    for name in ("span_weight", "beta", "lr"):
+    for name in ("span_weight", "beta", "lr", "threshold", "percent"):
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):
             raise UsageError(f"--{name.replace('_', '-')} must be a finite number above 0, got {value}")
+    _check_masks(options)
     folder = Path(options.report).resolve().parent
     if not folder.is_dir():  # now, not after minutes of training
         raise UsageError(f"--report must lie in a directory that exists, got {options.report}")
+
+
+def _check_masks(options):
+    if options.pivots not in (None, *PIVOTS):
+        raise UsageError(f"--pivots must be one of {', '.join(PIVOTS)}, got {options.pivots}")
+    if options.keep not in KEEPS or (options.keep == "pivots" and options.pivots is None):
+        raise UsageError(f"--keep must be {' or '.join(KEEPS)}, and is read with --pivots alone, got {options.keep}")
+    for name, kind in (("threshold", "threshold"), ("percent", "salience")):
+        if getattr(options, name) is not None and options.pivots != kind:
+            raise UsageError(f"--{name} is read with --pivots {kind} alone, got --pivots {options.pivots}")
+    if options.percent is not None and options.percent > 100:
+        raise UsageError(f"--percent must be at most 100, got {options.percent}")
+    if options.baseline is not None and scores_of(options) is None:
+        raise UsageError(f"--baseline is read with --pivots or --scores alone, got {options.baseline}")
+    baseline_of(options)
+    if scores_of(options) == "implicit" and options.steps < 2:
+        raise UsageError(f"--steps must be at least 2 with implicit scores, 0 before the first, got {options.steps}")
+
+
+def scores_of(options):
+    """Where token scores come from, or None where no token is masked."""
+    return options.scores or (None if options.pivots is None else "implicit")
+
+
+def warmup_of(options):
+    """Steps without a mask: a policy that has not moved implies no reward, and everything would be left out."""
+    return options.steps // 2 if scores_of(options) == "implicit" else 0
+
+
+def threshold_of(options):
+    return 1.0 if options.threshold is None else options.threshold
+
+
+def percent_of(options):
+    return 20.0 if options.percent is None else options.percent
+
+
+def baseline_of(options):
+    """The baseline as the library's arguments."""
+    word, _, share = (options.baseline or "batch").partition(":")
+    if word in ("batch", "row") and not share:
+        return {"baseline": word}
+    try:
+        number = float(share if word == "quantile" else options.baseline)
+    except ValueError:
+        number = float("nan")
+    if not (0 <= number <= 1 if word == "quantile" else abs(number) < float("inf")):
+        expected = "a finite number, batch, row, or quantile:P with P from 0 to 1"
+        raise UsageError(f"--baseline must be {expected}, got {options.baseline}")
+    return {"baseline": "quantile", "quantile": number} if word == "quantile" else {"baseline": number}
 
 
 def average_of(options):

@@ -8,7 +8,7 @@ import torch
 
 from .. import __version__, feedback, report
 from .heads import LIMIT
-from .options import average_of, beta_of, lr_of
+from .options import average_of, beta_of, lr_of, percent_of, scores_of, threshold_of, warmup_of
 
 AVERAGE_WORDS = {False: "summed", "kept": "averaged, by weight", "all": "averaged, by tokens"}
 
@@ -42,7 +42,12 @@ def summary(options, model, batch, steps, costs):
 
 def _rows_read(model, batch):
     read, total = int(batch.mask.sum()), batch.mask.numel()
-    return f"{read} response rows of {total} are read, vocabulary {len(model.weight)}"
+    kept = "" if batch.why is None else f" and {_kept(batch)} of them kept"
+    return f"{read} response rows of {total} are read{kept}, vocabulary {len(model.weight)}"
+
+
+def _kept(batch):
+    return int((batch.why.token_weight > 0).sum())
 
 
 def write_report(options, model, steps, last, costs):
@@ -53,6 +58,7 @@ def write_report(options, model, steps, last, costs):
         _head_section(model, last.batch, steps, costs),
         _curves_section(steps),
         _bars_section(costs),
+        None if last.unmasked is None else _mass_section(options, last),
         _tokens_section(options, model, last),
     ]
     return report.write(options.report, title, sections)
@@ -74,6 +80,10 @@ def _sentence(options, steps, costs):
     )
     if costs["fused"].mib is not None and costs["eager"].mib:
         text += f" and {costs['fused'].mib / costs['eager'].mib:.2f}x the extra memory"
+    if "fused, unmasked" in costs:
+        text += (
+            f"; beside the same loss without its mask {costs['fused'].ms / costs['fused, unmasked'].ms:.2f}x the time"
+        )
     return text + "."
 
 
@@ -88,6 +98,7 @@ def _facts(options, model):
         **beta,
         "log-probs": AVERAGE_WORDS.get(average_of(options), average_of(options)),
         "weight of a fault": f"{options.span_weight:.3g} rejected, {1 / options.span_weight:.3g} chosen",
+        **_mask_facts(options),
         "learning rate": lr_of(options),
         "pairs a step": options.batch,
         "data": Path(options.data).name if options.data else "shipped sample",
@@ -99,6 +110,25 @@ def _facts(options, model):
     }
 
 
+def _mask_facts(options):
+    if scores_of(options) is None:
+        return {}
+    own = {
+        None: "none, token by token",
+        "threshold": f"a step above {threshold_of(options):.3g} standard deviations",
+        "sign": "where the score crosses the baseline",
+        "salience": f"the {percent_of(options):.3g} % furthest from the baseline",
+    }
+    source = scores_of(options) if scores_of(options) in ("implicit", "spans") else Path(options.scores).name
+    trained = f", masked from step {warmup_of(options) + 1}" if warmup_of(options) else ""
+    return {
+        "token scores": source + trained,
+        "pivots": own[options.pivots],
+        **({} if options.pivots is None else {"masked by": options.keep}),
+        "baseline": options.baseline or "batch",
+    }
+
+
 def _head_section(model, batch, steps, costs):
     note = (
         f"Head and loss, forward and backward, on the same hidden states; {_rows_read(model, batch)}. Prompts and "
@@ -107,6 +137,11 @@ def _head_section(model, batch, steps, costs):
         "Memory: peak on the last step's tensors, over inputs and gradients. Differences: largest of all steps, as "
         f"norms relative to eager's; one above {report.number(LIMIT)} would have ended the run with an error."
     )
+    if batch.why is not None:
+        note += (
+            " Time is that of the masked steps. Rows that the mask drops have no gradient and are left out of the "
+            "fused backward; without the mask the same loss reads the same rows. What scores the tokens is not in it."
+        )
     return report.table("Loss head, fused against eager PyTorch", *_table(steps, costs), note=note)
 
 
@@ -134,16 +169,62 @@ def _bars_section(costs):
     return report.bars("What the loss head costs", groups)
 
 
+def _mass_section(options, last):
+    """A table: tokens that the mask keeps, by sort, and their share of Σ |d loss / d logp| without it and with it."""
+    batch = last.batch
+    before, after = last.unmasked.dlogp.abs(), last.head.dlogp.abs()
+    totals = [max(mass.sum().item(), torch.finfo(mass.dtype).tiny) for mass in (before, after)]
+    rows = [
+        [
+            name,
+            int(of.sum()),
+            int((batch.why.token_weight[of] > 0).sum()),
+            *(f"{mass[of].sum().item() / total:.1%}" for mass, total in zip((before, after), totals, strict=True)),
+        ]
+        for name, of in _sorts(options, batch)
+    ]
+    columns = ["tokens of the last step", "number", "kept", "gradient without mask", "with mask"]
+    note = (
+        "Gradient: sum of |d loss / d log-prob| over the tokens, as a share of the whole. A chosen answer keeps what "
+        "scores above the baseline, a rejected one what scores below it. In all, the mask leaves "
+        f"{report.number(totals[1] / totals[0])} of the sum without it."
+    )
+    return report.table("How the mask moved the gradient", columns, rows, note=note)
+
+
+def _sorts(options, batch):
+    """Tokens by their answer's side and by whether a span marks them: name, (S, T-1) bool."""
+    marked, half = torch.zeros_like(batch.mask), len(batch.pairs)
+    for s, answer in enumerate(batch.answers):
+        marked[s, batch.mask[s]] = torch.tensor([len(spans) > 0 for spans in _spans_of_tokens(answer)])
+    side = torch.arange(len(batch.answers))[:, None] < half
+    chosen = [("chosen, marked", batch.mask & side & marked), ("chosen, not marked", batch.mask & side & ~marked)]
+    if options.loss == "nll":
+        return chosen
+    others = batch.mask & ~side
+    return [*chosen, ("rejected, marked", others & marked), ("rejected, not marked", others & ~marked)]
+
+
 def _tokens_section(options, model, last):
+    masked = last.batch.why is not None
     shades = [
         report.Shade("weight", "", "counts most"),
         report.Shade("gradient", "raises the token", "lowers it", signed=True),
     ]
+    shown = "twice: by the weight of its tokens"
+    if masked:
+        shades.insert(0, report.Shade("score", "bad", "good", signed=True))
+        shown = "three times: by the score of its tokens, by their weight after the mask"
     note = (
-        "The last step's answers, each shown twice: by the weight of its tokens, and by the gradient of the loss with "
+        f"The last step's answers, each shown {shown}, and by the gradient of the loss with "
         "respect to each token's log-probability. Blue tokens become likelier in this step, red ones less likely, pale "
         "ones are left alone. Marked faults are underlined; hover over a token for its numbers."
     )
+    if masked:
+        note += (
+            " A line before a token is a pivot: a segment starts there. The hover text says why a token is kept: what "
+            "was compared with the baseline, and the gradient it would have had without the mask."
+        )
     return report.token_texts("Where the gradient goes", _shown_examples(options, model, last), shades, note=note)
 
 
@@ -164,20 +245,42 @@ def _shown_examples(options, model, last, most=4):
 
 def _shown_response(model, last, s, side):
     answer, read = last.batch.answers[s], last.batch.mask[s]
-    logp, dlogp = last.head.logp[s][read].tolist(), last.head.dlogp[s][read].tolist()
+    numbers = {"weight": last.batch.token_weight, "gradient": last.head.dlogp, "log-prob": last.head.logp}
+    if last.batch.why is not None:
+        numbers.update({"score": last.batch.token_score, "gradient without mask": last.unmasked.dlogp})
+    numbers = {name: values[s][read].tolist() for name, values in numbers.items()}
+    reasons, starts = _reasons(last.batch, s)
     spans = _spans_of_tokens(answer)
     tokens = [
         report.Token(
             text,
-            {"weight": answer.weights[t], "gradient": dlogp[t], "log-prob": logp[t]},
+            {name: values[t] for name, values in numbers.items()},
             [span.kind for span in spans[t]],
-            "; ".join(f"{span.kind}: {span.label}" if span.label else span.kind for span in spans[t]),
+            "; ".join([*reasons[t], *(f"{span.kind}: {span.label}" if span.label else span.kind for span in spans[t])]),
+            starts[t],
         )
         for t, text in enumerate(_texts_of_tokens(model.tokenizer, answer))
     ]
     rewards = getattr(last.head.metrics, f"{side}_rewards", None)
     remark = "" if rewards is None else f"reward {rewards[s % len(last.batch.pairs)].item():+.3f}"
     return report.Response(side, tokens, remark)
+
+
+def _reasons(batch, s):
+    """Of each response token: why it is kept or dropped, as texts, and whether a segment starts there."""
+    read, why = batch.mask[s], batch.why
+    if why is None:
+        return [[] for _ in range(int(read.sum()))], [False] * int(read.sum())
+    weight, score, level = (x[s][read].tolist() for x in why[:3])
+    segments = [None] * len(weight) if why.segment is None else why.segment[s][read].tolist()
+    starts = [False] * len(weight) if batch.pivots is None else batch.pivots[s][read].tolist()
+    reasons = []
+    for kept, value, base, segment, pivot in zip(weight, score, level, segments, starts, strict=True):
+        order = "above" if value > base else "below" if value < base else "at"
+        what = f"segment {segment}" if segment is not None else "pivot" if pivot else "token"
+        verdict = "kept" if kept else "dropped"
+        reasons.append([f"{verdict}: {what} scores {report.number(value)}, {order} {report.number(base)}"])
+    return reasons, starts
 
 
 def _spans_of_tokens(answer):

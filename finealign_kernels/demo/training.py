@@ -10,11 +10,19 @@ import torch
 from ..testing.measure import peak_extra_mib
 from .data import Batch, make_batch, read_examples, read_pairs
 from .heads import Head, differences, eager_head, fused_head, leaves, refuse_difference
+from .masks import masked, unmasked
 from .models import hidden_states, load_model
-from .options import check, lr_of
+from .options import check, lr_of, scores_of, warmup_of
 from .told import summary, write_report
 
+
+def unmasked_head(options, hidden, weight, batch):
+    """The fused head of the same loss with all its tokens."""
+    return fused_head(options, hidden, weight, unmasked(batch))
+
+
 HEADS = {"fused": fused_head, "eager": eager_head}
+MASKED_HEADS = {**HEADS, "fused, unmasked": unmasked_head}
 ALL_ROWS_BYTES = 2**31  # eager on all rows is run once, for comparison, if it needs less than this
 
 
@@ -34,6 +42,7 @@ class Last(NamedTuple):
     batch: Batch
     hidden: torch.Tensor
     head: Head
+    unmasked: Head | None = None  # of the same loss with all its tokens
 
 
 class Cost(NamedTuple):
@@ -75,7 +84,9 @@ def train(options, model, batches):
         for number in range(1, options.steps + 1):
             batch = batches[(number - 1) % len(batches)]
             hidden = hidden_states(model, batch)
-            heads, seconds = _both(options, hidden, model.weight, batch, HEADS if number % 2 else reversed(HEADS))
+            if scores_of(options) is not None and number > warmup_of(options):
+                batch = masked(options, model, hidden, batch)
+            heads, seconds = _run_heads(options, hidden, model.weight, batch, number)
             fused, compared = heads["fused"], differences(heads["fused"], heads["eager"])
             refuse_difference(number, compared)
             backward(hidden, model.weight, fused)
@@ -83,15 +94,16 @@ def train(options, model, batches):
             optimizer.zero_grad()
             steps.append(_step(fused, compared, seconds))
             _tell(progress, steps[-1])
-    return steps, Last(batch, hidden.detach(), fused)
+    return steps, Last(batch, hidden.detach(), fused, heads.get("fused, unmasked"))
 
 
-def _both(options, hidden, weight, batch, order):
-    """Both heads on the same tensors, one after the other, and the seconds each took."""
+def _run_heads(options, hidden, weight, batch, number):
+    """The heads on the same tensors, one after the other, in turning order, and the seconds each took."""
     heads, seconds = {}, {}
-    for name in order:
+    forms = HEADS if batch.why is None else MASKED_HEADS
+    for name in forms if number % 2 else reversed(forms):
         start = time.perf_counter()
-        heads[name] = HEADS[name](options, *leaves(hidden, weight), batch)
+        heads[name] = forms[name](options, *leaves(hidden, weight), batch)
         seconds[name] = time.perf_counter() - start
     return heads, seconds
 
@@ -124,13 +136,15 @@ def _tell(progress, step):
 
 
 def head_costs(options, model, last, steps):
-    """Cost of each head: median time over the steps, memory on the last step's tensors.
+    """Cost of each head: median time over the steps (the masked ones), memory on the last step's tensors.
 
     Eager PyTorch on all rows, prompt and padding too, is what it costs a trainer that does not leave rows out.
     """
+    forms = HEADS if last.batch.why is None else MASKED_HEADS
+    timed = [step.seconds for step in steps if step.seconds.keys() == forms.keys()]
     costs = {
-        name: Cost(1e3 * median(step.seconds[name] for step in steps), _measure(options, model, last, head).mib)
-        for name, head in HEADS.items()
+        name: Cost(1e3 * median(seconds[name] for seconds in timed), _measure(options, model, last, head).mib)
+        for name, head in forms.items()
     }
     if 16 * last.batch.mask.numel() * len(model.weight) <= ALL_ROWS_BYTES:
         costs["eager, all rows"] = _measure(options, model, last, partial(eager_head, all_rows=True))

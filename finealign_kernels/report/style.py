@@ -84,6 +84,7 @@ svg .dot { fill: currentColor; stroke: var(--card); stroke-width: 1.5; }
 .text { margin: 0; line-height: 1.75; white-space: pre-wrap; overflow-wrap: anywhere; }
 .t { padding: 2px 0; border-radius: 2px; text-decoration-thickness: 2px; text-underline-offset: 4px;
   text-decoration-skip-ink: none; }
+.s { border-left: 2px solid var(--soft); padding-left: 2px; margin-left: 1px; }
 .t:hover { outline: 1.5px solid var(--ink); }
 .a { background: rgb(var(--amount) / calc(var(--v) * var(--shade))); }
 .n { background: rgb(var(--down) / calc(var(--v) * var(--shade))); }

@@ -20,13 +20,14 @@ class Shade(NamedTuple):
 class Token(NamedTuple):
     """A token: its text, numbers by name (those with a Shade colour it), kinds of the spans over it, what to say of it.
 
-    Numbers and note are in the hover text. The first kind underlines.
+    Numbers and note are in the hover text. The first kind underlines; `starts` draws a line before the token.
     """
 
     text: str
     values: Mapping[str, float]
     kinds: Sequence[str] = ()
     note: str = ""
+    starts: bool = False
 
 
 class Response(NamedTuple):
@@ -114,7 +115,7 @@ def _token(token, shade, top, kinds):
     return tag(
         "span",
         token.text.replace("\n", "↵\n"),
-        class_=" ".join(filter(None, ["t", colour, underline])),
+        class_=" ".join(filter(None, ["t", colour, underline, "s" if token.starts else None])),
         style=colour and f"--v:{abs(value) / top:.3f}",
         title=" · ".join(filter(None, [repr(token.text), numbers, token.note or ", ".join(token.kinds)])),
     )

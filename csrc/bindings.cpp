@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <tuple>
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -204,6 +205,90 @@ Tensor segment_spread_on_gpu(const Tensor& v, const std::optional<Tensor>& mask,
 }
 #endif
 
+// ---- sequence losses -----------------------------------------------------------------------------------------------
+
+TokenWeights make_token_weights(const Tensor& like, int64_t total, const std::optional<Tensor>& mask,
+                                const std::optional<Tensor>& weight, const Tensor& cu_seqlens, int64_t average,
+                                ScalarType type) {
+  const Segments segments = make_segments(cu_seqlens, mask, total, like);
+  STD_TORCH_CHECK(!weight || (weight->dim() == 1 && weight->numel() == total && weight->is_contiguous() &&
+                              weight->scalar_type() == type && weight->device() == like.device()),
+                  "token_weight must be (", total, ",), contiguous, float32, or float64 for float64 tokens");
+  STD_TORCH_CHECK(average >= 0 && average <= 2, "average must be 0 (none), 1 (kept) or 2 (all), got ", average);
+  return {segments, weight ? weight->const_data_ptr() : nullptr, static_cast<Average>(average)};
+}
+
+Pairs pairs_of(int64_t pairs, int64_t count) {
+  STD_TORCH_CHECK(pairs >= 0 && pairs <= 2, "pairs must be 0 (none), 1 (halves) or 2 (interleaved), got ", pairs);
+  STD_TORCH_CHECK(pairs == 0 || count % 2 == 0, "pairs need an even number of sequences, got ", count);
+  return static_cast<Pairs>(pairs);
+}
+
+// A vector of `size` float64 numbers, one an item, or null.
+const double* item_numbers(const std::optional<Tensor>& t, const char* name, int64_t size, const Tensor& like) {
+  STD_TORCH_CHECK(!t || (t->dim() == 1 && t->numel() == size && t->is_contiguous() &&
+                         t->scalar_type() == ScalarType::Double && t->device() == like.device()),
+                  name, " must be (", size, ",) float64, contiguous");
+  return t ? t->const_data_ptr<double>() : nullptr;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> sequence_loss_fwd(
+    const Tensor& logp, const std::optional<Tensor>& ref_logp, const std::optional<Tensor>& ref_sum,
+    const std::optional<Tensor>& mask, const std::optional<Tensor>& token_weight, const Tensor& cu_seqlens,
+    int64_t average, int64_t pairs, int64_t phi, double beta, double scale, double shift,
+    const std::optional<Tensor>& shifts, double hyper, const std::optional<Tensor>& hypers,
+    const std::optional<Tensor>& sign) {
+  const ScalarType type = sum_type(logp.scalar_type());
+  const auto fits = [&](const std::optional<Tensor>& t, int64_t size, ScalarType of) {
+    return !t || (t->dim() == 1 && t->numel() == size && t->is_contiguous() && t->scalar_type() == of &&
+                  t->device() == logp.device());
+  };
+  const TokenWeights tokens =
+      make_token_weights(logp, logp.numel(), mask, token_weight, cu_seqlens, average, type);
+  const int64_t count = tokens.segments.count;
+  STD_TORCH_CHECK(logp.dim() == 1 && logp.is_contiguous() && fits(ref_logp, logp.numel(), logp.scalar_type()),
+                  "logp and ref_logp must be (N,) of one dtype, contiguous");
+  STD_TORCH_CHECK(fits(ref_sum, count, type) && !(ref_logp && ref_sum), "ref_sum must be (S,) in place of ref_logp");
+  STD_TORCH_CHECK(phi >= 0 && phi <= static_cast<int64_t>(Phi::linear), "phi is no known function, got ", phi);
+  check_ends(tokens.segments);
+  SequenceLossForward op{};
+  op.tokens = tokens, op.logp = logp.const_data_ptr(), op.dtype = dtype_of(logp, "logp");
+  op.ref_logp = ref_logp ? ref_logp->const_data_ptr() : nullptr;
+  op.ref_sum = ref_sum ? ref_sum->const_data_ptr() : nullptr;
+  op.pairs = pairs_of(pairs, count), op.phi = static_cast<Phi>(phi), op.beta = beta, op.scale = scale;
+  const int64_t items = op.items();
+  STD_TORCH_CHECK(!sign || op.pairs == Pairs::none, "sign is for sequences, not for pairs");
+  op.sign = item_numbers(sign, "sign", items, logp);
+  op.shift = shifts ? item_numbers(shifts, "shifts", items, logp) : &shift, op.shift_stride = shifts ? 1 : 0;
+  op.hyper = hypers ? item_numbers(hypers, "hypers", items, logp) : &hyper, op.hyper_stride = hypers ? 1 : 0;
+  Tensor losses = new_vector(items, type, logp), score = new_vector(count, type, logp);
+  Tensor slope = new_vector(count, type, logp), denominator = new_vector(count, type, logp);
+  op.losses = losses.mutable_data_ptr(), op.score = score.mutable_data_ptr();
+  op.slope = slope.mutable_data_ptr(), op.denominator = denominator.mutable_data_ptr();
+  sequence_loss_forward_cpu(op, parallel);
+  return {losses, score, slope, denominator};
+}
+
+Tensor sequence_loss_bwd(const Tensor& upstream, const Tensor& slope, const Tensor& denominator,
+                         const std::optional<Tensor>& mask, const std::optional<Tensor>& token_weight,
+                         const Tensor& cu_seqlens, int64_t pairs, int64_t total, ScalarType dtype) {
+  const ScalarType type = sum_type(dtype);
+  const TokenWeights tokens = make_token_weights(slope, total, mask, token_weight, cu_seqlens, 0, type);
+  const int64_t count = tokens.segments.count;
+  const Pairs layout = pairs_of(pairs, count);
+  STD_TORCH_CHECK(upstream.dim() == 1 && upstream.numel() == (pairs ? count / 2 : count) && slope.numel() == count &&
+                      denominator.numel() == count && slope.is_contiguous() && denominator.is_contiguous(),
+                  "upstream must be (items,), slope and denominator (S,)");
+  STD_TORCH_CHECK(upstream.scalar_type() == type && slope.scalar_type() == type && denominator.scalar_type() == type,
+                  "upstream, slope and denominator must be float32, or float64 for a float64 result");
+  check_ends(tokens.segments);
+  Tensor dlogp = new_vector(total, dtype, slope);
+  const SequenceLossBackward op{tokens, layout, upstream.const_data_ptr(), upstream.stride(0), slope.const_data_ptr(),
+                                denominator.const_data_ptr(), dlogp.mutable_data_ptr(), dtype_of(dlogp, "dlogp")};
+  sequence_loss_backward_cpu(op, parallel);
+  return dlogp;
+}
+
 // ---- state ---------------------------------------------------------------------------------------------------------
 
 int64_t cuda_state() {  // 0: built without CUDA, 1: built with CUDA, torch without, 2: both
@@ -230,6 +315,11 @@ STABLE_TORCH_LIBRARY(finealign, m) {
   m.def("segment_reduce(Tensor x, Tensor? mask, Tensor cu_seqlens, int over) -> Tensor");
   m.def("segment_spread(Tensor v, Tensor? mask, Tensor cu_seqlens, int over, SymInt total, ScalarType dtype) "
         "-> Tensor");
+  m.def("sequence_loss_fwd(Tensor logp, Tensor? ref_logp, Tensor? ref_sum, Tensor? mask, Tensor? token_weight, "
+        "Tensor cu_seqlens, int average, int pairs, int phi, float beta, float scale, float shift, Tensor? shifts, "
+        "float hyper, Tensor? hypers, Tensor? sign) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("sequence_loss_bwd(Tensor upstream, Tensor slope, Tensor denominator, Tensor? mask, Tensor? token_weight, "
+        "Tensor cu_seqlens, int pairs, SymInt total, ScalarType dtype) -> Tensor");
   m.def("_cuda_state() -> int");
   m.def("_cpu_state() -> int");
 }
@@ -239,6 +329,8 @@ STABLE_TORCH_LIBRARY_IMPL(finealign, CPU, m) {
   m.impl("row_tile_bwd", TORCH_BOX(&finealign::row_tile_bwd));
   m.impl("segment_reduce", TORCH_BOX(&finealign::segment_reduce));
   m.impl("segment_spread", TORCH_BOX(&finealign::segment_spread));
+  m.impl("sequence_loss_fwd", TORCH_BOX(&finealign::sequence_loss_fwd));
+  m.impl("sequence_loss_bwd", TORCH_BOX(&finealign::sequence_loss_bwd));
 }
 
 #ifdef FINEALIGN_CUDA

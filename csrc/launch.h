@@ -124,4 +124,74 @@ void segment_spread_cpu(const SegmentSpread& op, Parallel parallel);
 const char* segment_reduce_cuda(const SegmentReduce& op, void* stream);
 const char* segment_spread_cuda(const SegmentSpread& op, void* stream);
 
+// ---- sequence losses (csrc/cpu/sequence_loss.cpp) ------------------------------------------------------------------
+
+// What a sequence's weighted sum is divided by: 1, the kept token weights, or the number of mask tokens.
+enum class Average : int32_t { none = 0, kept = 1, all = 2 };
+
+// Which sequences make an item: each one, or chosen s and rejected s + S/2, or chosen 2s and rejected 2s + 1.
+enum class Pairs : int32_t { none = 0, halves = 1, interleaved = 2 };
+
+FINEALIGN_BOTH inline int64_t chosen_of(Pairs pairs, int64_t item) {
+  return pairs == Pairs::interleaved ? 2 * item : item;
+}
+FINEALIGN_BOTH inline int64_t rejected_of(Pairs pairs, int64_t item, int64_t items) {
+  return pairs == Pairs::interleaved ? 2 * item + 1 : item + items;
+}
+FINEALIGN_BOTH inline int64_t item_of(Pairs pairs, int64_t s, int64_t items) {
+  return pairs == Pairs::interleaved ? s / 2 : s < items ? s : s - items;
+}
+
+// The function of the margin (kernels/cuda/formulas.cuh).
+enum class Phi : int32_t { logistic = 0, squared = 1, hinge = 2, smoothed = 3, robust = 4, bounded = 5, linear = 6 };
+
+struct TokenWeights {
+  Segments segments;
+  const void* weight;  // (total,) float32, float64 for float64; null: 1
+  Average average;
+
+  FINEALIGN_BOTH bool counts() const { return average == Average::all || (average == Average::kept && !weight); }
+};
+
+// score = (Σ_t w_t (logp_t - ref_logp_t) - ref_sum) / denominator over the tokens with mask and w_t != 0
+// loss = scale · phi(m),   m = beta (score_chosen - score_rejected) - shift   or   sign · (beta · score - shift)
+// Sums as launch.h says above; everything behind them float64, each result rounded once.
+struct SequenceLossForward {
+  TokenWeights tokens;
+  const void* logp;      // (total,)
+  const void* ref_logp;  // (total,), or null
+  const void* ref_sum;   // (count,) of the results' type, or null
+  DType dtype;           // of logp and ref_logp; the results are float32, float64 for float64
+  Pairs pairs;
+  Phi phi;
+  double beta, scale;
+  const double* shift;  // one a item: (items,), or (1,) where the stride is 0
+  const double* hyper;
+  const double* sign;  // (items,), or null: 1; without pairs only
+  int64_t shift_stride, hyper_stride;
+  void* losses;       // (items,)
+  void* score;        // (count,)
+  void* slope;        // (count,) d loss / d score
+  void* denominator;  // (count,), never 0
+
+  FINEALIGN_BOTH int64_t items() const {
+    return pairs == Pairs::none ? tokens.segments.count : tokens.segments.count / 2;
+  }
+};
+
+// dlogp_t = upstream · slope · w_t / denominator; exactly 0 at tokens left out and where the upstream is 0.
+struct SequenceLossBackward {
+  TokenWeights tokens;
+  Pairs pairs;
+  const void* upstream;  // (items,) of the type of slope
+  int64_t upstream_stride;
+  const void* slope;        // (count,) float32; float64 for float64
+  const void* denominator;  // (count,)
+  void* dlogp;              // (total,)
+  DType dtype;
+};
+
+void sequence_loss_forward_cpu(const SequenceLossForward& op, Parallel parallel);
+void sequence_loss_backward_cpu(const SequenceLossBackward& op, Parallel parallel);
+
 }  // namespace finealign

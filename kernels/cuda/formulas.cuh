@@ -1,0 +1,29 @@
+// The scalar mathematics of fused losses, for host and device alike: finealign_kernels/formulas says what is right.
+#pragma once
+#include <math.h>
+
+#include "launch.h"
+
+namespace finealign {
+
+struct Item {
+  double value, slope;  // slope = d value / d margin
+};
+
+// Loss of one margin m; a is the row's constant (center, label noise), where it has one. A NaN reaches the value.
+FINEALIGN_BOTH inline Item margin_loss(Phi phi, double m, double a) {
+  if (phi == Phi::squared) return {(m - a) * (m - a), 2 * (m - a)};
+  if (phi == Phi::linear) return {-m, -1};
+  if (phi == Phi::hinge) return {m < 1 ? 1 - m : m != m ? m : 0, m < 1 ? -1.0 : 0.0};
+  // The rest is logistic. With e = exp(-|m|) nothing overflows, and the smaller of σ(m), σ(-m) keeps its digits.
+  const double e = exp(-fabs(m)), large = 1 / (1 + e), small = e / (1 + e);
+  const double up = m < 0 ? small : large, down = m < 0 ? large : small;  // σ(m), σ(-m)
+  if (phi == Phi::bounded) return {down, -up * down};
+  const double rest = log1p(e), cost = (m < 0 ? -m : 0) + rest;  // -log σ(m)
+  if (phi == Phi::logistic) return {cost, -down};
+  const double other = (m > 0 ? m : 0) + rest;  // -log σ(-m)
+  if (phi == Phi::smoothed) return {(1 - a) * cost + a * other, a * up - (1 - a) * down};
+  return {((1 - a) * cost - a * other) / (1 - 2 * a), -((1 - a) * down + a * up) / (1 - 2 * a)};  // robust
+}
+
+}  // namespace finealign

@@ -219,6 +219,8 @@ def test_soft_masks():
     signs = torch.tensor([1.0, 1, 1, -1, -1, -1])[:, None]
     assert_close(found.token_weight[mask], (signs * (q - found.baseline) / 0.5).sigmoid()[mask])
     assert not found.token_weight[~mask].any()
+    unknown = torch.tensor([1.0, -1, 1, -1, NAN, 1])
+    assert not fk.adaptive_mask(q, mask=mask, side=unknown, soft=0.5).token_weight[4].any()
     hard = fk.adaptive_mask(q, mask=mask, baseline="batch").token_weight
     assert_close(fk.adaptive_mask(q, mask=mask, soft=1e-6, baseline="batch").token_weight, hard)
 
@@ -254,6 +256,18 @@ def test_padding_packing_and_order_change_nothing(name, options):
         assert torch.equal(one[mask], torch.cat(other)[mask])
 
 
+def test_pivots_outside_the_mask_are_none():
+    q, mask = batch()
+    flags = fk.pivot_flags(q, mask=mask, kind="sign")
+    assert torch.equal(fk.pivot_segments(flags | ~mask, mask=mask), fk.pivot_segments(flags, mask=mask))
+    for one, other in zip(
+        fk.adaptive_mask(q, mask=mask, pivots=flags | ~mask),
+        fk.adaptive_mask(q, mask=mask, pivots=flags),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+
+
 def test_a_batch_mean_over_all_ranks_is_the_callers():
     q, mask = batch()
     whole = fk.adaptive_mask(q, mask=mask, baseline="batch", side=1)
@@ -283,6 +297,7 @@ def test_percentages_lose_no_digit():
     q = torch.arange(1000, 0, -1.0)[None]
     for percent, many in ((0.1, 1), (29.3, 293), (7, 70), (100, 1000), (0.05, 1), (0.11, 2)):
         assert fk.pivot_flags(q, kind="salience", percent=percent).sum() == many
+    assert fk.pivot_flags(q.flip(1), kind="salience", percent=1e-9)[0].nonzero()[:, 0].tolist() == [0, 999]
 
 
 class NoSync(TorchDispatchMode):
@@ -306,6 +321,15 @@ def test_nothing_is_read_on_the_host():
                 fk.adaptive_mask(q, mask=mask, pivots=flags, segment_score=segment_score, **options)
         fk.pivot_segments(flags, mask=mask)
         fk.best_of_n(q, mask=mask)
+
+
+def test_compiles_without_a_break():
+    def call(q, mask):
+        flags = fk.pivot_flags(q, mask=mask, kind="salience", percent=30, baseline="row")
+        return fk.adaptive_mask(q, mask=mask, pivots=flags, baseline="batch").token_weight
+
+    q, mask = batch()
+    assert torch.equal(torch.compile(call, fullgraph=True, backend="eager")(q, mask), call(q, mask))
 
 
 # ---- degenerate cases ----------------------------------------------------------------------------------------------

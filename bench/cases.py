@@ -172,6 +172,23 @@ def segments(shape: shapes.Packed, case: str, dtype: torch.dtype, device: torch.
     )
 
 
+def sequence(shape: shapes.Packed, case: str, dtype: torch.dtype, device: torch.device) -> Sample:
+    """S padded sequences of N / S tokens, of which a mask keeps about nine in ten. weight is that of the case."""
+    random = _generator(device)
+    logp, ref_logp = (-torch.rand(shape.S, shape.N // shape.S, generator=random, device=device) for _ in range(2))
+    mask = torch.rand(logp.shape, generator=random, device=device) < 0.9
+    lengths = mask.sum(1, keepdim=True).clamp(min=1) if case == "mean" else 1
+    return Sample(
+        output="losses",
+        case=case,
+        upstream=torch.randn(shape.S // 2, generator=random, device=device),
+        logp=logp.to(dtype).requires_grad_(),
+        ref_logp=ref_logp.to(dtype),
+        mask=mask,
+        weight=mask.to(dtype) / lengths,
+    )
+
+
 def _generator(device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(0)
 
@@ -214,6 +231,15 @@ SUITES = {
             sample=segments,
             rivals=rivals.SEGMENTS,
             truth=rivals.segments_eager,
+            rounds=51,
+        ),
+        Suite(
+            name="sequence",
+            shapes=shapes.SEQUENCES,
+            cases=tuple(product([torch.float32], ["sum", "mean"])),
+            sample=sequence,
+            rivals=rivals.SEQUENCE,
+            truth=rivals.sequence_eager,
             rounds=51,
         ),
     )

@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 
 import finealign_kernels as fk
+from finealign_kernels.formulas import margin
+from finealign_kernels.ops._layout import flatten
+from finealign_kernels.ops.sequence_loss import missing, sequence_loss
 
 
 @dataclass(frozen=True)
@@ -157,3 +160,38 @@ def segments_ours(x):
 
 
 SEGMENTS = (Rival("eager", segments_eager), Rival("torch", segments_torch), Rival("ours", segments_ours))
+
+
+# sequence_loss: -log σ(beta (h_chosen - h_rejected)) of padded pairs (S, T); nobody loops over sequences
+
+
+def _pair_losses(score):
+    chosen, rejected = score.chunk(2)
+    return -F.logsigmoid(0.1 * (chosen - rejected))
+
+
+def sequence_eager(x):
+    """Selected by the mask, summed, divided by its lengths where the case averages."""
+    score = torch.where(x.mask, x.logp - x.ref_logp, 0).sum(1)
+    return x.answers(_pair_losses(score / x.mask.sum(1).clamp(min=1) if x.case == "mean" else score))
+
+
+def sequence_product(x):
+    """The fewest torch ops: an inner product with weights made beforehand. A NaN at a masked place would spread."""
+    return x.answers(_pair_losses(torch.linalg.vecdot(x.logp - x.ref_logp, x.weight)))
+
+
+def sequence_ours(x):
+    average = "kept" if x.case == "mean" else False
+    return x.answers(sequence_loss(flatten(x.logp, x.mask), x.ref_logp, beta=0.1, average=average).losses)
+
+
+def _has_sequence_kernel(dtype, device):
+    return missing(margin.logistic, device)
+
+
+SEQUENCE = (
+    Rival("eager", sequence_eager),
+    Rival("product", sequence_product),
+    Rival("ours", sequence_ours, _has_sequence_kernel),
+)

@@ -40,3 +40,13 @@ PACKED = {
     ),  # 1999 does not divide: ragged
 }
 PACKED["full"] = PACKED["default"]
+SEQUENCES = {
+    "small": (Packed("small", 6, 102),),
+    "default": (
+        Packed("20 of 512", 20, 20 * 512),
+        Packed("64 of 512", 64, 64 * 512),
+        Packed("a token each", 10**6, 10**6),
+        Packed("32 of 32768", 32, 32 * 32768),
+    ),
+}
+SEQUENCES["full"] = (*SEQUENCES["default"], Packed("ten million tokens", 20000, 20000 * 500))

@@ -125,6 +125,13 @@ def test_scores():
     assert flat.tolist() == [0, 2, 3, 3]
 
 
+def test_nothing_carries_gradient():
+    x, mask = torch.randn(2, 3, requires_grad=True), torch.ones(2, 3, dtype=torch.bool)
+    found = fk.adaptive_mask(x, mask=mask, soft=1.0, baseline=x.mean())
+    for y in (fk.implicit_scores(x, x.exp(), mask=mask), fk.prefix_scores(x, mask=mask, start=x.mean()), *found[:3]):
+        assert not y.requires_grad
+
+
 # ---- against a plain loop ------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from .losses.pivots import (
 )
 from .losses.pointwise import PointwiseLoss, kto, pdpo, pointwise_loss, ulma, unlikelihood
 from .losses.preference import PreferenceLoss, cdpo, cpo, dpo, ipo, orpo, preference_loss, robust, simpo, slic
+from .losses.weights import ld_weights, wpo_weights
 from .ops._check import check_errors
 from .ops.logprobs import LogProbs, linear_logprobs, token_logprobs
 from .ops.segments import segment_broadcast, segment_mean, segment_put_last, segment_sum
@@ -33,6 +34,7 @@ __all__ = [
     "implicit_scores",
     "ipo",
     "kto",
+    "ld_weights",
     "linear_logprobs",
     "nll_loss",
     "orpo",
@@ -52,4 +54,5 @@ __all__ = [
     "token_logprobs",
     "ulma",
     "unlikelihood",
+    "wpo_weights",
 ]

@@ -58,6 +58,232 @@ def test_hinge_is_flat_at_its_kink():
     assert margin.hinge(torch.tensor([0.5, 1.0, 2.0]))[1].tolist() == [-1, 0, 0]
 
 
+# ---- further rows --------------------------------------------------------------------------------------------------
+
+# Scores of three pairs (section 12), beta = .5, and references for the row that reads them apart
+H = torch.tensor([0.3, -0.8, 1.5, -0.3, 0.4, 0.2], dtype=F64)
+REFERENCE = torch.tensor([-2.0, -2.2, -3.7, -4.1, -2.5, -3.7], dtype=F64)
+TENTH = dict(smoothing=0.1)
+FURTHER = [  # row, options, loss, dL/dh of the chosen, of the rejected (None: minus the chosen's)
+    ("exo_pair", TENTH, 0.4827628876, [-0.0772987195, -0.1066601501, -0.0581105871], None),
+    (
+        "nca_pair",
+        {},
+        1.4043370827,
+        [-0.0323092053, -0.0663385817, 0.0031280081],
+        [0.0385475129, 0.0458194998, 0.0437482656],
+    ),
+    (
+        "bco_pair",
+        {},
+        1.3614452945,
+        [-0.0770950258, -0.0997812767, -0.0534702168],
+        [0.0770950258, 0.0916389996, 0.0874965312],
+    ),
+    ("sppo_hard", {}, 2.6233333333, [-0.4666666667, -1.2, 0.3333333333], [0.4666666667, 0.9333333333, 0.8]),
+    (
+        "apo_zero",
+        {},
+        0.9731541517,
+        [-0.0414331678, -0.0400434576, -0.0363158323],
+        [0.0414331678, 0.0412527621, 0.0415626734],
+    ),
+    (
+        "apo_down",
+        {},
+        1.0107080704,
+        [0.0006901158, 0.0019127509, -0.0012421201],
+        [0.0407430519, 0.0381307067, 0.0375579524],
+    ),
+    ("aot", TENTH, 0.6688937249, [-0.0542595805, -0.085106539, -0.0462567781], None),
+    (
+        "aot_unpaired",
+        TENTH,
+        0.6616305165,
+        [-0.0645837673, -0.0770294168, -0.0443107348],
+        [0.0770294168, 0.0443107348, 0.0645837673],
+    ),
+    ("discopop", {}, 0.7666318285, [-0.1218067411, -0.1075945195, -0.0870067936], None),
+    (
+        "offset",
+        dict(shift=0.3),
+        0.8225610702,
+        [-0.0833333333, -0.1184915838, -0.0688970702],
+        None,
+    ),  # the first margin is 0
+    (
+        "dpo",
+        dict(divergence="forward_kl"),
+        0.7544774139,
+        [-0.0524070655, -0.2541437476, -0.0158457857],
+        [0.0954918993, 0.0765466258, 0.0581428886],
+    ),
+    (
+        "dpo",
+        dict(divergence="js"),
+        0.6969916061,
+        [-0.0328083651, -0.0668730666, -0.0136992833],
+        [0.0442866606, 0.0388956224, 0.0338053113],
+    ),
+    (
+        "dpo",
+        dict(divergence="alpha"),
+        0.7130916773,
+        [-0.0610072943, -0.1646466248, -0.030982244],
+        [0.0823512335, 0.0903599835, 0.0593477534],
+    ),
+]
+
+
+@pytest.mark.parametrize("name, options, loss, up, down", FURTHER)
+def test_golden_of_three_pairs(name, options, loss, up, down):
+    logp = (H + REFERENCE)[:, None].requires_grad_()
+    out = fk.preference_loss(name, logp, REFERENCE[:, None], beta=0.5, **options)
+    (grad,) = torch.autograd.grad(out.loss, logp)
+    assert_close(out.loss.item(), loss, rtol=0, atol=1e-9)
+    expected = torch.tensor([*up, *(down or [-x for x in up])], dtype=F64)
+    assert_close(grad[:, 0], expected, rtol=0, atol=1e-9)
+    assert_close(torch.cat([out.chosen_rewards, out.rejected_rewards]), 0.5 * H)
+
+
+@pytest.mark.parametrize(
+    "name, theirs", [(n, n) for n in ("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down")]
+)
+def test_liger_agrees_on_single_rewards(name, theirs):
+    logp, ref, mask = batch()
+    assert_close(
+        fk.preference_loss(name, logp, ref, mask=mask).loss, liger(theirs, *sums(logp, mask), *sums(ref, mask))
+    )
+
+
+def test_rows_that_are_each_other():
+    logp, ref, mask = batch()
+    call = fk.preference_loss
+    dpo = fk.dpo(logp, ref, mask=mask).losses
+    assert_close(call("offset", logp, ref, mask=mask, shift=0.4).losses, fk.dpo(logp, ref, mask=mask, shift=0.4).losses)
+    assert_close(2 * call("pdpo", logp, ref, mask=mask).losses, call("bco_pair", logp, ref, mask=mask).losses)
+    assert_close(
+        2 * call("apo_zero_unpaired", logp, ref, mask=mask).losses, call("apo_zero", logp, ref, mask=mask).losses
+    )
+    assert_close(call("kto", logp, ref, mask=mask).losses, call("apo_zero_unpaired", logp, ref, mask=mask).losses)
+    for pair in range(3):  # alone, a pair has nothing to be matched with
+        one = torch.tensor([pair, pair + 3])
+        for name in ("aot", "aot_unpaired"):
+            assert_close(call(name, logp[one], ref[one], mask=mask[one]).losses, dpo[pair : pair + 1])
+
+
+def test_matching_by_rank():
+    """Against sorting, ties included; with references summed per response too."""
+    logp, ref, mask = batch()
+    mask = mask.clone()
+    logp[1], ref[1], mask[1] = logp[0], ref[0], mask[0]
+    logp[4], ref[4], mask[4] = logp[3], ref[3], mask[3]
+    policy, reference, ratio = sums(logp, mask), sums(ref, mask), sums(logp - ref, mask)
+    delta = (policy[0] - policy[1]).sort().values - (reference[0] - reference[1]).sort().values
+    expected = -logsigmoid(0.1 * delta).mean()
+    assert_close(fk.preference_loss("aot", logp, ref, mask=mask).loss, expected)
+    assert_close(fk.preference_loss("aot", logp, torch.cat(reference), mask=mask).loss, expected)
+    delta = ratio[0].sort().values - ratio[1].sort().values
+    assert_close(fk.preference_loss("aot_unpaired", logp, ref, mask=mask).loss, -logsigmoid(0.1 * delta).mean())
+
+
+def test_discopop_far_out():
+    m = torch.tensor([-1e4, -800.0, 800.0, 1e4])
+    value, slope = margin.discovered(m, tau=0.05)
+    assert value.tolist() == [1e4, 800, 0, 0] and slope.tolist() == [-1, -1, 0, 0]
+
+
+# ---- divergences ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("divergence", ("forward_kl", "js", "alpha"))
+@pytest.mark.parametrize("name", ("dpo", "ipo", "slic", "robust", "exo_pair", "discopop"))
+@pytest.mark.parametrize("average", (False, "kept"))
+def test_divergences_transform_the_score(name, divergence, average):
+    g = {
+        "forward_kl": lambda h: 1 - (-h).exp(),
+        "js": lambda h: math.log(2) + logsigmoid(h),
+        "alpha": lambda h: ((-0.3 * h).exp() - 1) / -0.3,
+    }[divergence]
+    logp, ref, mask = batch()
+    h = torch.cat((means if average else sums)(logp - ref, mask))
+    alpha = {"alpha": 0.7} if divergence == "alpha" else {}
+    logp.requires_grad_()
+    out = fk.preference_loss(name, logp, ref, mask=mask, average=average, divergence=divergence, **alpha)
+    expected = fk.preference_loss(name, g(h)[:, None], torch.zeros(6, 1, dtype=F64))
+    assert_close(out.loss.detach(), expected.loss)
+
+    def call(logp):
+        return fk.preference_loss(
+            name, logp, ref, mask=mask, average=average, divergence=divergence, reduction="none", **alpha
+        ).loss
+
+    assert torch.autograd.gradcheck(call, logp)
+
+
+def test_where_the_average_stands():
+    """TRL divides g(h) by the length; here h is averaged first."""
+    logp, ref, mask = batch()
+    g = math.log(2) + logsigmoid(torch.cat(sums(logp - ref, mask)))
+    trl = (g / mask.sum(1)).chunk(2)
+    found = fk.dpo(logp, ref, mask=mask, average="kept", divergence="js").loss
+    assert not found.isclose(-logsigmoid(0.1 * (trl[0] - trl[1])).mean())
+    g = (math.log(2) + logsigmoid(torch.cat(means(logp - ref, mask)))).chunk(2)
+    assert_close(found, -logsigmoid(0.1 * (g[0] - g[1])).mean())
+
+
+def test_divergences_stay_finite_where_the_score_is():
+    h = torch.tensor([-1e4, -81.0, -79.0, 0.0, 1e4])
+    value, slope = margin.forward_kl(h)
+    assert value.isfinite().all() and slope[:2].tolist() == [0, 0] and slope[2] > 1e34 and slope[3:].tolist() == [1, 0]
+    assert margin.forward_kl(torch.tensor([-torch.inf]))[0] == -torch.inf
+    for alpha, limit in ((1.0, 1e-15), (1 + 1e-7, 1e-5)):
+        assert_close(margin.alpha_divergence(H, alpha=alpha)[0], H, rtol=limit, atol=limit)
+
+
+# ---- published weights ---------------------------------------------------------------------------------------------
+
+
+def test_ld_weights():
+    mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 1, 0]], dtype=torch.bool)
+    weight = fk.ld_weights(torch.zeros(4, 5), mask=mask, alpha=0.25)
+    seen = [weight[b][mask[b]].tolist() for b in range(4)]
+    assert seen == [[1, 1, 0.25, 0.25], [1, 1], [1, 1], [1, 1, 0.25]]
+    mixed = fk.ld_weights(torch.zeros(4, 5), mask=mask, alpha=0.25, pairs="interleaved")
+    assert [mixed[b][mask[b]].tolist() for b in range(4)] == [[1, 1, 0.25, 0.25], [1, 1], [1, 1], [1, 1, 0.25]]
+    cu = torch.tensor([0, 4, 6, 8, 11])
+    assert fk.ld_weights(torch.zeros(11), cu_seqlens=cu, alpha=0.25).tolist() == sum(seen, [])
+    pair = fk.ld_weights((torch.zeros(2, 5), torch.zeros(2, 5)), mask=(mask[:2], mask[2:]), alpha=0.25)
+    assert torch.equal(torch.cat(pair), weight)
+
+
+def test_ld_weights_give_the_sums_that_trl_has():
+    logp, ref, mask = batch()
+    place, shared = mask.cumsum(1), torch.minimum(*mask.sum(1).chunk(2)).repeat(2)[:, None]
+    near, far = mask & (place <= shared), mask & (place > shared)
+    logp_sums, ref_sums = ((x * near).sum(1) + 0.3 * (x * far).sum(1) for x in (logp, ref))
+    expected = fk.dpo(logp_sums[:, None], ref_sums[:, None]).loss
+    weight = fk.ld_weights(logp, mask=mask, alpha=0.3)
+    assert_close(fk.dpo(logp, ref, mask=mask, token_weight=weight).loss, expected)
+
+
+def test_wpo_weights():
+    logp, ref, mask = batch()
+    logp.requires_grad_()
+    lssq = -torch.rand(mask.shape, dtype=F64)
+    dirty = torch.where(mask, lssq, torch.nan)
+    weight = fk.wpo_weights(logp, dirty, mask=mask)
+    each = torch.cat(means((logp - lssq).detach(), mask)).exp()
+    assert_close(weight, each[:3] * each[3:])
+    out = fk.dpo(logp, ref, mask=mask, pair_weight=weight)
+    plain = fk.dpo(logp, ref, mask=mask, reduction="none")
+    assert_close(out.losses, weight * plain.losses)
+    found = torch.autograd.grad(out.loss, logp)[0]
+    assert_close(found, torch.autograd.grad(plain.loss, logp, weight / 3)[0])
+    order = torch.tensor([0, 3, 1, 4, 2, 5])
+    assert_close(fk.wpo_weights(logp[order], dirty[order], mask=mask[order], pairs="interleaved"), weight)
+
+
 # ---- the NLL term --------------------------------------------------------------------------------------------------
 
 
@@ -162,7 +388,14 @@ def liger(name, chosen, rejected, ref_chosen, ref_rejected, **options):
 
 
 @pytest.mark.parametrize(
-    "ours, theirs, options", [("dpo", "sigmoid", {}), ("slic", "hinge", {}), ("robust",) * 2 + ({"smoothing": 0.2},)]
+    "ours, theirs, options",
+    [
+        ("dpo", "sigmoid", {}),
+        ("exo_pair",) * 2 + ({"smoothing": 0.2},),
+        ("discopop",) * 2 + ({},),
+        ("slic", "hinge", {}),
+        ("robust",) * 2 + ({"smoothing": 0.2},),
+    ],
 )
 def test_liger_agrees(ours, theirs, options):
     logp, ref, mask = batch()
@@ -197,6 +430,25 @@ REFUSALS = {
         TypeError,
         "'dpo' takes no hyper-parameter, got 'smoothing'",
     ),
+    "exo smoothing": (
+        lambda: fk.preference_loss("exo_pair", L, L, smoothing=0.0),
+        ValueError,
+        r"smoothing must be in \(0, 0.5\), got 0.0",
+    ),
+    "tau": (lambda: fk.preference_loss("discopop", L, L, tau=0.0), ValueError, "tau must be above 0"),
+    "divergence": (lambda: fk.dpo(L, L, divergence="kl"), ValueError, "divergence must be one of .*got 'kl'"),
+    "divergence of a row": (
+        lambda: fk.preference_loss("bco_pair", L, L, divergence="js"),
+        ValueError,
+        "divergence must be 'reverse_kl' for 'bco_pair'",
+    ),
+    "divergence without reference": (lambda: fk.simpo(L, divergence="js"), ValueError, "divergence must be 'reverse_"),
+    "alpha": (lambda: fk.dpo(L, L, divergence="alpha", alpha=math.inf), ValueError, "alpha must be a finite"),
+    "pair weight": (lambda: fk.dpo(L, L, pair_weight=torch.ones(2)), ValueError, r"pair_weight must have shape \(1,\)"),
+    "ld alpha": (lambda: fk.ld_weights(L, alpha=1.5), ValueError, r"alpha must be in \[0, 1\], got 1.5"),
+    "ld odd": (lambda: fk.ld_weights(torch.zeros(3, 2)), ValueError, "logp must hold an even number"),
+    "wpo pairs": (lambda: fk.wpo_weights(L, L, pairs="both"), ValueError, "pairs must be"),
+    "wpo shape": (lambda: fk.wpo_weights(L, L[:, :2]), ValueError, "log_sum_sq_probs must have shape"),
     "scale": (lambda: fk.orpo(L, odds_weight=-1.0), ValueError, "scale must be a finite number > 0"),
     "nll": (lambda: fk.orpo(L, nll="mean"), ValueError, "nll must be 'sequence' or 'token'"),
     "nll weight": (lambda: fk.cpo(L, alpha=math.inf), ValueError, "nll_weight must be a finite number"),

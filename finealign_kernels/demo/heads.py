@@ -1,5 +1,6 @@
 """The loss head twice, from hidden states to gradients: fused, and in eager PyTorch as its oracle."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -72,7 +73,12 @@ def library_loss(options, logp, tokens):
     counted = {"mask": tokens.mask, "token_weight": tokens.token_weight, "average": average_of(options)}
     if options.loss == "nll":
         return nll_loss(logp, reduction="mean", **counted)
-    return preference_loss(options.loss, logp, tokens.ref_logp, beta=options.beta, **counted)
+    hyper = HYPER.get(options.loss, {})
+    return preference_loss(options.loss, logp, tokens.ref_logp, beta=options.beta, **counted, **hyper)
+
+
+# DiscoPOP turns within tau nats: at its own 0.05 it magnifies the rounding of log-probs, of either head, up to LIMIT
+HYPER = {"discopop": {"tau": 1.0}}
 
 
 # loss of each pair from the scores of its responses, written out apart from the library's own formulas
@@ -94,7 +100,25 @@ PLAIN = {
     "ulma": lambda c, r, beta: softplus(beta * r) / 2,
     "ulma_squared": lambda c, r, beta: (beta * r) ** 2 / 2,
     "unlikelihood": lambda c, r, beta: (beta * r - beta * c) / 2,
+    "exo_pair": lambda c, r, beta: _kl(beta * (c - r), 1e-3),
+    "nca_pair": lambda c, r, beta: softplus(-beta * c) + 0.5 * softplus(beta * c) + 0.5 * softplus(beta * r),
+    "bco_pair": lambda c, r, beta: softplus(-beta * c) + softplus(beta * r),
+    "sppo_hard": lambda c, r, beta: (c - 0.5 / beta) ** 2 + (r + 0.5 / beta) ** 2,
+    "apo_zero": lambda c, r, beta: torch.sigmoid(-beta * c) + torch.sigmoid(beta * r),
+    "apo_down": lambda c, r, beta: torch.sigmoid(beta * c) + 1 - torch.sigmoid(beta * (c - r)),
+    "apo_zero_unpaired": lambda c, r, beta: (torch.sigmoid(-beta * c) + torch.sigmoid(beta * r)) / 2,
+    "discopop": lambda c, r, beta: _blend(beta * (c - r), HYPER["discopop"]["tau"]),
+    "aot_unpaired": lambda c, r, beta: softplus(beta * (r.sort().values - c.sort().values)),
+    "offset": lambda c, r, beta: softplus(-beta * (c - r)),
 }
+
+
+def _kl(z, noise):
+    return sum(torch.sigmoid(x) * (-softplus(-x) - math.log(p)) for x, p in ((z, 1 - noise), (-z, noise)))
+
+
+def _blend(z, tau):
+    return torch.sigmoid(-z / tau) * softplus(-z) + torch.sigmoid(z / tau) * torch.exp(-z)
 
 
 def _log_odds(score):

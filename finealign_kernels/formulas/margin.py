@@ -48,6 +48,35 @@ def linear(m: Tensor) -> tuple[Tensor, Tensor]:
     return -m, -torch.ones_like(m)
 
 
+def exo(m: Tensor, *, smoothing: float) -> tuple[Tensor, Tensor]:
+    """σ(m) (log σ(m) - log(1-ε)) + σ(-m) (log σ(-m) - log ε), the KL of (σ(m), σ(-m)) from (1-ε, ε), ε the smoothing.
+
+    Slope σ(m) σ(-m) (m - log((1-ε)/ε)).
+    """
+    up, down = m.sigmoid(), (-m).sigmoid()
+    likely, unlikely = math.log1p(-smoothing), math.log(smoothing)
+    value = up * (logsigmoid(m) - likely) + down * (logsigmoid(-m) - unlikely)
+    return value, up * down * (m - (likely - unlikely))
+
+
+def discovered(m: Tensor, *, tau: float) -> tuple[Tensor, Tensor]:
+    """-σ(-m/τ) log σ(m) + σ(m/τ) e^-m, each product with e^-m formed in the exponent."""
+    up, down = logsigmoid(m / tau), logsigmoid(-m / tau)
+    steep, soft = (up - m).exp(), -logsigmoid(m)
+    turn = (up + down - m).exp() - (up + down).exp() * soft
+    return down.exp() * soft + steep, turn / tau - down.exp() * (-m).sigmoid() - steep
+
+
+def rising(m: Tensor) -> tuple[Tensor, Tensor]:
+    """σ(m); slope σ(m) σ(-m)."""
+    return m.sigmoid(), m.sigmoid() * (-m).sigmoid()
+
+
+def anchored(m: Tensor) -> tuple[Tensor, Tensor]:
+    """-2 log σ(m) - log σ(-m): up, but not far; slope σ(m) - 2 σ(-m)."""
+    return -2 * logsigmoid(m) - logsigmoid(-m), m.sigmoid() - 2 * (-m).sigmoid()
+
+
 def log_odds(score: Tensor) -> tuple[Tensor, Tensor]:
     """a - log(1 - e^a), a a log-probability below 0; slope 1/(1 - e^a).
 
@@ -61,3 +90,26 @@ def log_odds(score: Tensor) -> tuple[Tensor, Tensor]:
 def log1mexp(a: Tensor) -> Tensor:
     """log(1 - e^a) for a < 0: each of the two forms where it keeps its digits."""
     return torch.where(a > -math.log(2), torch.log(-torch.expm1(a)), torch.log1p(-a.exp()))
+
+
+def forward_kl(score: Tensor) -> tuple[Tensor, Tensor]:
+    """1 - e^-h; slope e^-h."""
+    return alpha_divergence(score, alpha=0.0)
+
+
+def jensen_shannon(score: Tensor) -> tuple[Tensor, Tensor]:
+    """log 2 + log σ(h); slope σ(-h)."""
+    return math.log(2) + logsigmoid(score), (-score).sigmoid()
+
+
+def alpha_divergence(score: Tensor, *, alpha: float = 0.5) -> tuple[Tensor, Tensor]:
+    """(e^((α-1)h) - 1) / (α-1), at α = 1 h; slope e^((α-1)h).
+
+    A finite exponent beyond 80 counts as 80, with slope 0: sums over hundreds of tokens would overflow.
+    """
+    if alpha == 1:
+        return score, torch.ones_like(score)
+    exponent = (alpha - 1) * score
+    beyond = (exponent > LARGEST_EXPONENT) & exponent.isfinite()
+    exponent = torch.where(beyond, LARGEST_EXPONENT, exponent)
+    return torch.expm1(exponent) / (alpha - 1), torch.where(beyond, 0, exponent.exp())

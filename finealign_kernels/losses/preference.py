@@ -16,7 +16,7 @@ from ..ops._check import check_tensor, fail
 from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like
 from ..ops.segments import segment_sum
 from .reduce import check_average, check_denominator, reduce, sequence_scores, sequence_weights
-from .table import PREFERENCE, Row, check_number, row_of
+from .table import PREFERENCE, Row, check_number, row_of, score_transform
 
 __all__ = ["PREFERENCE", "PreferenceLoss", "Row", "preference_loss", "score_loss"]
 
@@ -42,6 +42,8 @@ def score_loss(
     scale: float | None = None,
     target: Tensor | None = None,
     policy: Tensor | None = None,
+    divergence: str = "reverse_kl",
+    alpha: float = 0.5,
     **hyper,
 ) -> tuple[Tensor, Tensor]:
     """Loss of each item and its gradient with respect to score (S,), nats.
@@ -56,14 +58,19 @@ def score_loss(
     policy (S,), default score, is what a positive's NLL is read from where the score has a reference.
     """
     row, hyper = row_of(name, hyper)
-    h, stretch = row.transform(score) if row.transform else (score, 1)
+    transform = score_transform(name, row, divergence, alpha)
+    h, stretch = transform(score) if transform else (score, 1)
     scale = row.scale(beta) if scale is None else scale
     if row.label is not None:
         return _labelled_loss(row, score if policy is None else policy, beta, h, shift, scale, target, hyper)
     chosen, rejected = h.chunk(2)
     value, slope = row.phi(beta * (chosen - rejected) - shift, **hyper)
     slope = beta * scale * slope
-    return scale * value, torch.cat([slope, -slope]) * stretch
+    slopes = torch.cat([slope, -slope])
+    if row.chosen is not None:
+        more, steeper = row.chosen(beta * chosen - shift)
+        value, slopes[: len(slope)] = value + more, slope + beta * scale * steeper
+    return scale * value, slopes * stretch
 
 
 def _labelled_loss(row, policy, beta, score, shift, scale, target, hyper):
@@ -105,6 +112,9 @@ def preference_loss(
     nll: str | None = None,
     nll_weight: float | None = None,
     nll_denominator: float | Tensor | None = None,
+    divergence: str = "reverse_kl",
+    alpha: float = 0.5,
+    pair_weight: Tensor | None = None,
     pairs: str = "halves",
     reduction: str = "mean",
     denominator: float | Tensor | None = None,
@@ -129,6 +139,9 @@ def preference_loss(
                   "token", one mean over the batch's chosen tokens: Σ w (-logp) / Σ w (average "all": / mask tokens)
     nll_weight    how much of it; None: 1 for a row that has the term (CPO's α), 0 for the others
     nll_denominator  a number or tensor to divide the sum over tokens by instead (a global count)
+    divergence    from the reference, for losses of the difference of two log-ratios: h becomes g(h), after its average:
+                  "reverse_kl" h, "forward_kl" 1 - e^-h, "js" log 2 + log σ(h), "alpha" (e^((α-1)h) - 1) / (α-1)
+    pair_weight   (P,) float, multiplies the loss of each pair (WPO: wpo_weights); a constant
     pairs         "halves": all chosen, then all rejected; "interleaved": chosen, rejected, chosen, ...
     reduction     "mean" over pairs, "sum" or "none" (the NLL over tokens then comes as shares that add up to it);
                   denominator: a number or tensor to divide the sum over pairs by instead
@@ -154,6 +167,8 @@ def preference_loss(
         fail("nll", "be 'sequence' or 'token'", repr(nll))
     if nll_denominator is not None and (nll != "token" or not nll_weight):
         fail("nll_denominator", "be None but for an NLL over tokens", repr(nll_denominator))
+    if row.match and drop_empty:
+        fail("drop_empty", f"be False for {name!r}, which matches pairs across the batch", drop_empty)
 
     tokens = flatten(logp, mask, cu_seqlens, name="logp")
     if tokens.segments % 2:
@@ -170,8 +185,19 @@ def preference_loss(
         shift = torch.cat([shift, shift])
     counted = _not_empty(tokens, pairs) if drop_empty else None
 
-    options = dict(beta=beta, shift=shift, scale=scale, policy=policy, **hyper)
-    losses = FromScores.apply(score, *score_loss(name, score.detach(), **options))
+    met = score
+    if row.match == "rejected":
+        met = _match_rejected(score)
+    elif row.match == "reference":
+        reference = _halves(_reference_scores(tokens, ref_logp, weight), pairs)
+        shift = shift + beta * _rank_offset(score.detach(), reference)
+    options = dict(beta=beta, shift=shift, scale=scale, policy=policy, divergence=divergence, alpha=alpha, **hyper)
+    losses, slope = score_loss(name, met.detach(), **options)
+    if pair_weight is not None:
+        check_tensor("pair_weight", pair_weight, shape=losses.shape, like=losses)
+        pair_weight = pair_weight.detach().to(losses.dtype)
+        losses, slope = pair_weight * losses, torch.cat([pair_weight, pair_weight]) * slope
+    losses = FromScores.apply(met, losses, slope)
     loss = reduce(losses, reduction, denominator, counted)
     term = torch.zeros_like(loss)
     if nll_weight:
@@ -228,13 +254,43 @@ def response_scores(tokens: Tokens, ref_logp, weight: Tensor, *, whole: bool) ->
     """h of each sequence (S,): Σ_t weight_t (logp_t - ref_logp_t). whole: may ref_logp be sums of responses."""
     if ref_logp is None:
         return sequence_scores(tokens.x, weight, tokens)
-    if isinstance(ref_logp, Tensor) and tokens.shapes[0] != ref_logp.shape == (tokens.segments,):
+    if _summed(ref_logp, tokens):
         if not whole:
             wanted = "hold a log-prob per token where token_weight or an average is used"
             fail("ref_logp", wanted, f"sums per sequence, shape {tuple(ref_logp.shape)}")
         check_tensor("ref_logp", ref_logp, like=tokens.x)
         return sequence_scores(tokens.x, weight, tokens) - ref_logp.detach()
     return sequence_scores(tokens.x - flatten_like(ref_logp, tokens, "ref_logp").detach(), weight, tokens)
+
+
+def _summed(ref_logp, tokens: Tokens) -> bool:
+    """Is it one number per response."""
+    return isinstance(ref_logp, Tensor) and tokens.shapes[0] != ref_logp.shape == (tokens.segments,)
+
+
+def _reference_scores(tokens: Tokens, ref_logp, weight: Tensor) -> Tensor:
+    """(S,): Σ_t weight_t ref_logp_t."""
+    if _summed(ref_logp, tokens):
+        return ref_logp.detach()
+    return sequence_scores(flatten_like(ref_logp, tokens, "ref_logp").detach(), weight, tokens)
+
+
+def _rank(x: Tensor) -> Tensor:
+    """Place of each among the sorted; equal ones keep their order."""
+    return x.argsort(stable=True).argsort()
+
+
+def _match_rejected(score: Tensor) -> Tensor:
+    """Each chosen response beside the rejected one whose score has the same rank."""
+    chosen, rejected = score.chunk(2)
+    order = rejected.detach().argsort(stable=True)
+    return torch.cat([chosen, rejected[order[_rank(chosen.detach())]]])
+
+
+def _rank_offset(score: Tensor, reference: Tensor) -> Tensor:
+    """(P,): the reference's difference whose rank is that of the policy's, less the pair's own."""
+    own, ratio = (torch.sub(*x.chunk(2)) for x in (reference, score))
+    return own[own.argsort(stable=True)[_rank(ratio + own)]] - own
 
 
 def _chosen_nll(tokens: Tokens, token_weight, weight, average, nll: str, pairs: str, denominator) -> Tensor:

@@ -38,6 +38,8 @@ class Row(NamedTuple):
     nll: str | None = None  # the denominator of its NLL term over chosen responses: "sequence" or "token"
     label: str | None = None  # how a row without a margin of two reads its target s: see `score_loss`
     positive: Formula | str | None = None  # what a response with s = 1 gets in place of phi; "nll": its own -logp
+    chosen: Formula | None = None  # of the chosen response's u, added to phi
+    match: str | None = None  # re-matched by rank across the batch: pairs' "reference", or the "rejected"
 
 
 _square = partial(margin.squared, center=0.0)
@@ -158,6 +160,73 @@ PREFERENCE: dict[str, Row] = {
         label="class",
         derived="summed form",
     ),
+    "exo_pair": Row(
+        margin.exo,
+        "σ(m) (log σ(m) - log(1-ε)) + σ(-m) (log σ(-m) - log ε), ε = smoothing",
+        "arXiv:2402.00856 eq. 16",
+        hyper={"smoothing": Hyper(1e-3, lambda e: 0 < e < 0.5, "be in (0, 0.5)")},
+    ),
+    "nca_pair": Row(
+        margin.logistic,
+        "-log σ(u⁺) - ½ log σ(-u⁺) - ½ log σ(-u⁻)",
+        "arXiv:2402.05369",
+        label="class",
+        positive=margin.anchored,
+    ),
+    "bco_pair": Row(
+        margin.logistic,
+        "-log σ(u⁺) - log σ(-u⁻); shift = δ",
+        "arXiv:2404.04656, whose δ is a running mean",
+        label="class",
+        scale=lambda beta: 2.0,
+    ),
+    "sppo_hard": Row(
+        margin.squared,
+        "(h⁺ - 1/(2 beta))² + (h⁻ + 1/(2 beta))²",
+        "arXiv:2405.00675 eq. 4.7, P = 1 or 0",
+        label="class",
+        scale=lambda beta: 2 * beta**-2,
+    ),
+    "apo_zero": Row(
+        margin.bounded, "1 - σ(u⁺) + σ(u⁻)", "arXiv:2408.06266 eq. 7", label="class", scale=lambda beta: 2.0
+    ),
+    "apo_down": Row(margin.bounded, "σ(u⁺) + 1 - σ(m)", "arXiv:2408.06266 eq. 8", chosen=margin.rising),
+    "apo_zero_unpaired": Row(
+        margin.bounded,
+        "1 - σ(u) desirable, 1 - σ(-u) not",
+        "arXiv:2408.06266 eq. 7",
+        pair=False,
+        label="class",
+        derived="averaged form; one response at a time",
+    ),
+    "discopop": Row(
+        margin.discovered,
+        "-σ(-m/τ) log σ(m) + σ(m/τ) e^-m, τ = tau",
+        "arXiv:2406.08414 eq. 5",
+        hyper={"tau": Hyper(0.05, lambda tau: tau > 0, "be above 0")},
+    ),
+    "aot": Row(
+        margin.smoothed,
+        "-(1-ε) log σ(m) - ε log σ(-m), differences of policy and reference matched by rank",
+        "arXiv:2406.05882",
+        hyper={"smoothing": Hyper(0.0, lambda e: 0 <= e <= 0.5, "be in [0, 0.5]")},
+        match="reference",
+    ),
+    "aot_unpaired": Row(
+        margin.smoothed,
+        "-(1-ε) log σ(m) - ε log σ(-m), chosen and rejected matched by rank",
+        "arXiv:2406.05882",
+        hyper={"smoothing": Hyper(0.0, lambda e: 0 <= e <= 0.5, "be in [0, 0.5]")},
+        match="rejected",
+    ),
+    "offset": Row(margin.logistic, "-log σ(m), shift = δ ≥ 0 of each pair", "arXiv:2402.10571"),
+}
+
+DIVERGENCE: dict[str, Formula | None] = {
+    "reverse_kl": None,
+    "forward_kl": margin.forward_kl,
+    "js": margin.jensen_shannon,
+    "alpha": margin.alpha_divergence,
 }
 
 
@@ -173,6 +242,18 @@ def row_of(name: str, hyper: dict) -> tuple[Row, dict]:
         if not row.hyper[key].holds(value):
             fail(key, row.hyper[key].expected, repr(value))
     return row, {key: hyper.get(key, wanted.default) for key, wanted in row.hyper.items()}
+
+
+def score_transform(name: str, row: Row, divergence: str, alpha: float) -> Formula | None:
+    """What a row's score becomes before the margin: the row's own, or g(h) of an f-divergence from the reference."""
+    if divergence not in DIVERGENCE:
+        fail("divergence", f"be one of {tuple(DIVERGENCE)}", repr(divergence))
+    check_number("alpha", alpha)
+    if divergence == "reverse_kl":
+        return row.transform
+    if not row.reference or row.label or row.chosen or row.match:
+        fail("divergence", f"be 'reverse_kl' for {name!r}, no function of a difference of log-ratios", repr(divergence))
+    return partial(DIVERGENCE[divergence], **({"alpha": alpha} if divergence == "alpha" else {}))
 
 
 def check_number(name, value, positive=False) -> None:

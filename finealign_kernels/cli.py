@@ -18,7 +18,7 @@ def main(argv=None):
 
 
 def _demo_options(parser):
-    from .demo import AVERAGES, KEEPS, LOSSES, PIVOTS, Options
+    from .demo import AVERAGES, KEEPS, LOSSES, PIVOTS, TRAINERS, Options
 
     default = Options()
     add = parser.add_argument
@@ -37,6 +37,7 @@ def _demo_options(parser):
     add("--steps", type=int, default=default.steps, metavar="N", help="optimiser steps; default: %(default)s")
     add("--batch", type=int, default=default.batch, metavar="N", help="pairs a step; default: %(default)s")
     add("--pairs", type=int, default=default.pairs, metavar="N", help="pairs to learn from; default: %(default)s")
+    add("--trainer", choices=TRAINERS, help="train with TRL's DPOTrainer, as it is against patched: whole steps")
     training = parser.add_mutually_exclusive_group()
     training.add_argument("--full", dest="lora", action="store_false", help="train all parameters (the default)")
     training.add_argument("--lora", dest="lora", action="store_true", help="train LoRA adapters, the head is frozen")

@@ -20,6 +20,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from trl.kernels import ChunkedLogProbFunction as Stock  # noqa: E402
 from trl.trainer import utils  # noqa: E402
 
+from finealign_kernels.cli import main  # noqa: E402
+from finealign_kernels.integrations import trl as seam  # noqa: E402
 from finealign_kernels.integrations.trl import patch_kernels  # noqa: E402
 from finealign_kernels.ops.logprobs import linear_logprobs  # noqa: E402
 from finealign_kernels.testing.budgets import assert_within  # noqa: E402
@@ -412,3 +414,37 @@ def test_shifted_labels_break_the_bound(name, folder, monkeypatch):
         monkeypatch.setattr(patched, "apply", lambda h, w, b, labels, *rest: right(h, w, b, labels.roll(1), *rest))
         wrong = logs(name, "Qwen2", folder)
     assert max(differences(name, wrong, stock_logs(name, "Qwen2", folder))) > 100 * BOUND
+
+
+# ---- finealign demo --trainer trl ----------------------------------------------------------------------------------
+
+DEMO = ["demo", "--trainer", "trl", "--model", "tiny", "--steps", "2", "--batch", "2", "--pairs", "3", "--threads", "1"]
+
+
+def test_the_demo_trains_stock_against_patched(tmp_path, capsys):
+    path = tmp_path / "report.html"
+    assert main([*DEMO, "--report", str(path)]) == 0
+    output, page = capsys.readouterr().out, path.read_text(encoding="utf-8")
+    for text in ("patched", "stock", "peak extra memory", "gradient norm, relative difference"):
+        assert text in output and text in page
+    assert "DPO in TRL on tiny, 2 steps" in page
+
+
+def test_a_wrong_patch_ends_the_demo_with_status_1(tmp_path, capsys, monkeypatch):
+    right = seam.Patch.apply
+    wrong = lambda patch, h, w, b, labels, *rest: right(patch, h, w, b, labels.roll(1), *rest)  # noqa: E731
+    monkeypatch.setattr(seam.Patch, "apply", wrong)
+    assert main([*DEMO, "--report", str(tmp_path / "r.html")]) == 1
+    assert "step 1: the gradient norm of TRL patched differs from stock" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [("--loss", "ipo"), ("--average", "kept"), ("--pivots", "sign"), ("--lora",)])
+def test_what_trl_would_not_read_is_refused(more, capsys):
+    assert main([*DEMO, *more]) == 2
+    assert f"{more[0]} cannot be" in capsys.readouterr().err
+
+
+def test_the_demo_says_where_trl_comes_from(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    assert main(DEMO) == 2
+    assert "pip install 'finealign-kernels[trl]'" in capsys.readouterr().err

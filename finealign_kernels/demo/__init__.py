@@ -7,7 +7,18 @@ the command does.
 """
 
 from .heads import LIMIT, DifferenceError
-from .options import AVERAGES, KEEPS, LOSSES, PIVOTS, Options, UsageError
+from .options import AVERAGES, KEEPS, LOSSES, PIVOTS, TRAINERS, Options, UsageError
 from .training import run
 
-__all__ = ["AVERAGES", "KEEPS", "LIMIT", "LOSSES", "PIVOTS", "DifferenceError", "Options", "UsageError", "run"]
+__all__ = [
+    "AVERAGES",
+    "KEEPS",
+    "LIMIT",
+    "LOSSES",
+    "PIVOTS",
+    "TRAINERS",
+    "DifferenceError",
+    "Options",
+    "UsageError",
+    "run",
+]

@@ -25,21 +25,26 @@ class Model(NamedTuple):
     frozen: Callable  # a context in which the model is the one that training started from
 
 
-def load_model(options, examples):
-    """The model that --model names, ready for training: all parameters, or LoRA adapters with a frozen head."""
+def load_causal(options, examples):
+    """The causal language model that --model names, without dropout, and its tokenizer."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    transformers = _need("transformers")
+    transformers = need("transformers")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if options.model == "tiny":
         causal, tokenizer = _tiny(transformers, examples)
     else:
         causal, tokenizer = _from_directory(transformers, *_locate(options.model))
-    causal.eval()  # no dropout: the reference is the same network
+    return causal.eval(), tokenizer  # no dropout: the reference is the same network
+
+
+def load_model(options, examples):
+    """The model that --model names, ready for training: all parameters, or LoRA adapters with a frozen head."""
+    causal, tokenizer = load_causal(options, examples)
     _check_head(causal)
     frozen = nullcontext
     if options.lora:
-        peft = _need("peft")
+        peft = need("peft")
         adapters = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")  # which leaves the head out
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft's use of transformers, nothing a user can act on
@@ -55,11 +60,12 @@ def load_model(options, examples):
     )
 
 
-def _need(name):
+def need(name, extra="demo"):
+    """The module of that name, or a UsageError that says how to get it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UsageError(f"{name} does not import ({error}); pip install 'finealign-kernels[demo]'") from None
+        raise UsageError(f"{name} does not import ({error}); pip install 'finealign-kernels[{extra}]'") from None
 
 
 def _locate(name):
@@ -81,7 +87,7 @@ def _locate(name):
 
 def _from_directory(transformers, folder, gguf_file):
     if gguf_file:
-        _need("gguf")
+        need("gguf")
     kind = {"gguf_file": gguf_file} if gguf_file else {}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **kind)

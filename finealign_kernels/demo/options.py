@@ -8,6 +8,7 @@ from ..losses.preference import PREFERENCE
 LOSSES = (*PREFERENCE, "nll")
 PIVOTS = ("threshold", "sign", "salience")
 KEEPS = ("segments", "pivots")
+TRAINERS = ("trl",)
 AVERAGES = {"default": None, "sum": False, "kept": "kept", "all": "all"}
 
 
@@ -33,6 +34,7 @@ class Options(NamedTuple):
     steps: int = 8
     batch: int = 4  # pairs a step
     pairs: int = 8  # pairs trained on, over and over
+    trainer: str | None = None  # one of TRAINERS; None: the demo's own loop
     lora: bool = False
     lr: float | None = None
     max_prompt: int = 192  # tokens
@@ -57,6 +59,7 @@ def check(options):
         if value is not None and not 0 < value < float("inf"):
             raise UsageError(f"--{name.replace('_', '-')} must be a finite number above 0, got {value}")
     _check_masks(options)
+    _check_trainer(options)
     folder = Path(options.report).resolve().parent
     if not folder.is_dir():  # now, not after minutes of training
         raise UsageError(f"--report must lie in a directory that exists, got {options.report}")
@@ -77,6 +80,19 @@ def _check_masks(options):
     baseline_of(options)
     if scores_of(options) == "implicit" and options.steps < 2:
         raise UsageError(f"--steps must be at least 2 with implicit scores, 0 before the first, got {options.steps}")
+
+
+def _check_trainer(options):
+    """TRL's losses weigh tokens alike, so what weighs them has no meaning there."""
+    if options.trainer not in (None, *TRAINERS):
+        raise UsageError(f"--trainer must be one of {', '.join(TRAINERS)}, got {options.trainer}")
+    given = {"loss": "dpo", "average": "default", "pivots": None, "scores": None, "lora": False}
+    for name, only in given.items():
+        value = getattr(options, name)
+        if options.trainer and value != only:
+            raise UsageError(
+                f"--{name} cannot be {value} with --trainer {options.trainer}: it runs DPO, all parameters"
+            )
 
 
 def scores_of(options):

@@ -31,13 +31,16 @@ def _table(steps, costs):
 
 def summary(options, model, batch, steps, costs):
     """The loss head's table and the sentence that reads it, for the terminal."""
-    columns, rows = _table(steps, costs)
-    lines = [columns, *rows]
-    texts = [["-" if cell is None else str(report.number(cell)) for cell in line] for line in lines]
-    width = max(len(line[0]) for line in texts)
-    body = "\n".join(line[0].ljust(width) + "".join(f"{cell:>17}" for cell in line[1:]) for line in texts)
+    body = text_table(*_table(steps, costs))
     sentence = textwrap.fill(_sentence(options, steps, costs), 100)
     return f"\nloss head, forward and backward: {_rows_read(model, batch)}\n{body}\n\n{sentence}\n"
+
+
+def text_table(columns, rows):
+    """The table for the terminal; None is a dash."""
+    texts = [["-" if cell is None else str(report.number(cell)) for cell in line] for line in [columns, *rows]]
+    width = max(len(line[0]) for line in texts)
+    return "\n".join(line[0].ljust(width) + "".join(f"{cell:>17}" for cell in line[1:]) for line in texts)
 
 
 def _rows_read(model, batch):

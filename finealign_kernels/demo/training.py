@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..testing.measure import peak_extra_mib
+from . import trainer
 from .data import Batch, make_batch, read_examples, read_pairs
 from .heads import Head, differences, eager_head, fused_head, leaves, refuse_difference
 from .masks import masked, unmasked
@@ -58,6 +59,8 @@ def run(options):
     Raises  UsageError where an option, a file or a missing package stands in the way; DifferenceError.
     """
     check(options)
+    if options.trainer:
+        return trainer.run(options)
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)

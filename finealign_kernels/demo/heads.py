@@ -159,20 +159,21 @@ def _ratio(total, length):
 def differences(fused, eager):
     """Relative difference (norm of the difference over eager's norm) of the loss and of each gradient.
 
-    A loss that is a difference of log-probs (unlikelihood) may vanish: it is held against LEAST_LOSS at least.
+    A loss with a negative item (unlikelihood) passes through 0: it is held against LEAST_LOSS at least.
     """
-    pairs = {
-        "loss": (fused.loss, eager.loss),
-        "hidden gradient": (fused.dhidden, eager.dhidden),
-        "head gradient": (fused.dweight, eager.dweight),
+    items = getattr(fused.metrics, "losses", fused.loss)
+    found = {
+        "loss": _relative(fused.loss, eager.loss, LEAST_LOSS if (items < 0).any() else 0.0),
+        "hidden gradient": _relative(fused.dhidden, eager.dhidden),
     }
-    least = {"loss": LEAST_LOSS}
-    return {name: _relative(*both, least.get(name, TINY)) for name, both in pairs.items() if both[0] is not None}
+    if fused.dweight is not None:
+        found["head gradient"] = _relative(fused.dweight, eager.dweight)
+    return found
 
 
-def _relative(value, expected, least):
+def _relative(value, expected, least=0.0):
     error, scale = (value - expected).norm().item(), expected.norm().item()
-    return 0.0 if error == 0 else error / max(scale, least)
+    return 0.0 if error == 0 else error / max(scale, least, TINY)
 
 
 def refuse_difference(step, differences):

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from finealign_kernels.formulas import margin
 from finealign_kernels.losses.preference import PREFERENCE, FromScores, response_scores, score_loss
 from finealign_kernels.losses.reduce import sequence_weights
+from finealign_kernels.losses.table import is_fused
 from finealign_kernels.ops import _native
 from finealign_kernels.ops._layout import flatten, flatten_like
 from finealign_kernels.ops.sequence_loss import CODES, missing, sequence_loss
@@ -22,16 +23,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, F64]
 AVERAGES = (False, "kept", "all")
 HYPER = {margin.squared: {"center": 0.5}, margin.smoothed: {"smoothing": 0.1}, margin.robust: {"smoothing": 0.2}}
 PHIS = list(CODES)
-NUMBERS = {"phi", "equation", "source", "beta", "shift", "average", "reference", "scale", "derived", "hyper", "nll"}
-
-
-def is_fused(row):
-    """Is a row scale · phi(m) of a pair, with a phi that the kernels know, and nothing else (but an NLL term)?"""
-    others = (field for field in row._fields if field not in NUMBERS)
-    return row.phi in CODES and all(getattr(row, field) == row._field_defaults[field] for field in others)
-
-
-ROWS = [name for name, row in PREFERENCE.items() if is_fused(row)]
+ROWS = [name for name, row in PREFERENCE.items() if is_fused(row, torch.device("cpu"))]
 
 
 def composed(

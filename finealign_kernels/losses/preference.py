@@ -15,8 +15,9 @@ from torch import Tensor
 from ..ops._check import check_tensor, fail
 from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like
 from ..ops.segments import segment_sum
+from ..ops.sequence_loss import sequence_loss
 from .reduce import check_average, check_denominator, reduce, sequence_scores, sequence_weights
-from .table import PREFERENCE, Row, check_number, row_of, score_transform
+from .table import PREFERENCE, Row, check_number, is_fused, row_of, score_transform
 
 __all__ = ["PREFERENCE", "PreferenceLoss", "Row", "preference_loss", "score_loss"]
 
@@ -173,35 +174,31 @@ def preference_loss(
     tokens = flatten(logp, mask, cu_seqlens, name="logp")
     if tokens.segments % 2:
         fail("logp", "hold an even number of sequences, chosen and rejected", tokens.segments)
-    if token_weight is not None:
-        token_weight = flatten_like(token_weight, tokens, "token_weight").detach()
     shift = flat_shift(shift, tokens.segments // 2, tokens)
-    weight = sequence_weights(token_weight, tokens, average, segment_ids)
-    score = _halves(response_scores(tokens, ref_logp, weight, whole=token_weight is None and average is False), pairs)
-    policy = None
-    if row.positive == "nll":
-        policy = _halves(sequence_scores(tokens.x.detach(), weight, tokens), pairs)
-    if row.label is not None and isinstance(shift, Tensor) and shift.dim():
-        shift = torch.cat([shift, shift])
-    counted = _not_empty(tokens, pairs) if drop_empty else None
-
-    met = score
-    if row.match == "rejected":
-        met = _match_rejected(score)
-    elif row.match == "reference":
-        reference = _halves(_reference_scores(tokens, ref_logp, weight), pairs)
-        shift = shift + beta * _rank_offset(score.detach(), reference)
-    options = dict(beta=beta, shift=shift, scale=scale, policy=policy, divergence=divergence, alpha=alpha, **hyper)
-    losses, slope = score_loss(name, met.detach(), **options)
+    fused = divergence == "reverse_kl" and average != "segments" and is_fused(row, tokens.x.device)
+    flat_weight = weight = None
+    if not fused or nll_weight:
+        if token_weight is not None:
+            flat_weight = flatten_like(token_weight, tokens, "token_weight").detach()
+        weight = sequence_weights(flat_weight, tokens, average, segment_ids)
+    if fused:
+        options = dict(beta=beta, shift=shift, scale=row.scale(beta) if scale is None else scale, **hyper)
+        options |= dict(token_weight=token_weight, average=average, pairs=pairs)
+        out = sequence_loss(tokens, ref_logp, phi=row.phi, **options)
+        losses, score = out.losses, _halves(out.score, pairs)
+    else:
+        whole = token_weight is None and average is False
+        score = _halves(response_scores(tokens, ref_logp, weight, whole=whole), pairs)
+        options = dict(beta=beta, shift=shift, scale=scale, divergence=divergence, alpha=alpha, **hyper)
+        losses = _losses_of_scores(name, row, score, tokens, ref_logp, weight, pairs, options)
     if pair_weight is not None:
         check_tensor("pair_weight", pair_weight, shape=losses.shape, like=losses)
-        pair_weight = pair_weight.detach().to(losses.dtype)
-        losses, slope = pair_weight * losses, torch.cat([pair_weight, pair_weight]) * slope
-    losses = FromScores.apply(met, losses, slope)
+        losses = pair_weight.detach().to(losses.dtype) * losses
+    counted = _not_empty(tokens, pairs) if drop_empty else None
     loss = reduce(losses, reduction, denominator, counted)
     term = torch.zeros_like(loss)
     if nll_weight:
-        each = _chosen_nll(tokens, token_weight, weight, average, nll, pairs, nll_denominator)
+        each = _chosen_nll(tokens, flat_weight, weight, average, nll, pairs, nll_denominator)
         if nll == "sequence":
             term = reduce(each, reduction, denominator, counted)
         else:
@@ -217,6 +214,22 @@ def preference_loss(
         accuracies=(chosen > rejected).to(score.dtype),
         nll=term.detach(),
     )
+
+
+def _losses_of_scores(name, row: Row, score, tokens: Tokens, ref_logp, weight, pairs: str, options) -> Tensor:
+    """(P,) from scores, for any row: what is re-matched across the batch, what single responses have of their own."""
+    shift, beta, policy, met = options["shift"], options["beta"], None, score
+    if row.positive == "nll":
+        policy = _halves(sequence_scores(tokens.x.detach(), weight, tokens), pairs)
+    if row.label is not None and isinstance(shift, Tensor) and shift.dim():
+        shift = torch.cat([shift, shift])
+    if row.match == "rejected":
+        met = _match_rejected(score)
+    elif row.match == "reference":
+        reference = _halves(_reference_scores(tokens, ref_logp, weight), pairs)
+        shift = shift + beta * _rank_offset(score.detach(), reference)
+    losses, slope = score_loss(name, met.detach(), policy=policy, **{**options, "shift": shift})
+    return FromScores.apply(met, losses, slope)
 
 
 def check_options(row: Row, beta, shift, scale, average, segment_ids):

@@ -4,10 +4,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..formulas import margin
 from ..ops._check import fail
+from ..ops.sequence_loss import missing
 
 Formula = Callable[..., tuple[Tensor, Tensor]]
 
@@ -228,6 +230,16 @@ DIVERGENCE: dict[str, Formula | None] = {
     "js": margin.jensen_shannon,
     "alpha": margin.alpha_divergence,
 }
+
+
+# what a row may have beside scale · phi(margin of a pair) and still be run by the fused op
+_BESIDE = {"phi", "equation", "source", "beta", "shift", "average", "reference", "scale", "derived", "hyper", "nll"}
+
+
+def is_fused(row: Row, device: torch.device) -> bool:
+    """Does ops.sequence_loss run the row there: scale · phi(m) of a pair, phi known to its kernels, but for an NLL."""
+    plain = all(getattr(row, name) == row._field_defaults[name] for name in row._fields if name not in _BESIDE)
+    return plain and missing(row.phi, device) is None
 
 
 def row_of(name: str, hyper: dict) -> tuple[Row, dict]:

@@ -48,3 +48,11 @@ def poisoned(monkeypatch):
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
     for name in ("new_empty", "new_empty_strided"):
         monkeypatch.setattr(torch.Tensor, name, poison(getattr(torch.Tensor, name)))
+
+
+@pytest.fixture(params=("fused", "composed"))
+def route(request, monkeypatch):
+    """Preference losses by the fused op where it can run, and as the composition of small ops that it is held to."""
+    if request.param == "composed":
+        monkeypatch.setattr("finealign_kernels.losses.preference.is_fused", lambda row, device: False)
+    return request.param

@@ -11,6 +11,7 @@ from finealign_kernels.losses.preference import PREFERENCE, Row, score_loss
 from finealign_kernels.losses.table import Hyper
 
 F64 = torch.float64
+pytestmark = pytest.mark.usefixtures("route")
 
 
 def row(*values):

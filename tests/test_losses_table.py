@@ -12,6 +12,7 @@ from finealign_kernels.formulas import margin
 from finealign_kernels.losses.preference import PREFERENCE, preference_loss
 
 F64 = torch.float64
+pytestmark = pytest.mark.usefixtures("route")
 
 
 def batch(pairs=3, width=7, seed=1):

@@ -31,7 +31,7 @@ def losses_table() -> str:
         )
         lines.append(f"| {' | '.join(cells)} |")
     words = (
-        "Here Δ = h_chosen - h_rejected, h = Σ_t w_t (logp_t - ref_logp_t), m = beta Δ - shift and u = beta h - shift.\n"
+        "Here Δ = h_chosen - h_rejected, h = Σ_t w_t (logp_t - ref_logp_t), m = beta Δ - shift, u = beta h - shift.\n"
     )
     return words + "Every row takes every average.\n\n" + "\n".join(lines) + "\n"
 

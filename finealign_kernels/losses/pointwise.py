@@ -5,12 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops._check import FLOATS, check_tensor, fail
+from ..ops._check import FLOATS, check_number, check_tensor, fail
 from ..ops._layout import TokenTensor, flatten, flatten_like
-from ..ops.segments import segment_sum
 from .preference import FromScores, check_options, check_reference, flat_shift, response_scores, score_loss
-from .reduce import REDUCTIONS, reduce, sequence_scores, sequence_weights
-from .table import PREFERENCE, check_number, row_of
+from .reduce import REDUCTIONS, has_tokens, reduce, sequence_scores, sequence_weights
+from .table import PREFERENCE, row_of
 
 
 class PointwiseLoss(NamedTuple):
@@ -79,9 +78,7 @@ def pointwise_loss(
     positive = target == 1
     share = torch.where(positive, positive_weight, other_weight).to(score.dtype)
     losses = FromScores.apply(score, share * losses, share * slope)
-    counted = None
-    if drop_empty:
-        counted = segment_sum(torch.ones_like(tokens.x), tokens.cu_seqlens, mask=tokens.mask) > 0
+    counted = has_tokens(tokens) if drop_empty else None
     if reduction == "class_mean":
         loss = _class_mean(losses, positive, counted, denominator)
     else:

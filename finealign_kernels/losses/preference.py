@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops._check import check_tensor, fail
+from ..ops._check import check_number, check_tensor, fail
 from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like
 from ..ops.segments import segment_sum
 from ..ops.sequence_loss import sequence_loss
-from .reduce import check_average, check_denominator, reduce, sequence_scores, sequence_weights
-from .table import PREFERENCE, Row, check_number, is_fused, row_of, score_transform
+from .reduce import check_average, check_denominator, has_tokens, reduce, sequence_scores, sequence_weights
+from .table import PREFERENCE, Row, is_fused, row_of, score_transform
 
 __all__ = ["PREFERENCE", "PreferenceLoss", "Row", "preference_loss", "score_loss"]
 
@@ -327,9 +327,8 @@ def _halves(score: Tensor, pairs: str) -> Tensor:
 
 def _not_empty(tokens: Tokens, pairs: str) -> Tensor:
     """Pairs (P,) of which a response has a token."""
-    count = segment_sum(torch.ones_like(tokens.x), tokens.cu_seqlens, mask=tokens.mask)
-    chosen, rejected = _halves(count, pairs).chunk(2)
-    return (chosen > 0) | (rejected > 0)
+    chosen, rejected = _halves(has_tokens(tokens), pairs).chunk(2)
+    return chosen | rejected
 
 
 class FromScores(torch.autograd.Function):

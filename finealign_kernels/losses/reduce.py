@@ -66,6 +66,11 @@ def sequence_scores(x: Tensor, weight: Tensor, tokens: Tokens) -> Tensor:
     return segment_sum(weight * torch.where(weight != 0, x, 0), tokens.cu_seqlens)
 
 
+def has_tokens(tokens: Tokens) -> Tensor:
+    """(S,) bool: does the mask leave a sequence a token."""
+    return segment_sum(torch.ones_like(tokens.x), tokens.cu_seqlens, mask=tokens.mask) > 0
+
+
 def reduce(items: Tensor, reduction: str, denominator, counted: Tensor | None = None) -> Tensor:
     """Batch loss of items (S,): "mean", "sum" or "none"; a denominator divides the sum in place of the number of items.
 

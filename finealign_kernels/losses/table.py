@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..formulas import margin
-from ..ops._check import fail
+from ..ops._check import check_number, fail
 from ..ops.sequence_loss import missing
 
 Formula = Callable[..., tuple[Tensor, Tensor]]
@@ -266,9 +266,3 @@ def score_transform(name: str, row: Row, divergence: str, alpha: float) -> Formu
     if not row.reference or row.label or row.chosen or row.match:
         fail("divergence", f"be 'reverse_kl' for {name!r}, no function of a difference of log-ratios", repr(divergence))
     return partial(DIVERGENCE[divergence], **({"alpha": alpha} if divergence == "alpha" else {}))
-
-
-def check_number(name, value, positive=False) -> None:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
-    if not good or (positive and value <= 0):
-        fail(name, "be a finite number" + (" > 0" if positive else ""), repr(value))

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..ops._check import fail
+from ..ops._check import check_number, fail
 from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like, unflatten
 from ..ops.segments import segment_mean, segment_sum
-from .table import check_number
 
 
 def ld_weights(

@@ -28,6 +28,12 @@ def check_tensor(name: str, x: object, *, dtypes=FLOATS, shape=None, like: Tenso
         fail(name, f"be on {like.device}", x.device)
 
 
+def check_number(name: str, value: object, positive: bool = False) -> None:
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+    if not good or (positive and value <= 0):
+        fail(name, "be a finite number" + (" > 0" if positive else ""), _describe(value))
+
+
 def check_head(name: str, x: object) -> None:
     """The LM head as a plain, whole tensor."""
     if isinstance(x, torch.nn.Module):
@@ -44,17 +50,10 @@ def check_head(name: str, x: object) -> None:
 
 
 def check_head_options(temperature, softcap, logit_scale, outputs) -> None:
-    for name, value in (("temperature", temperature), ("softcap", softcap)):
-        if value is None and name == "softcap":
-            continue
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
-            fail(name, "be a finite number > 0", _describe(value))
-    if (
-        not isinstance(logit_scale, (int, float))
-        or isinstance(logit_scale, bool)
-        or not abs(logit_scale) < float("inf")
-    ):
-        fail("logit_scale", "be a finite number", _describe(logit_scale))
+    check_number("temperature", temperature, positive=True)
+    if softcap is not None:
+        check_number("softcap", softcap, positive=True)
+    check_number("logit_scale", logit_scale)
     unknown = [name for name in outputs if name not in OUTPUTS] if not isinstance(outputs, str) else [outputs]
     if unknown:
         fail("outputs", f"be a tuple of names out of {OUTPUTS}", repr(unknown[0]))

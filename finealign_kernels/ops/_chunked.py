@@ -168,7 +168,7 @@ def bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, on_de
                 z = z_buffer[: shape[0] * shape[1]].view(shape)
                 product(x[start, stop], wc.t(), z)
                 rows_of.tile_bwd(dz, None if dz_buffer is z_buffer else z, None, None, b, *block, c0, head)
-            grads.add(dz, x[start, stop], wc, start, stop)
+            grads.add(dz, x, wc, start, stop)
         grads.close()
     return grads.result(rows.index)
 
@@ -193,11 +193,11 @@ class Gradients:
             if empty:
                 self.slice.zero_()
 
-    def add(self, dz: Tensor, x: Tensor, w: Tensor, start: int, stop: int) -> None:
+    def add(self, dz: Tensor, x: Operand, w: Tensor, start: int, stop: int) -> None:
         if self.dx is not None:
             product(dz, w, self.dx[start:stop], accumulate=True)
         if self.dw is not None:
-            product(dz.t(), x, self.slice, accumulate=start > 0)
+            product(dz.t(), x[start, stop], self.slice, accumulate=start > 0)
         if self.db is not None:
             self.db[self.span] += dz.sum(0, dtype=self.db.dtype)
 

@@ -1,0 +1,129 @@
+"""verl's and OpenRLHF's own loss code, without what their packages pull in: ray, deepspeed, omegaconf, tensordict.
+
+    pip install --no-deps --target DIR verl==0.9.1 openrlhf==0.11.2
+    FINEALIGN_ORACLES=DIR pytest
+
+Each function returns the module, or raises ImportError with the reason; `oracle` skips a test with that reason.
+"""
+
+import ast
+import importlib
+import importlib.util
+import os
+import sys
+import textwrap
+import types
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@cache
+def verl_core():
+    """verl.trainer.ppo.core_algos: compute_gae_advantage_return, agg_loss, compute_value_loss, kl_penalty, ..."""
+    root = _package("verl")
+    with _stand_ins("verl"):
+        _module("omegaconf", DictConfig=type("DictConfig", (dict,), {}))
+        _module("tensordict", TensorDict=type("TensorDict", (dict,), {}))
+        for name in ("verl", "verl.utils", "verl.trainer", "verl.workers"):
+            _module(name).__path__ = [str(root.joinpath(*name.split(".")[1:]))]
+        _module("verl.trainer.config", AlgoConfig=type("AlgoConfig", (), {}))
+        _module("verl.workers.config", ActorConfig=type("ActorConfig", (), {}))
+        groups = importlib.import_module("verl.utils.groupwise")
+        sys.modules["verl.utils"].__dict__.update(
+            as_torch_index=groups.as_torch_index, group_mean_std=groups.group_mean_std
+        )
+        return importlib.import_module("verl.trainer.ppo.core_algos")
+
+
+@cache
+def openrlhf_loss():
+    """openrlhf.models.loss: PolicyLoss, ValueLoss, aggregate_loss; its utils are `openrlhf_utils()`."""
+    return _openrlhf("loss")
+
+
+@cache
+def openrlhf_utils():
+    """openrlhf.models.utils: compute_approx_kl, masked_normalize, masked_mean, ..."""
+    return _openrlhf("utils")
+
+
+@cache
+def openrlhf_gae():
+    """get_advantages_and_returns(values, rewards, action_mask, gamma, lambd) of OpenRLHF's experience maker."""
+    path = _package("openrlhf").joinpath("trainer", "ppo_utils", "experience_maker.py")
+    return _method(path, "get_advantages_and_returns")
+
+
+@cache
+def openrlhf_returns():
+    """get_cumulative_returns(rewards, action_mask, gamma) of OpenRLHF's experience maker."""
+    path = _package("openrlhf").joinpath("trainer", "ppo_utils", "experience_maker.py")
+    return _method(path, "get_cumulative_returns")
+
+
+def oracle(load):
+    """What `load` returns; skips the test with its reason where it cannot."""
+    try:
+        return load()
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+def _openrlhf(name: str):
+    root = _package("openrlhf")
+    with _stand_ins("openrlhf"):
+        _module("deepspeed")
+        for package in ("openrlhf", "openrlhf.models"):
+            _module(package).__path__ = [str(root.joinpath(*package.split(".")[1:]))]
+        return importlib.import_module(f"openrlhf.models.{name}")
+
+
+def _package(name: str) -> Path:
+    """The folder of a package, in FINEALIGN_ORACLES or where packages are installed; nothing of it is run."""
+    folder = Path(os.environ.get("FINEALIGN_ORACLES", ""), name)
+    if "FINEALIGN_ORACLES" in os.environ and folder.is_dir():
+        return folder
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(f"{name} is not installed, nor does FINEALIGN_ORACLES name a folder that holds it")
+    return Path(spec.submodule_search_locations[0])
+
+
+@contextmanager
+def _stand_ins(package: str):
+    """What is imported inside leaves no trace in sys.modules: neither stand-ins nor modules of the package."""
+    before = dict(sys.modules)
+    try:
+        yield
+    except (ImportError, AttributeError) as error:
+        raise ImportError(f"{package} needs more than its loss code: {error}") from error
+    finally:
+        for name in set(sys.modules) - set(before):
+            if name.split(".")[0] in (package, "omegaconf", "tensordict", "deepspeed"):
+                del sys.modules[name]
+        sys.modules.update({n: m for n, m in before.items() if n.split(".")[0] == package})
+
+
+def _module(name: str, **attributes) -> types.ModuleType:
+    if name in sys.modules and not name.startswith(("verl", "openrlhf")):
+        return sys.modules[name]
+    module = sys.modules[name] = types.ModuleType(name)
+    module.__spec__ = importlib.util.spec_from_loader(name, loader=None)
+    module.__dict__.update(attributes)
+    return module
+
+
+def _method(path: Path, name: str):
+    """A method that reads nothing of its object, as a function of its other arguments."""
+    source = path.read_text()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            space = {"torch": torch}
+            code = textwrap.dedent("\n".join(source.splitlines()[node.lineno - 1 : node.end_lineno]))
+            exec("from __future__ import annotations\n" + code, space)
+            return partial(space[name], None)
+    raise ImportError(f"openrlhf has no {name}: another version?")

@@ -16,6 +16,7 @@ from .losses.weights import ld_weights, wpo_weights
 from .ops._check import check_errors
 from .ops.logprobs import LogProbs, linear_logprobs, token_logprobs
 from .ops.segments import segment_broadcast, segment_mean, segment_put_last, segment_sum
+from .rl.rewards import SegmentEnds, SegmentRewards, segment_ends, token_rewards
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,8 @@ __all__ = [
     "NLLLoss",
     "PointwiseLoss",
     "PreferenceLoss",
+    "SegmentEnds",
+    "SegmentRewards",
     "adaptive_mask",
     "best_of_n",
     "cdpo",
@@ -46,12 +49,14 @@ __all__ = [
     "prefix_scores",
     "robust",
     "segment_broadcast",
+    "segment_ends",
     "segment_mean",
     "segment_put_last",
     "segment_sum",
     "simpo",
     "slic",
     "token_logprobs",
+    "token_rewards",
     "ulma",
     "unlikelihood",
     "wpo_weights",

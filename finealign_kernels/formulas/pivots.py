@@ -7,7 +7,7 @@ leaves tokens out, by selection: one left out may hold NaN and is nobody's neigh
 import torch
 from torch import Tensor
 
-from .segments import segment_ids
+from .segments import segment_ids, summed_in
 
 
 def firsts(mask: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def quantile(q: Tensor, mask: Tensor, p: float) -> Tensor:
     if not len(q):
         return q.new_zeros(())
     ordered = torch.where(mask, q, torch.inf).sort().values
-    at = (mask.sum() - 1).clamp(min=0).to(_wide(q)) * p
+    at = (mask.sum() - 1).clamp(min=0).to(summed_in(q)) * p
     low, high = ordered.take(at.floor().long()), ordered.take(at.ceil().long())
     between = torch.where(low == high, low, torch.lerp(low, high, (at - at.floor()).to(q.dtype)))
     return torch.where(mask.any(), between, 0)
@@ -117,8 +117,4 @@ def _before(flags: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def _kept(q: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask, q, 0).to(_wide(q))
-
-
-def _wide(q: Tensor) -> torch.dtype:
-    return torch.float32 if q.device.type == "mps" else torch.float64  # Metal has no float64
+    return torch.where(mask, q, 0).to(summed_in(q))

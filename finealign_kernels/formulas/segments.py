@@ -25,13 +25,13 @@ def segment_sum(x: Tensor, cu_seqlens: Tensor, mask: Tensor | None = None) -> Te
 
 def segment_mean(x: Tensor, cu_seqlens: Tensor, mask: Tensor | None = None) -> Tensor:
     """(N,) -> (S,)."""
-    count = cu_seqlens.diff() if mask is None else _sums(mask.to(_summed_in(x)), cu_seqlens, None)
+    count = cu_seqlens.diff() if mask is None else _sums(mask.to(summed_in(x)), cu_seqlens, None)
     return (_sums(x, cu_seqlens, mask) / count.clamp(min=1)).to(_result(x))
 
 
 def segment_broadcast(v: Tensor, cu_seqlens: Tensor, total: int, mask: Tensor | None = None) -> Tensor:
     """(S,) -> (N,), N = total; 0 at tokens left out."""
-    each = v.to(_summed_in(v))[segment_ids(cu_seqlens, total)].to(v.dtype)  # wide, for the sum that is its gradient
+    each = v.to(summed_in(v))[segment_ids(cu_seqlens, total)].to(v.dtype)  # wide, for the sum that is its gradient
     return each if mask is None else torch.where(mask, each, 0)
 
 
@@ -44,11 +44,12 @@ def segment_put_last(v: Tensor, cu_seqlens: Tensor, total: int, mask: Tensor | N
 
 
 def _sums(x: Tensor, cu_seqlens: Tensor, mask: Tensor | None) -> Tensor:
-    kept = (x if mask is None else torch.where(mask, x, 0)).to(_summed_in(x))
+    kept = (x if mask is None else torch.where(mask, x, 0)).to(summed_in(x))
     return kept.new_zeros(cu_seqlens.shape[0] - 1).index_add(0, segment_ids(cu_seqlens, x.shape[0]), kept)
 
 
-def _summed_in(x: Tensor) -> torch.dtype:
+def summed_in(x: Tensor) -> torch.dtype:
+    """The dtype of sums over tokens of x."""
     return torch.float32 if x.device.type == "mps" else torch.float64  # Metal has no float64
 
 

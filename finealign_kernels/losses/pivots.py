@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..formulas import pivots as formula
 from ..formulas.segments import segment_ids
-from ..ops._check import FLOATS, check_tensor, fail
+from ..ops._check import FLOATS, check_number, check_tensor, fail
 from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like, unflatten
 from ..ops.segments import segment_mean, segment_sum
 
@@ -47,7 +47,7 @@ def implicit_scores(
 
     logp, ref_logp  as in preference_loss; nats. Returns float32 (float64 for float64), detached. Raises ValueError.
     """
-    _check_number("beta", beta, above=0)
+    check_number("beta", beta, above=0)
     tokens = flatten(logp, mask, cu_seqlens, name="logp")
     ref = flatten_like(ref_logp, tokens, "ref_logp")
     wide = torch.promote_types(tokens.x.dtype, torch.float32)
@@ -110,9 +110,9 @@ def pivot_flags(
     _check_only_with("threshold", threshold, "kind", "threshold", kind)
     _check_only_with("percent", percent, "kind", "salience", kind)
     if threshold is not None:
-        _check_number("threshold", threshold, least=0)
+        check_number("threshold", threshold, least=0)
     if percent is not None:
-        _check_number("percent", percent, above=0, most=100)
+        check_number("percent", percent, above=0, most=100)
     if unit not in ("score", "std"):
         fail("unit", "be 'score' or 'std'", repr(unit))
     tokens = flatten(token_score, mask, cu_seqlens, name="token_score")
@@ -181,7 +181,7 @@ def adaptive_mask(
     if segment_score not in SEGMENT_SCORES:
         fail("segment_score", f"be one of {SEGMENT_SCORES}", repr(segment_score))
     if soft is not None:
-        _check_number("soft", soft, above=0)
+        check_number("soft", soft, above=0)
     tokens = flatten(token_score, mask, cu_seqlens, name="token_score")
     q, read = _scores(tokens)
     level, signs = _baseline(q, read, tokens, baseline, quantile), _side(side, tokens)
@@ -255,7 +255,7 @@ def _baseline(q: Tensor, read: Tensor, tokens: Tokens, baseline, quantile) -> Te
         fail("baseline", f"be a number, a tensor or one of {BASELINES}", repr(baseline))
     _check_only_with("quantile", quantile, "baseline", "quantile", baseline if isinstance(baseline, str) else None)
     if quantile is not None:
-        _check_number("quantile", quantile, least=0, most=1)
+        check_number("quantile", quantile, least=0, most=1)
     if not isinstance(baseline, str):
         return _per_token("baseline", baseline, tokens)
     if baseline == "row":
@@ -267,7 +267,7 @@ def _baseline(q: Tensor, read: Tensor, tokens: Tokens, baseline, quantile) -> Te
 def _per_token(name: str, value: float | Tensor, tokens: Tokens, dtype: torch.dtype = torch.float32) -> Tensor:
     """(N,) of a number, a tensor with one element, or one number a sequence."""
     if not isinstance(value, Tensor):
-        _check_number(name, value)
+        check_number(name, value)
         return torch.full_like(tokens.x, value, dtype=dtype)
     check_tensor(name, value, dtypes=FLOATS, like=tokens.x)
     if value.shape != (tokens.segments,) and value.numel() != 1:
@@ -310,11 +310,3 @@ def _check_only_with(name, value, argument, when, found) -> None:
         fail(name, f"be given with {argument}={when!r}", None)
     if value is not None and found != when:
         fail(name, f"be None without {argument}={when!r}, which alone reads it", repr(value))
-
-
-def _check_number(name, value, *, above=None, least=None, most=None) -> None:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
-    good = good and (above is None or value > above) and (least is None or value >= least)
-    if not good or (most is not None and value > most):
-        bounds = [f"{word} {bound}" for word, bound in ((">", above), (">=", least), ("<=", most)) if bound is not None]
-        fail(name, " ".join(["be a finite number", *(bounds[:1]), *(f"and {b}" for b in bounds[1:])]), repr(value))

@@ -28,10 +28,20 @@ def check_tensor(name: str, x: object, *, dtypes=FLOATS, shape=None, like: Tenso
         fail(name, f"be on {like.device}", x.device)
 
 
-def check_number(name: str, value: object, positive: bool = False) -> None:
+def check_number(name: str, value: object, positive: bool = False, *, above=None, least=None, most=None) -> None:
+    """A finite number in a range: value > above (0 with positive), value >= least, value <= most."""
+    above = 0 if positive else above
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
-    if not good or (positive and value <= 0):
-        fail(name, "be a finite number" + (" > 0" if positive else ""), _describe(value))
+    good = good and (above is None or value > above) and (least is None or value >= least)
+    if not good or (most is not None and value > most):
+        bounds = [f"{word} {bound}" for word, bound in ((">", above), (">=", least), ("<=", most)) if bound is not None]
+        fail(name, " ".join(["be a finite number", " and ".join(bounds)]).strip(), _describe(value))
+
+
+def reads_values(x: Tensor) -> bool:
+    """Are the values of x looked at: on a CPU at once, elsewhere with FINEALIGN_DEBUG=1 alone (it is a host sync)."""
+    on_host = x.device.type == "cpu" or os.environ.get("FINEALIGN_DEBUG") == "1"
+    return on_host and not torch.compiler.is_compiling()
 
 
 def check_head(name: str, x: object) -> None:

@@ -1,12 +1,11 @@
 """Layouts of a batch of tokens: padded, flat, or a pair of padded ones. Kernels see flat tokens only."""
 
-import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._check import FLOATS, check_tensor, fail
+from ._check import FLOATS, check_tensor, fail, reads_values
 
 TokenTensor = Tensor | tuple[Tensor, Tensor]
 
@@ -78,22 +77,24 @@ def padded_cu_seqlens(shapes: tuple[torch.Size, ...], device: torch.device) -> T
     return torch.cat(ends)
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, total: int | None, like: Tensor) -> None:
+def check_cu_seqlens(
+    cu_seqlens: Tensor, total: int | None, like: Tensor, *, name: str = "cu_seqlens", of: str = "tokens"
+) -> None:
     """Shape and dtype always; the values at once on a CPU, on a GPU only with FINEALIGN_DEBUG=1 (it is a host sync)."""
-    check_tensor("cu_seqlens", cu_seqlens, dtypes=(torch.int32, torch.int64), like=like)
+    check_tensor(name, cu_seqlens, dtypes=(torch.int32, torch.int64), like=like)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        fail("cu_seqlens", "have shape (S + 1,)", tuple(cu_seqlens.shape))
-    if torch.compiler.is_compiling() or (cu_seqlens.device.type != "cpu" and os.environ.get("FINEALIGN_DEBUG") != "1"):
+        fail(name, "have shape (S + 1,)", tuple(cu_seqlens.shape))
+    if not reads_values(cu_seqlens):
         return
     ends = cu_seqlens.cpu().numpy()  # a tenth of what as many torch calls take
     if ends[0] != 0:
-        fail("cu_seqlens", "start at 0", f"cu_seqlens[0] = {ends[0]}")
+        fail(name, "start at 0", f"{name}[0] = {ends[0]}")
     falls = ends[1:] < ends[:-1]
     if falls.any():
         s = int(falls.argmax()) + 1
-        fail("cu_seqlens", "not decrease", f"cu_seqlens[{s}] = {ends[s]} after {ends[s - 1]}")
+        fail(name, "not decrease", f"{name}[{s}] = {ends[s]} after {ends[s - 1]}")
     if total is not None and ends[-1] != total:
-        fail("cu_seqlens", f"end at the number of tokens {total}", f"cu_seqlens[{len(ends) - 1}] = {ends[-1]}")
+        fail(name, f"end at the number of {of} {total}", f"{name}[{len(ends) - 1}] = {ends[-1]}")
 
 
 def _parts(name: str, x: TokenTensor) -> tuple[Tensor, ...]:

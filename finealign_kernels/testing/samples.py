@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..formulas.rewards import SegmentRewards
+
 
 class Linear(NamedTuple):
     """A head's inputs and random upstream gradients of logp, lse and entropy."""
@@ -57,3 +59,36 @@ def eager(
 
 def gradients(loss: Tensor, *inputs: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(loss, inputs))
+
+
+def segment_rewards(
+    lengths: list[int], *, models=3, dtype=torch.float32, index=torch.int64, device="cpu", seed=0
+) -> list[SegmentRewards]:
+    """Rewards of sequences of so many tokens (B, T: T for each), with whatever a reward model may come up with.
+
+    Each sequence has no segment, one, or several; ends that coincide (segments without tokens), lie beyond the
+    sequence, or at its first token; weights of either sign. Model 1 has starts: tokens lie between its segments.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    return [_segment_rewards(lengths, rng, k == 1, dtype, index, device) for k in range(models)]
+
+
+def _segment_rewards(lengths, rng, with_starts, dtype, index, device) -> SegmentRewards:
+    def draw(high: int) -> int:
+        return int(torch.randint(high, (), generator=rng))
+
+    ends, starts, counts = [], [], []
+    for length in lengths:
+        many = [0, 1, 2, draw(length + 1), length // 3][draw(5)]
+        after = -1
+        for end in sorted(draw(length + 2 + draw(2) * length) for _ in range(many)):
+            starts.append(after + 1 + draw(3))
+            ends.append(end)
+            after = end
+        counts.append(many)
+    reward = torch.randn(len(ends), generator=rng).to(dtype)
+    cu_segments = torch.tensor([0, *counts]).cumsum(0)
+    weight = 2 * float(torch.rand((), generator=rng)) - 1
+    integers = (torch.tensor(x, dtype=index, device=device) for x in (ends, cu_segments.tolist(), starts))
+    end, cu_segments, start = integers
+    return SegmentRewards(reward.to(device), end, cu_segments, weight, start if with_starts else None)

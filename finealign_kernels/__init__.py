@@ -16,12 +16,15 @@ from .losses.weights import ld_weights, wpo_weights
 from .ops._check import check_errors
 from .ops.logprobs import LogProbs, linear_logprobs, token_logprobs
 from .ops.segments import segment_broadcast, segment_mean, segment_put_last, segment_sum
+from .rl.gae import GAE, discounted_returns, gae, kl_penalty
 from .rl.rewards import SegmentEnds, SegmentRewards, segment_ends, token_rewards
+from .rl.whitening import moments, whiten
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdaptiveMask",
+    "GAE",
     "LogProbs",
     "NLLLoss",
     "PointwiseLoss",
@@ -33,12 +36,16 @@ __all__ = [
     "cdpo",
     "check_errors",
     "cpo",
+    "discounted_returns",
     "dpo",
+    "gae",
     "implicit_scores",
     "ipo",
+    "kl_penalty",
     "kto",
     "ld_weights",
     "linear_logprobs",
+    "moments",
     "nll_loss",
     "orpo",
     "pdpo",
@@ -59,5 +66,6 @@ __all__ = [
     "token_rewards",
     "ulma",
     "unlikelihood",
+    "whiten",
     "wpo_weights",
 ]

@@ -1,0 +1,93 @@
+"""Moments of a batch of tokens that add up over ranks, and whitening by them; formulas/returns.py says which."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..formulas import returns as formula
+from ..ops import advantages as native
+from ..ops._check import fail
+from ..ops._layout import Tokens, unflatten
+from .gae import constants
+
+MODES = tuple(native.MODES)
+
+
+def moments(x: Tensor, mask: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+    """(3,) float64: n, Σ x and Σ x² over the valid tokens. The triples of ranks or micro-batches add up.
+
+    x     (B, T) or (N,); float
+    mask  bool, as x; what stands elsewhere may be NaN
+    """
+    return moments_of(constants(x, mask, _one_sequence(x), "x"), backend)
+
+
+def whiten(
+    x: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    mode: str = "std",
+    unbiased: bool = False,
+    shift_mean: bool = True,
+    sum_moments: Callable[[Tensor], Tensor] | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """(x - μ) / std over the valid tokens of the batch, plus μ where shift_mean is False.
+
+        "std"     (v + 1e-8)^-½          v the population's variance, or that of a sample of n (n - 1) if unbiased
+        "clamp"   max(v, 1e-8)^-½        OpenRLHF's
+        "compat"  (√v + 1e-8)^-½         the released code of Fine-Grained RLHF, which leaves a std of √(std)
+
+    x            (B, T) or (N,); float
+    mask         bool, as x; what stands elsewhere may be NaN, the result there is 0
+    cu_seqlens   of (N,), if at hand; only checked: the moments are the batch's
+    sum_moments  takes the triple (3,) float64 of `moments` and returns its sum over all ranks (an all_reduce, say)
+
+    Where fewer than two values are valid, or where all are one value (v <= 2^-46 Σx²/n), the result is 0, or μ.
+    Whitening two values maps them to ±1: below eight or so it says little.
+    Returns float32 (float64 for float64) in the shape of x, detached. Raises ValueError, TypeError.
+    Source  arXiv:2306.01693 and its released code.
+    """
+    check_mode("mode", mode)
+    tokens = constants(x, mask, _one_sequence(x) if cu_seqlens is None else cu_seqlens, "x")
+    triple = summed(moments_of(tokens, backend), sum_moments)
+    return unflatten(whiten_of(tokens, triple, mode, unbiased, shift_mean, backend), tokens.shapes)
+
+
+# ---- flat, checked: what advantages.py puts together as well --------------------------------------------------------
+
+
+def moments_of(tokens: Tokens, backend: str) -> Tensor:
+    if native.runs(backend, tokens.x.device):
+        return native.moments(tokens)
+    return formula.moments(tokens.x, tokens.mask)
+
+
+def whiten_of(tokens: Tokens, triple: Tensor, mode: str, unbiased: bool, shift_mean: bool, backend: str) -> Tensor:
+    if native.runs(backend, tokens.x.device):
+        return native.whiten(tokens, triple, mode, unbiased, shift_mean)
+    return formula.whiten(tokens.x, triple, tokens.mask, mode=mode, unbiased=unbiased, shift_mean=shift_mean)
+
+
+def summed(triple: Tensor, sum_moments: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """The triple of all ranks."""
+    if sum_moments is None:
+        return triple
+    total = sum_moments(triple)
+    if not isinstance(total, Tensor) or total.shape != triple.shape or total.dtype != triple.dtype:
+        found = f"{tuple(total.shape)} {total.dtype}" if isinstance(total, Tensor) else type(total).__name__
+        fail("sum_moments", f"return its argument's sum over ranks, a (3,) {triple.dtype} tensor", found, TypeError)
+    return total
+
+
+def _one_sequence(x: Tensor) -> Tensor | None:
+    """Bounds of flat tokens that are taken as one sequence; None for a padded batch."""
+    flat = isinstance(x, Tensor) and x.dim() == 1
+    return torch.tensor([0, x.shape[0]], device=x.device) if flat else None
+
+
+def check_mode(name: str, mode: str) -> None:
+    if mode not in MODES:
+        fail(name, f"be one of {MODES}", repr(mode))

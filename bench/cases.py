@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import rivals
 import shapes
@@ -25,13 +26,20 @@ class WrongAnswer(Exception):
 
 
 class Sample(SimpleNamespace):
-    """Inputs of an op as attributes, the name of its output and the gradient that arrives there."""
+    """Inputs of an op as attributes, the name of its output and the gradient that arrives there.
+
+    useful_flops or useful_bytes, where it has them, is what nobody can leave out: the products of the rows that need
+    them, each once; each input read and each result written once.
+    """
 
     def answers(self, out: torch.Tensor) -> dict[str, torch.Tensor]:
         """The output, and the gradient of every input that wants one."""
         wanted = [name for name, value in vars(self).items() if getattr(value, "requires_grad", False)]
         grads = torch.autograd.grad(out, [getattr(self, name) for name in wanted], self.upstream.to(out.dtype))
         return {self.output: out.detach(), **{f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)}}
+
+    def replace(self, **changes) -> Sample:
+        return Sample(**{**vars(self), **changes})
 
     def double(self) -> Sample:
         return Sample(**{name: _double(value) for name, value in vars(self).items()})
@@ -46,7 +54,7 @@ def _double(value):
 @dataclass(frozen=True)
 class Suite:
     name: str
-    shapes: dict[str, tuple]  # small, default, full
+    shapes: dict[str, tuple]  # small, default, full, ...
     cases: tuple[tuple[torch.dtype, str], ...]
     sample: Callable  # (shape, case, dtype, device) -> Sample
     rivals: tuple[Rival, ...]
@@ -55,6 +63,10 @@ class Suite:
     more_cases: tuple[tuple[torch.dtype, str], ...] = ()  # with --full, or when asked for
     compare: tuple[tuple[str, str], ...] = ()  # ratios to print besides the one to ours
     gemm_flops: Callable | None = None  # shape -> FLOPs of one matrix product of the op
+
+    def shapes_of(self, size: str) -> tuple:
+        """Those of a size that only some suites have are its full ones elsewhere."""
+        return self.shapes.get(size, self.shapes["full"])
 
 
 @dataclass(frozen=True)
@@ -94,52 +106,100 @@ def truth(line: Line, x: Sample) -> dict[str, torch.Tensor]:
     return line.suite.truth(x.double())
 
 
-def rms_error(line: Line, rival: Rival, answers: dict, exact: dict) -> float | None:
-    """RMS error of the output against float64 (nats, for log-probs). Raises WrongAnswer if any answer is off."""
+def errors(line: Line, rival: Rival, answers: dict, exact: dict) -> dict[str, float | None]:
+    """RMS error of the output (nats, for log-probs) and the worst gradient's, relative, both against float64.
+
+    Raises WrongAnswer if any answer is off.
+    """
     if rival.floor:
-        return None
+        return {"rms_error": None, "gradient_error": None}
     if set(answers) != set(exact):
         raise WrongAnswer(f"{line}: {rival.name} answers {sorted(answers)}, expected {sorted(exact)}")
+    tolerance = max(TOLERANCE[line.dtype], rival.tolerance)
+    relative = {}
     for name, value in exact.items():
         if answers[name].shape != value.shape:
             raise WrongAnswer(
                 f"{line}: {name} of {rival.name} has shape {tuple(answers[name].shape)}, expected {tuple(value.shape)}"
             )
-        error = float((answers[name] - value).norm() / value.norm())
-        if not error <= TOLERANCE[line.dtype]:  # NaN is wrong too
+        relative[name] = float((answers[name] - value).norm() / value.norm())
+        if not relative[name] <= tolerance:  # NaN is wrong too
             raise WrongAnswer(
-                f"{line}: {name} of {rival.name} is {error:.1e} (relative RMS) from float64, "
-                f"expected at most {TOLERANCE[line.dtype]:.0e}"
+                f"{line}: {name} of {rival.name} is {relative[name]:.1e} (relative RMS) from float64, "
+                f"expected at most {tolerance:.0e}"
             )
-    output = next(iter(exact))
-    return float((answers[output] - exact[output]).square().mean().sqrt())
+    output, *gradients = exact
+    rms = float((answers[output] - exact[output]).square().mean().sqrt())
+    return {"rms_error": rms, "gradient_error": max((relative[name] for name in gradients), default=None)}
+
+
+class Batch(NamedTuple):
+    """Which rows of a head are read, and which of those have a gradient. In grpo it is one number a sequence."""
+
+    prompt: float = 0.0  # the part of each sequence whose labels are IGNORED
+    active: float = 1.0  # the part of the rows read whose gradient is not exactly 0
+    grpo: bool = False
+    frozen: bool = False  # no gradient of weight
+
+
+SEQUENCES, GROUPS = 40, 10
+BATCHES = {
+    "dense": Batch(),
+    "active20": Batch(active=0.2),
+    "frozen": Batch(frozen=True),
+    "prompt50": Batch(prompt=0.5),  # supervised or preference batches
+    "grpo30": Batch(prompt=0.5, active=0.7, grpo=True),  # three groups of ten have equal rewards
+    "pivots20": Batch(prompt=0.2, active=0.2),
+}
+COMPACT = "-compact"  # the batch of that kind as everybody gets it after leaving out what carries no gradient
 
 
 def head(shape: shapes.Head, case: str, dtype: torch.dtype, device: torch.device) -> Sample:
-    """dense: every row has an upstream gradient. active20: 80 % of them are exactly 0. frozen: no gradient of weight.
+    """N rows of 40 sequences, of the kind that BATCHES says.
 
     Logits have a standard deviation of 2, labels are drawn at random, upstream gradients are normal.
     """
-    random = _generator(device)
-    hidden = torch.randn(shape.N, shape.D, generator=random, device=device).to(dtype).requires_grad_()
+    batch, random = BATCHES[case.removesuffix(COMPACT)], _generator(device)
+    hidden = torch.randn(shape.N, shape.D, generator=random, device=device).to(dtype)
     weight = (torch.randn(shape.V, shape.D, generator=random, device=device) * 2 * shape.D**-0.5).to(dtype)
     upstream = torch.randn(shape.N, generator=random, device=device)
-    active = torch.arange(shape.N, device=device)
-    if case == "active20":
-        idle = torch.randperm(shape.N, generator=random, device=device)[shape.N // 5 :]
-        upstream[idle] = 0
-        active = upstream.nonzero()[:, 0]
+    read, upstream = _rows_with_gradient(batch, upstream, random)
+    labels = torch.randint(shape.V, (shape.N,), generator=random, device=device)
+    labels[~read] = rivals.IGNORED
+    if case.endswith(COMPACT):
+        needed = upstream != 0
+        hidden, labels, upstream, read = hidden[needed], labels[needed], upstream[needed], read[needed]
+    active = hidden[upstream != 0]
+    bare = (lambda x: x.float()) if device.type == "cpu" else (lambda x: x)  # see rivals.head_gemms
     return Sample(
         output="logp",
         upstream=upstream,
-        labels=torch.randint(shape.V, (shape.N,), generator=random, device=device),
-        hidden=hidden,
-        weight=weight.requires_grad_(case != "frozen"),
-        # what the bare products read; for float32 the inputs themselves
+        labels=labels,
+        hidden=hidden.requires_grad_(),
+        weight=weight.requires_grad_(not batch.frozen),
         floor=SimpleNamespace(
-            hidden=hidden.detach().float(), weight=weight.detach().float(), active=hidden.detach().float()[active]
+            hidden=bare(hidden.detach()[read]), weight=bare(weight.detach()), active=bare(active.detach())
         ),
+        useful_flops=2 * shape.V * shape.D * (int(read.sum()) + len(active) * (1 if batch.frozen else 2)),
     )
+
+
+def _rows_with_gradient(batch: Batch, upstream: torch.Tensor, random) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which rows are read, and the upstream gradient, exactly 0 where there is none."""
+    n, device = len(upstream), upstream.device
+    row = torch.arange(n, device=device)
+    place = row * SEQUENCES % n / n  # in its sequence, 0 to 1
+    read = place >= batch.prompt
+    if batch.grpo:
+        sequence, group = row * SEQUENCES // n, row * GROUPS // n
+        upstream = upstream[:SEQUENCES][sequence]
+        idle = group < round((1 - batch.active) * GROUPS)
+    else:
+        idle = torch.zeros_like(read)
+        rows = read.nonzero()[:, 0]
+        shuffled = rows[torch.randperm(len(rows), generator=random, device=device)]
+        idle[shuffled[int(batch.active * len(rows)) :]] = True
+    return read, upstream.masked_fill(idle | ~read, 0)
 
 
 def logits(shape: shapes.Logits, case: str, dtype: torch.dtype, device: torch.device) -> Sample:
@@ -149,6 +209,7 @@ def logits(shape: shapes.Logits, case: str, dtype: torch.dtype, device: torch.de
         upstream=torch.randn(shape.N, generator=random, device=device),
         labels=torch.randint(shape.V, (shape.N,), generator=random, device=device),
         logits=(2 * torch.randn(shape.N, shape.V, generator=random, device=device)).to(dtype).requires_grad_(),
+        useful_bytes=3 * shape.N * shape.V * dtype.itemsize,  # read forward; read and written backward
     )
 
 
@@ -194,6 +255,7 @@ def _generator(device: torch.device) -> torch.Generator:
 
 
 BOTH = (torch.float32, torch.bfloat16)
+KINDS = ("prompt50", "grpo30", "pivots20")
 
 SUITES = {
     suite.name: suite
@@ -202,10 +264,13 @@ SUITES = {
             name="head",
             shapes=shapes.HEAD,
             cases=(*product([torch.float32], ["dense", "active20", "frozen"]), (torch.bfloat16, "dense")),
-            more_cases=tuple(product([torch.bfloat16], ["active20", "frozen"])),
+            more_cases=(
+                *product([torch.bfloat16], ["active20", "frozen"]),
+                *product(reversed(BOTH), KINDS + tuple(kind + COMPACT for kind in KINDS)),
+            ),
             sample=head,
             rivals=rivals.HEAD,
-            truth=rivals.head_eager,
+            truth=rivals.head_truth,
             rounds=3,
             compare=(
                 ("ours", "gemm3"),
@@ -221,7 +286,8 @@ SUITES = {
             cases=tuple(product(BOTH, ["dense"])),
             sample=logits,
             rivals=rivals.LOGITS,
-            truth=lambda x: rivals.LOGITS[0].call(x),
+            truth=rivals.logits_eager,
+            compare=(("ours", "copy"),),
             rounds=9,
         ),
         Suite(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -24,7 +25,8 @@ class Rival:
     name: str
     call: Callable  # sample -> {name: tensor}
     needs: Callable[[torch.dtype, torch.device], str | None] = lambda dtype, device: None  # why it is unavailable
-    floor: bool = False  # only the matrix products: no answer to check
+    floor: bool = False  # only the matrix products, or the bytes moved: no answer to check
+    tolerance: float = 0  # where it is built to be less exact than cases.TOLERANCE asks
 
 
 def package(name: str, at_least: str) -> Callable[[torch.dtype, torch.device], str | None]:
@@ -41,18 +43,57 @@ def package(name: str, at_least: str) -> Callable[[torch.dtype, torch.device], s
     return why_unavailable
 
 
-# linear_logprobs
+def both(*needs: Callable) -> Callable[[torch.dtype, torch.device], str | None]:
+    """Every need; the first that is not met tells why."""
+    return lambda dtype, device: next(filter(None, (need(dtype, device) for need in needs)), None)
+
+
+def a_gpu(dtype, device):
+    return None if device.type == "cuda" else f"runs on a GPU only, not on {device.type}"
+
+
+# linear_logprobs. A label of IGNORED marks a row that nobody has to read.
+
+IGNORED = -100
+BLOCK = 2**28  # logits that head_truth makes at a time: 2 GiB in float64
 
 
 def head_eager(x):
     """Logits in the dtype of the inputs, then a float32 log_softmax and gather (float64 for float64)."""
-    logits = x.hidden @ x.weight.T
-    return x.answers(_label_logp(logits, x.labels))
+    return x.answers(_head_logp(x.hidden, x.weight, x.labels))
+
+
+def _head_logp(hidden, weight, labels):
+    return _label_logp(hidden @ weight.T, labels)
 
 
 def _label_logp(logits, labels):
     wide = torch.promote_types(logits.dtype, torch.float32)
-    return logits.to(wide).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+    logp = logits.to(wide).log_softmax(-1).gather(-1, labels.clamp(min=0)[:, None])[:, 0]
+    return logp.where(labels != IGNORED, 0)
+
+
+def head_truth(x):
+    """Eager, BLOCK logits at a time."""
+    rows = max(1, BLOCK // len(x.weight))
+    total, parts = torch.zeros_like(x.weight), []
+    for start in range(0, len(x.hidden), rows):
+        some = slice(start, start + rows)
+        part = x.replace(hidden=x.hidden.detach()[some].requires_grad_(), labels=x.labels[some])
+        parts.append(head_eager(part.replace(upstream=x.upstream[some])))
+        total += parts[-1].pop("dweight", 0)
+    answers = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return answers | ({"dweight": total} if x.weight.requires_grad else {})
+
+
+def head_compiled(x):
+    """Eager under torch.compile; its first call, which compiles, is the one that is checked."""
+    return x.answers(_compiled(_head_logp)(x.hidden, x.weight, x.labels))
+
+
+@cache
+def _compiled(function):
+    return torch.compile(function, dynamic=False)
 
 
 def head_torch(x):
@@ -73,8 +114,35 @@ def head_trl(x):
     """As its trainers call it: no bias, temperature 1, vocabulary chunks of 32768, no further outputs."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-    logp, *_ = ChunkedLogProbFunction.apply(x.hidden, x.weight, None, x.labels, 1.0, 32768, None, 1.0, ())
-    return x.answers(logp)
+    def logp(hidden, labels):
+        return ChunkedLogProbFunction.apply(hidden, x.weight, None, labels, 1.0, 32768, None, 1.0, ())[0]
+
+    if x.hidden.device.type == "cpu":  # its trainers score every row there
+        return x.answers(logp(x.hidden, x.labels.clamp(min=0)).where(x.labels != IGNORED, 0))
+    read = x.labels != IGNORED
+    found = logp(x.hidden[read], x.labels[read])
+    return x.answers(found.new_zeros(len(read)).masked_scatter(read, found))
+
+
+def head_liger(x):
+    """With one loss a token, as any loss of tokens or sequences needs: Liger then recomputes the logits in backward."""
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as fused
+
+    return x.answers(-fused.apply(x.hidden, x.weight, x.labels, None, None, IGNORED, 0.0, 0.0, "none")[0])
+
+
+def head_cce(filter_eps: str | None) -> Callable:
+    def call(x):
+        from cut_cross_entropy import linear_cross_entropy
+
+        loss = linear_cross_entropy(x.hidden, x.weight, x.labels, reduction="none", filter_eps=filter_eps)
+        return x.answers(-loss)
+
+    return call
+
+
+def _sixteen_bits(dtype, device):
+    return None if dtype.itemsize == 2 else f"made for 16-bit inputs, not for {dtype}"
 
 
 def head_gemms(recompute: bool) -> Callable:
@@ -82,7 +150,7 @@ def head_gemms(recompute: bool) -> Callable:
 
     Plain torch.mm, each allocating its result, with the (N, V) logits whole. bfloat16 on a CPU: the products are
     float32 (of copies made beforehand), because logits must not be rounded and torch has no bfloat16 -> float32
-    product there.
+    product there. bfloat16 on a GPU: logits are rounded to bfloat16, the least that a library can be asked for.
     """
 
     def call(x):
@@ -99,12 +167,6 @@ def head_gemms(recompute: bool) -> Callable:
     return call
 
 
-def _float32_is_the_floor(dtype, device):
-    if device.type == "cpu" or dtype == torch.float32:
-        return None
-    return f"its float32 products are no floor for {dtype} on {device.type}"
-
-
 def head_ours(workspace) -> Callable:
     return lambda x: x.answers(fk.linear_logprobs(x.hidden, x.weight, x.labels, workspace=workspace).logp)
 
@@ -113,8 +175,13 @@ HEAD = (
     Rival("eager", head_eager),
     Rival("torch", head_torch, _has_linear_cross_entropy),
     Rival("trl", head_trl, package("trl", "1.16")),
-    Rival("gemm3", head_gemms(recompute=False), _float32_is_the_floor, floor=True),
-    Rival("gemm4", head_gemms(recompute=True), _float32_is_the_floor, floor=True),
+    Rival("compiled", head_compiled, a_gpu),
+    Rival("liger", head_liger, both(a_gpu, package("liger-kernel", "0.8"))),
+    Rival("cce-exact", head_cce(None), both(a_gpu, _sixteen_bits, package("cut-cross-entropy", "25.1"))),
+    # drops what a gradient's softmax holds below 2^-12: how far that is from exact is in its row
+    Rival("cce", head_cce("high"), both(a_gpu, _sixteen_bits, package("cut-cross-entropy", "25.1")), tolerance=0.3),
+    Rival("gemm3", head_gemms(recompute=False), floor=True),
+    Rival("gemm4", head_gemms(recompute=True), floor=True),
     Rival("ours", head_ours("full")),
     Rival("ours-default", head_ours("auto")),
     Rival("ours-no-workspace", head_ours(0)),
@@ -130,9 +197,28 @@ def logits_trl(x):
     return x.answers(selective_log_softmax(x.logits, x.labels))
 
 
+def logits_eager(x):
+    return x.answers(_label_logp(x.logits, x.labels))
+
+
+def logits_compiled(x):
+    return x.answers(_compiled(_label_logp)(x.logits, x.labels))
+
+
+def logits_copy(x):
+    """As many bytes as the op must move: the logits are read forward, read and written backward."""
+    half = len(x.logits) // 2 * x.logits.shape[1]
+    flat = x.logits.detach().flatten()
+    flat.clone()
+    flat[:half].clone()
+    return {}
+
+
 LOGITS = (
-    Rival("eager", lambda x: x.answers(_label_logp(x.logits, x.labels))),
+    Rival("eager", logits_eager),
     Rival("trl", logits_trl, package("trl", "1.16")),
+    Rival("compiled", logits_compiled, a_gpu),
+    Rival("copy", logits_copy, floor=True),
     Rival("ours", lambda x: x.answers(fk.token_logprobs(x.logits, x.labels).logp)),
 )
 

@@ -3,10 +3,15 @@
     python bench/run.py head --device cpu                 the default shapes
     python bench/run.py --full --json bench.json          every suite, the large shapes (12 GiB) and all cases too
     python bench/run.py head --case active20 --dtype float32 --rounds 7
+    python bench/run.py head --device cuda --size models --dtype bfloat16 --case grpo30 --case grpo30-compact
 
-Times are medians; the ratio beside them is the median over the rounds of time / ours in the same round. Extra memory
-is measured in a fresh process for each implementation, over the same process before the call and less the tensors
-returned. GEMMs are the matrix products that torch ran, in units of one product of the op's shape.
+Times are medians; the ratio beside them is the median over the rounds of time / ours in the same round. On a GPU
+"queued" is the time there alone, from a cold cache, while the host runs ahead, and the rate is that of the work nobody
+can leave out (cases.Sample) in that time. Extra memory is measured over the same process before the call and less the
+tensors returned, on a CPU in a fresh process for each implementation. GEMMs are the matrix products that torch ran, in
+units of one product of the op's shape.
+
+Whoever answers wrong is not timed, and the exit status is 1; where ours does, nobody is.
 """
 
 from __future__ import annotations
@@ -27,11 +32,12 @@ from pathlib import Path
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch loads: its profiler counts the products, silently
 
 import torch
-from cases import SUITES, Line, Sample, Suite, WrongAnswer, dtype_name, rms_error, truth
+from cases import SUITES, Line, Sample, Suite, WrongAnswer, dtype_name, errors, truth
 from rivals import Rival
 
-from finealign_kernels.testing.measure import interleaved, medians, peak_extra_mib, ratio
+from finealign_kernels.testing.measure import interleaved, medians, peak_extra_mib, queued, ratio
 
+SIZES = ("small", "default", "full", "models", "sweep", "models-sweep")
 PRODUCTS = {"aten::mm": 1, "aten::bmm": 1, "aten::addmm": 2, "aten::addmm_": 2}  # where the right factor stands
 
 
@@ -41,61 +47,95 @@ def main(argv: list[str] | None = None) -> int:
         (line,) = lines(args)
         print(json.dumps(peak_of(line, args.peak_of)))
         return 0
-    rows = []
+    rows, status = [], 0
     print(machine(args.device))
     for line in lines(args):
         print(f"\n{line}", flush=True)
         try:
-            raced = race(line, args.rounds or line.suite.rounds, memory=args.memory)
+            found, times, absent = race(line, args.rounds or line.suite.rounds, memory=args.memory)
         except WrongAnswer as wrong:
             print(f"wrong answer, nothing timed: {wrong}", file=sys.stderr)
-            return 1
-        print(table(line.suite, *raced), flush=True)
-        rows += raced[0]
+            status = 1
+            continue
+        except torch.OutOfMemoryError as full:
+            print(f"nothing timed: {line} needs more memory: {full}", file=sys.stderr)
+            status = 1
+            continue
+        print(table(line.suite, found, times, absent), flush=True)
+        for reason in filter(None, (absent.wrong(name) for name in absent)):
+            print(reason, file=sys.stderr)
+            status = 1
+        rows += found
         if args.json:
             args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    return 0
+    return status
 
 
-def race(line: Line, rounds: int, *, memory: bool = True) -> tuple[list[dict], dict[str, list[float]], dict[str, str]]:
-    """The rows of one line, the times of each round, why the absent are absent. Raises WrongAnswer before it times."""
-    able, absent = line.available()
+class Absent(dict):
+    """Why those who are not timed are not, by name."""
+
+    def wrong(self, name: str) -> str | None:
+        return str(self[name]) if isinstance(self[name], WrongAnswer) else None
+
+
+def race(line: Line, rounds: int, *, memory: bool = True) -> tuple[list[dict], dict[str, list[float]], Absent]:
+    """The rows of one line, the times of each round, why the absent are absent.
+
+    Raises before it times, where the answer of ours is wrong or does not come.
+    """
+    able, reasons = line.available()
     x = line.sample()
-    checks = checked(line, able, x)
-    calls = {rival.name: lambda call=rival.call: call(x) for rival in able}
+    checks, absent = checked(line, able, x)
+    absent.update(reasons)
+    calls = {rival.name: lambda call=rival.call: call(x) for rival in able if rival.name in checks}
     times = interleaved(calls, rounds, warmup=0, device=line.device)
-    middle = medians(times)
-    peaks = fresh_peaks(line, [rival.name for rival in able if not rival.floor]) if memory else {}
+    middle, on_device = medians(times), medians(queued(calls, rounds, line.device))
+    peaks = peaks_of(line, calls) if memory else {}
     rows = [
         {
             "suite": line.suite.name,
             "case": line.case,
-            "impl": rival.name,
+            "impl": name,
             "device": line.device.type,
             "dtype": dtype_name(line.dtype),
             "shape": list(line.shape[1:]),
             "pass": "forward+backward",
-            "median_s": middle[rival.name],
-            "ratio_to_ours": ratio(times, rival.name, "ours"),
-            "peak_extra_mib": peaks.get(rival.name),
-            **checks[rival.name],
+            "median_s": middle[name],
+            "ratio_to_ours": ratio(times, name, "ours"),
+            "queued_s": on_device.get(name),
+            "useful_flops": getattr(x, "useful_flops", None),
+            "useful_bytes": getattr(x, "useful_bytes", None),
+            "peak_extra_mib": peaks.get(name),
+            **checks[name],
             "versions": versions(line.device),
         }
-        for rival in able
+        for name in calls
     ]
     return rows, times, absent
 
 
-def checked(line: Line, able: list[Rival], x: Sample) -> dict[str, dict[str, float | None]]:
-    """Error and matrix products of each rival, which has now run once. Raises WrongAnswer."""
+def checked(line: Line, able: list[Rival], x: Sample) -> tuple[dict[str, dict[str, float | None]], Absent]:
+    """Errors and matrix products of each rival, which has now run once; and why others have none.
+
+    Raises what ours raises, WrongAnswer where its answer is wrong. A rival may fail: then that is its reason.
+    """
+    if line.device.type == "cuda":
+        torch.cuda.empty_cache()  # what the line before left in pieces
     exact = truth(line, x)
     unit = line.suite.gemm_flops and line.suite.gemm_flops(line.shape)
-    checks = {}
+    checks, absent = {}, Absent()
     for rival in able:
-        answers, flops = counted(lambda call=rival.call: call(x))
-        error = rms_error(line, rival, answers, exact)
-        checks[rival.name] = {"rms_error": error, "gemm_count": round(flops / unit, 2) if unit and flops else None}
-    return checks
+        try:
+            answers, flops = counted(lambda call=rival.call: call(x))
+            error = errors(line, rival, answers, exact)
+        except Exception as problem:
+            if rival.name.startswith("ours"):
+                raise
+            wrong = isinstance(problem, WrongAnswer)
+            absent[rival.name] = problem if wrong else " ".join(f"{type(problem).__name__}: {problem}".split())[:200]
+            continue
+        checks[rival.name] = {**error, "gemm_count": round(flops / unit, 2) if unit and flops else None}
+    return checks, absent
 
 
 def counted(call: Callable) -> tuple[dict, int]:
@@ -111,15 +151,19 @@ def counted(call: Callable) -> tuple[dict, int]:
     return result, flops
 
 
-def fresh_peaks(line: Line, names: list[str]) -> dict[str, float | None]:
-    """Extra memory of each, two at a time: half of it is imports, which keep one core busy."""
+def peaks_of(line: Line, calls: dict[str, Callable]) -> dict[str, float | None]:
+    """Extra memory of each but the floors. On a CPU two processes at a time: half of it is imports, on one core."""
+    floors = {rival.name for rival in line.suite.rivals if rival.floor}
+    names = [name for name in calls if name not in floors]
+    if line.device.type != "cpu":  # the allocator counts, so that no process is needed
+        return {name: peak_extra_mib(calls[name], device=line.device) for name in names}
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(names, pool.map(partial(fresh_peak, line), names), strict=True))
 
 
 def fresh_peak(line: Line, name: str) -> float | None:
     """peak_of in a process of its own."""
-    size = next(size for size, shapes in line.suite.shapes.items() if line.shape in shapes)
+    size = next(size for size in SIZES if line.shape in line.suite.shapes_of(size))
     command = [sys.executable, __file__, line.suite.name, "--peak-of", name, "--size", size, "--shape", line.shape[0]]
     command += ["--case", line.case, "--dtype", dtype_name(line.dtype), "--device", str(line.device)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
@@ -133,16 +177,18 @@ def peak_of(line: Line, name: str) -> float | None:
     return peak_extra_mib(lambda: rival.call(x), device=line.device)
 
 
-def table(suite: Suite, rows: list[dict], times: dict[str, list[float]], absent: dict[str, str]) -> str:
-    rounds = len(times["ours"])
+def table(suite: Suite, rows: list[dict], times: dict[str, list[float]], absent: Absent) -> str:
+    rounds, on_gpu = len(times["ours"]), rows[0]["queued_s"] is not None
     title = f"{rows[0]['pass']}, {rounds} round{'s' * (rounds > 1)}"
-    text = [f"{title:26}{'median':>10}{'/ ours':>9}{'extra MiB':>11}{'GEMMs':>7}{'RMS error':>11}"]
+    text = [f"{title:26}{'median':>10}{'/ ours':>9}{'extra MiB':>11}{'GEMMs':>7}{'RMS error':>11}{'gradients':>11}"]
+    text[0] += f"{'queued':>10}{'rate':>14}" if on_gpu else ""
     for row in rows:
         text.append(
             f"{row['impl']:26}{seconds(row['median_s']):>10}{row['ratio_to_ours']:9.2f}"
             f"{cell(row['peak_extra_mib'], '.1f'):>11}{cell(row['gemm_count'], '.2f'):>7}"
-            f"{cell(row['rms_error'], '.1e'):>11}"
+            f"{cell(row['rms_error'], '.1e'):>11}{cell(row['gradient_error'], '.1e'):>11}"
         )
+        text[-1] += f"{seconds(row['queued_s']):>10}{rate(row):>14}" if on_gpu else ""
     text += [f"{name:26}skipped: {reason}" for name, reason in absent.items()]
     pairs = [(name, to) for name, to in suite.compare if name in times and to in times]
     if pairs:
@@ -157,6 +203,13 @@ def seconds(value: float) -> str:
     return f"{value * 1e6:.3g} us"
 
 
+def rate(row: dict) -> str:
+    """Useful work in the time on the GPU."""
+    if row["useful_flops"]:
+        return f"{row['useful_flops'] / row['queued_s'] / 1e12:.1f} TFLOP/s"
+    return f"{row['useful_bytes'] / row['queued_s'] / 1e9:.0f} GB/s" if row["useful_bytes"] else "-"
+
+
 def cell(value: float | None, form: str) -> str:
     text = "-" if value is None else format(value, form)
     return "0.0" if text == "-0.0" else text
@@ -164,7 +217,7 @@ def cell(value: float | None, form: str) -> str:
 
 def versions(device: torch.device) -> dict[str, str]:
     found = {"python": platform.python_version(), "machine": machine(device)}
-    for name in ("torch", "finealign-kernels", "trl", "triton"):
+    for name in ("torch", "finealign-kernels", "trl", "liger-kernel", "cut-cross-entropy", "triton"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -190,9 +243,9 @@ def lines(args: argparse.Namespace) -> list[Line]:
     """Every race asked for: the cases of more_cases with --full, or when a case or dtype is named."""
     chosen = []
     for suite in (SUITES[name] for name in args.suites or SUITES):
-        for shape in suite.shapes[args.size]:
+        for shape in suite.shapes_of(args.size):
             for dtype, case in cases_of(suite, args):
-                if args.shape in (None, shape[0]):
+                if not args.shape or shape[0] in args.shape:
                     chosen.append(Line(suite, shape, case, dtype, args.device))
     return chosen
 
@@ -202,7 +255,7 @@ def cases_of(suite: Suite, args: argparse.Namespace) -> list[tuple[torch.dtype, 
     return [
         (dtype, case)
         for dtype, case in suite.cases + (suite.more_cases if every else ())
-        if args.case in (None, case) and args.dtype in (None, dtype_name(dtype))
+        if (not args.case or case in args.case) and args.dtype in (None, dtype_name(dtype))
     ]
 
 
@@ -210,12 +263,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="*", help=f"of {', '.join(SUITES)}; all of them when none is named")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--case", help="only this case")
+    parser.add_argument("--case", action="append", help="only this case; may be given again for another")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="only this dtype")
-    parser.add_argument("--shape", help="only the shape of this name")
+    parser.add_argument("--shape", action="append", help="only the shape of this name; may be given again")
     parser.add_argument("--rounds", type=int, help="rounds of timing; each suite has its own default")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
-    parser.add_argument("--size", choices=["small", "default", "full"], default="default", help="which shapes")
+    parser.add_argument("--size", choices=SIZES, default="default", help="which shapes")
     parser.add_argument(
         "--full",
         dest="size",
@@ -231,7 +284,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     if unknown:
         parser.error(f"suites must be among {', '.join(SUITES)}, got {', '.join(sorted(unknown))}")
     if not lines(args):
-        parser.error(f"no race has case {args.case}, dtype {args.dtype} and shape {args.shape} (size {args.size})")
+        named = [" or ".join(names or ["any"]) for names in (args.case, args.shape)]
+        parser.error(f"no race has case {named[0]}, dtype {args.dtype} and shape {named[1]} (size {args.size})")
     return args
 
 

@@ -26,11 +26,33 @@ HEAD = {
     "small": (Head("small", 96, 64, 3001),),
     "default": (Head("SmolLM2-135M", 2048, 576, 49152),),
     "full": (Head("SmolLM2-135M", 2048, 576, 49152), Head("Llama-3.2-1B", 1024, 2048, 128256)),
+    # for a GPU: a step of 8192 tokens, then a long one
+    "models": (
+        Head("SmolLM2-135M", 8192, 576, 49152),
+        Head("Llama-3-8B", 8192, 4096, 128256),
+        Head("Qwen2.5-7B", 8192, 3584, 151936),
+        Head("Gemma-2-2B", 8192, 2304, 256000),
+        Head("Llama-3-8B, long", 32768, 4096, 128256),
+    ),
+    # how time and memory grow with the rows and with the vocabulary; the larger ones are for a GPU
+    "sweep": (
+        *(Head(f"rows {n}", n, 576, 49152) for n in (256, 512, 1024, 2048)),
+        *(Head(f"vocabulary {v}", 1024, 576, v) for v in (8192, 16384, 32768)),
+    ),
+    "models-sweep": (
+        *(Head(f"rows {n}", n, 4096, 128256) for n in (1024, 2048, 4096, 8192, 16384, 32768)),
+        *(Head(f"vocabulary {v}", 8192, 4096, v) for v in (32000, 65536, 262144)),
+    ),
 }
 LOGITS = {
     "small": (Logits("small", 33, 3001),),
     "default": (Logits("SmolLM2-135M", 512, 49152),),
     "full": (Logits("SmolLM2-135M", 512, 49152), Logits("Llama-3.2-1B", 512, 128256)),
+    "models": (
+        Logits("Llama-3-8B", 8192, 128256),
+        Logits("Qwen2.5-7B", 8192, 151936),
+        Logits("Gemma-2-2B", 8192, 256000),
+    ),
 }
 PACKED = {
     "small": (Packed("small", 7, 101),),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import SUITES, Line, rms_error, truth
+from cases import SUITES, Line, errors, truth
 
 
 def pytest_generate_tests(metafunc):
@@ -22,7 +22,7 @@ def test_case(benchmark, line, rival):
     if reason:
         pytest.skip(reason)
     x = line.sample()
-    rms_error(line, rival, rival.call(x), truth(line, x))  # a wrong answer is not timed
+    errors(line, rival, rival.call(x), truth(line, x))  # a wrong answer is not timed
     benchmark.group = str(line)
     benchmark.name = rival.name
     benchmark(_synchronized, rival.call, x, line.device)

@@ -16,7 +16,8 @@ import rivals  # noqa: E402
 import run  # noqa: E402
 
 FIELDS = ["suite", "case", "impl", "device", "dtype", "shape", "pass", "median_s", "ratio_to_ours"]
-FIELDS += ["peak_extra_mib", "rms_error", "gemm_count", "versions"]
+FIELDS += ["queued_s", "useful_flops", "useful_bytes", "peak_extra_mib"]
+FIELDS += ["rms_error", "gradient_error", "gemm_count", "versions"]
 
 
 def small(suite, case, dtype=torch.float32):
@@ -46,6 +47,10 @@ def test_ratio_is_the_median_of_the_ratios_within_a_round():
     times = {"ours": [1.0, 10.0, 2.0], "trl": [3.0, 20.0, 8.0]}
     assert measure.ratio(times, "trl", "ours") == 3.0  # of 3, 2, 4; the ratio of the medians would be 4
     assert measure.medians(times) == {"ours": 2.0, "trl": 8.0}
+
+
+def test_a_cpu_has_no_queue():
+    assert measure.queued({"a": lambda: 1 / 0}, 3, "cpu") == {}
 
 
 def test_no_rounds_are_refused():
@@ -88,7 +93,8 @@ def test_rows_have_the_fields_of_the_schema(tmp_path, capsys):
     for row in rows:
         assert row["shape"] == [96, 64, 3001] and row["pass"] == "forward+backward" and row["device"] == "cpu"
         assert row["median_s"] > 0 and row["versions"]["torch"] == torch.__version__
-        assert (row["rms_error"] is None) == row["impl"].startswith("gemm")
+        assert (row["rms_error"] is None) == (row["gradient_error"] is None) == row["impl"].startswith("gemm")
+        assert row["useful_flops"] <= 3 * 2 * 96 * 64 * 3001 and row["queued_s"] is row["useful_bytes"] is None
     printed = capsys.readouterr().out
     assert "head  active20  float32  small (N=96, D=64, V=3001)  cpu" in printed
     assert "ours / gemm3" in printed
@@ -103,13 +109,28 @@ def test_every_suite_runs(suite, capsys):
 
 
 @pytest.mark.parametrize(
-    "case, three, four", [("dense", 3, 4), ("active20", 1 + 2 * 19 / 96, 1 + 3 * 19 / 96), ("frozen", 2, 3)]
+    "case, three, four",
+    [
+        ("dense", 3, 4),
+        ("active20", 1 + 2 * 19 / 96, 1 + 3 * 19 / 96),
+        ("frozen", 2, 3),
+        ("prompt50", 3 * 48 / 96, 4 * 48 / 96),
+        ("prompt50-compact", 3 * 48 / 96, 4 * 48 / 96),
+        ("grpo30", (48 + 2 * 34) / 96, (48 + 3 * 34) / 96),
+        ("grpo30-compact", 3 * 34 / 96, 4 * 34 / 96),
+        ("pivots20", (72 + 2 * 14) / 96, (72 + 3 * 14) / 96),
+        ("pivots20-compact", 3 * 14 / 96, 4 * 14 / 96),
+    ],
 )
 def test_products_are_counted(case, three, four):
-    """The floors run the products of the case, ours those of its floor; 19 of 96 rows are active in active20."""
+    """The floors run the products of the case, ours those of its floor; 19 of 96 rows are active in active20. What is
+    useful are the three."""
     line = small("head", case)
     able = [rival for rival in line.suite.rivals if rival.name in ("gemm3", "gemm4", "ours", "ours-no-workspace")]
-    counts = {name: check["gemm_count"] for name, check in run.checked(line, able, line.sample()).items()}
+    x = line.sample()
+    checks, absent = run.checked(line, able, x)
+    assert not absent and x.useful_flops == round(three * 2 * 96 * 64 * 3001)
+    counts = {name: check["gemm_count"] for name, check in checks.items()}
     assert counts == pytest.approx({"gemm3": three, "gemm4": four, "ours": three, "ours-no-workspace": four}, abs=0.006)
 
 
@@ -146,14 +167,37 @@ def no_weight_gradient(x):
 
 
 @pytest.mark.parametrize("wrong", [ones_upstream, scaled, one_nan, next_label, no_weight_gradient])
-def test_a_wrong_answer_is_refused_before_timing(wrong, monkeypatch, tmp_path, capsys):
+def test_a_wrong_answer_is_not_timed(wrong, monkeypatch, tmp_path, capsys):
+    """A rival's is left out and told, ours leaves nothing to compare with; the exit status tells of either."""
+    file, argv = tmp_path / "bench.json", ["head", "--size", "small", "--no-memory", "--rounds", "1", "--case", "dense"]
     raced_by(monkeypatch, rivals.Rival("planted", wrong))
-    timed = []
-    monkeypatch.setattr(run, "interleaved", lambda *args, **kwargs: timed.append(args))
-    file = tmp_path / "bench.json"
-    assert run.main(["head", "--size", "small", "--no-memory", "--json", str(file)]) == 1
-    assert not timed and not file.exists()
+    assert run.main([*argv, "--dtype", "float32", "--json", str(file)]) == 1
     assert "planted" in capsys.readouterr().err
+    assert {row["impl"] for row in json.loads(file.read_text())} == {"eager", "ours"}
+    file.unlink()
+    raced_by(monkeypatch, rivals.Rival("ours-planted", wrong))
+    assert run.main([*argv, "--dtype", "float32", "--json", str(file)]) == 1
+    assert "ours-planted" in capsys.readouterr().err and not file.exists()
+
+
+def test_a_bound_of_its_own_is_for_that_rival_alone(monkeypatch):
+    raced_by(monkeypatch, rivals.Rival("coarse", scaled, tolerance=0.01), rivals.Rival("planted", scaled))
+    line = small("head", "dense")
+    checks, absent = run.checked(line, line.available()[0], line.sample())
+    assert list(absent) == ["planted"] and checks["coarse"]["gradient_error"] == pytest.approx(0.001, rel=0.01)
+
+
+def test_a_rival_that_fails_is_left_out_with_its_reason(monkeypatch, capsys):
+    def fails(x):
+        raise RuntimeError("out of\nluck")
+
+    raced_by(monkeypatch, rivals.Rival("failing", fails))
+    argv = ["head", "--size", "small", "--no-memory", "--rounds", "1", "--case", "dense", "--dtype", "float32"]
+    assert run.main(argv) == 0
+    assert "skipped: RuntimeError: out of luck" in capsys.readouterr().out
+    raced_by(monkeypatch, rivals.Rival("ours-failing", fails))
+    with pytest.raises(RuntimeError, match="luck"):
+        run.main(argv)
 
 
 def test_a_rival_that_is_not_installed_is_skipped_with_its_reason(monkeypatch, capsys):
@@ -175,8 +219,44 @@ def test_four_fifths_of_the_rows_have_an_upstream_gradient_of_exactly_zero():
     torch.testing.assert_close(x.floor.active, x.hidden.detach()[x.upstream != 0], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_compacted_rows_are_those_that_have_a_gradient(kind):
+    x, left = small("head", kind).sample(), small("head", kind + cases.COMPACT).sample()
+    needed = x.upstream != 0
+    assert (x.labels[needed] >= 0).all() and 0 < needed.sum() < 96
+    for name in ("hidden", "labels", "upstream"):
+        torch.testing.assert_close(getattr(left, name), getattr(x, name)[needed], rtol=0, atol=0)
+    torch.testing.assert_close(left.floor.hidden, left.floor.active, rtol=0, atol=0)
+    assert x.weight.requires_grad and left.weight.requires_grad
+
+
+def test_groups_without_advantage_have_no_gradient_and_a_sequence_has_one():
+    x = small("head", "grpo30").sample()
+    group, sequence = torch.arange(96) * 10 // 96, torch.arange(96) * 40 // 96
+    read = x.labels != rivals.IGNORED
+    assert [bool((x.upstream[group == g] == 0).all()) for g in range(10)] == [True] * 3 + [False] * 7
+    for s in range(40):
+        assert len(x.upstream[read & (sequence == s)].unique()) <= 1
+    assert (x.upstream[~read] == 0).all()
+
+
+@pytest.mark.parametrize("case", ["grpo30", "frozen"])
+def test_the_truth_in_blocks_of_rows_is_that_of_the_whole(case, monkeypatch):
+    line = small("head", case)
+    x = line.sample()
+    x.weight = x.weight.detach()[: 2**11].requires_grad_(x.weight.requires_grad)
+    x.labels = x.labels.clamp(max=2**11 - 1)
+    whole = rivals.head_eager(x.double())
+    monkeypatch.setattr(rivals, "BLOCK", 2**16)  # 32 rows at a time
+    blocks = cases.truth(line, x)
+    assert set(blocks) == set(whole) and all(value.dtype == torch.float64 for value in blocks.values())
+    for name, value in whole.items():
+        torch.testing.assert_close(blocks[name], value, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize(
-    "argv, named", [(["heads"], "got heads"), (["head", "--case", "sparse"], "no race has case sparse")]
+    "argv, named",
+    [(["heads"], "got heads"), (["head", "--case", "sparse"], "no race has case sparse, dtype None and shape any")],
 )
 def test_what_cannot_be_run_is_named(argv, named, capsys):
     with pytest.raises(SystemExit):

@@ -6,7 +6,7 @@ import ctypes
 import gc
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
@@ -30,16 +30,45 @@ def interleaved(
     for name in names * warmup:
         calls[name]()
     times = {name: [] for name in names}
-    for number in range(rounds):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
-            synchronize()
-            start = time.perf_counter()
+    for name in _turns(names, rounds):
+        synchronize()
+        start = time.perf_counter()
+        result = calls[name]()
+        synchronize()
+        times[name].append(time.perf_counter() - start)
+        del result
+    return times
+
+
+def queued(calls: dict[str, Callable], rounds: int, device: str | torch.device) -> dict[str, list[float]]:
+    """Seconds that a GPU spends on each call in each round, as `interleaved` times them; empty on a CPU.
+
+    Before each call the GPU overwrites its caches, which takes it half a millisecond: while it does, the host queues
+    the call. What the host then adds is what it needs longer, and where the call itself waits for the GPU.
+    """
+    if torch.device(device).type != "cuda":
+        return {}
+    times = {name: [] for name in calls}
+    with torch.cuda.device(device):
+        cache = torch.empty(256 * MIB, dtype=torch.int8, device=device)
+        for name in _turns(list(calls), rounds):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            for _ in range(8):
+                cache.zero_()
+            start.record()
             result = calls[name]()
-            synchronize()
-            times[name].append(time.perf_counter() - start)
+            end.record()
+            end.synchronize()
+            times[name].append(start.elapsed_time(end) / 1e3)
             del result
     return times
+
+
+def _turns(names: list[str], rounds: int) -> Iterator[str]:
+    """All names in every round, which starts with the second of the round before."""
+    for number in range(rounds):
+        shift = number % len(names)
+        yield from names[shift:] + names[:shift]
 
 
 def medians(times: dict[str, list[float]]) -> dict[str, float]:

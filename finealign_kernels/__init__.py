@@ -17,6 +17,7 @@ from .ops._check import check_errors
 from .ops.logprobs import LogProbs, linear_logprobs, token_logprobs
 from .ops.segments import segment_broadcast, segment_mean, segment_put_last, segment_sum
 from .rl.gae import GAE, discounted_returns, gae, kl_penalty
+from .rl.groups import decoupled_advantages, group_advantages, turn_advantages
 from .rl.rewards import SegmentEnds, SegmentRewards, segment_ends, token_rewards
 from .rl.whitening import moments, whiten
 
@@ -36,9 +37,11 @@ __all__ = [
     "cdpo",
     "check_errors",
     "cpo",
+    "decoupled_advantages",
     "discounted_returns",
     "dpo",
     "gae",
+    "group_advantages",
     "implicit_scores",
     "ipo",
     "kl_penalty",
@@ -64,6 +67,7 @@ __all__ = [
     "slic",
     "token_logprobs",
     "token_rewards",
+    "turn_advantages",
     "ulma",
     "unlikelihood",
     "whiten",

@@ -1,0 +1,139 @@
+"""Advantages of responses, or of their turns, against the other responses to the same prompt: no critic is needed."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..formulas import groups as formula
+from ..formulas.segments import summed_in
+from ..ops._check import check_number, check_tensor, fail
+from ..ops._layout import check_cu_seqlens
+
+TURN_KINDS = ("return_to_go", "outcome")
+BASELINES = ("leave_one_out", "group_mean")
+
+
+def group_advantages(rewards: Tensor, groups: int | Tensor, *, kind: str = "group_std", eps: float = 1e-4) -> Tensor:
+    """A_i of S responses, one number each, from the rewards of the responses to the same prompt.
+
+        "group_mean"     R_i - mean_g                                   Dr. GRPO
+        "group_std"      (R_i - mean_g) / (std_g + eps)                 GRPO
+        "batch_std"      (R_i - mean_g) / (std of all rewards + eps)
+        "leave_one_out"  R_i - mean of the others of the group          RLOO
+
+    Only "leave_one_out" leaves the policy gradient unbiased: its baseline does not depend on the response itself.
+    "group_mean" shrinks the gradient by exactly (n - 1) / n and keeps its direction. Dividing by a deviation weighs the
+    prompts anew, much where their rewards agree, and so trains another objective.
+
+    rewards  (S,) float
+    groups   how many responses in a row share a prompt, a divisor of S; or (S,) int, equal for the same prompt
+    eps      >= 0, added to a deviation; deviations have n - 1
+
+    Returns  (S,) float32 (float64 for float64), detached. Exactly 0 in a group of one or of equal rewards. A NaN reward
+             leaves the statistics and has advantage 0.
+    Raises   ValueError, TypeError naming argument, expectation and finding.
+    Source   arXiv:2402.03300 (GRPO), 2503.20783 (Dr. GRPO), 2402.14740 (RLOO).
+    """
+    _check_one_of("kind", kind, formula.KINDS)
+    check_number("eps", eps, least=0)
+    wide = _rewards("rewards", rewards, 1)
+    return formula.group_advantages(wide, _keys(groups, wide), kind=kind, eps=eps).to(_result(rewards))
+
+
+def decoupled_advantages(
+    rewards: Tensor | Sequence[Tensor],
+    groups: int | Tensor,
+    *,
+    weights: Sequence[float] | None = None,
+    eps: float = 1e-4,
+) -> Tensor:
+    """A_i = (x_i - mean) / (std + eps) over the batch, x = Σ_k w_k group_std(R_k): each reward model is scaled alone.
+
+    So a model whose rewards differ little is not drowned by one whose rewards differ much. Not unbiased, as group_std.
+
+    rewards  (K, S), or K tensors (S,): the rewards of K models
+    groups   as in group_advantages
+    weights  K numbers w_k, 1 where left out
+
+    Returns  (S,) float32 (float64 for float64), detached. A model's NaN counts 0 for its row; a row without any reward
+             that is a number leaves the batch's statistics and has advantage 0.
+    Raises   ValueError, TypeError.
+    Source   GDPO, arXiv:2601.05242.
+    """
+    check_number("eps", eps, least=0)
+    if not isinstance(rewards, Tensor):
+        for k, model in enumerate(rewards):
+            check_tensor(f"rewards[{k}]", model, shape=rewards[0].shape, like=rewards[0])
+        rewards = torch.stack(list(rewards)) if len(rewards) else fail("rewards", "hold a model", "none")
+    wide = _rewards("rewards", rewards, 2)
+    weights = [1.0] * len(wide) if weights is None else list(weights)
+    if len(weights) != len(wide):
+        fail("weights", f"hold {len(wide)} numbers, one a model", len(weights))
+    for k, weight in enumerate(weights):
+        check_number(f"weights[{k}]", weight)
+    return formula.decoupled_advantages(wide, _keys(groups, wide[0]), weights, eps=eps).to(_result(rewards))
+
+
+def turn_advantages(
+    rewards: Tensor,
+    cu_turns: Tensor,
+    groups: int | Tensor,
+    *,
+    kind: str = "return_to_go",
+    baseline: str = "leave_one_out",
+) -> Tensor:
+    """A_ik of turn (or segment) k of response i, from the turns of the other responses to the same prompt.
+
+        "return_to_go"  G_ik - mean over the others of G_lk,  G_ik = Σ_{j≥k} r_ij, and 0 for a response that had stopped
+        "outcome"       G_i0 - mean over the others of G_l0,  the same for all turns of a response
+
+    With baseline="leave_one_out" both are unbiased: a mean over a fixed number of other responses, those that stopped
+    counted with 0, does not depend on what this one does. "return_to_go" often has less variance. "group_mean", over
+    all of the group, shrinks the gradient by exactly (n - 1) / n. There is no baseline over those responses only that
+    reached turn k: how many terms are subtracted would then depend on when the response itself stops, and where later
+    turns earn on average it would learn to stop early. No deviation is divided by, for the reason in group_advantages.
+
+    rewards   (M,) float, the turns of response 0 first, in order
+    cu_turns  (S + 1,) int32 or int64: the turns of response s are cu_turns[s] to cu_turns[s + 1]
+    groups    as in group_advantages: how many responses in a row share a prompt, or (S,) int
+
+    Returns   (M,) float32 (float64 for float64), detached. Each token of a turn gets its turn's:
+              token_rewards(turns._replace(reward=A, weight=1.0), mask=mask, placement="all", on_empty="drop")
+              A response with a NaN reward leaves the statistics and has advantage 0; so has a group of one.
+    Raises    ValueError, TypeError naming argument, expectation and finding.
+    Source    derived; the biased construction is that of verl-project/verl issue 7244.
+    """
+    _check_one_of("kind", kind, TURN_KINDS)
+    _check_one_of("baseline", baseline, BASELINES)
+    wide = _rewards("rewards", rewards, 1)
+    check_cu_seqlens(cu_turns, len(wide), wide, name="cu_turns", of="rewards")
+    keys = _keys(groups, wide, len(cu_turns) - 1)
+    return formula.turn_advantages(wide, cu_turns, keys, kind=kind, baseline=baseline).to(_result(rewards))
+
+
+def _rewards(name: str, rewards: Tensor, dims: int) -> Tensor:
+    check_tensor(name, rewards)
+    if rewards.dim() != dims:
+        fail(name, f"have shape {('(S,)', '(K, S)')[dims - 1]}", tuple(rewards.shape))
+    return rewards.detach().to(summed_in(rewards))
+
+
+def _result(rewards: Tensor) -> torch.dtype:
+    return torch.float64 if rewards.dtype == torch.float64 else torch.float32
+
+
+def _keys(groups: int | Tensor, rewards: Tensor, rows: int | None = None) -> Tensor:
+    """(S,) int64, the same for the rows of a group."""
+    rows = len(rewards) if rows is None else rows
+    if isinstance(groups, Tensor):
+        check_tensor("groups", groups, dtypes=(torch.int32, torch.int64), shape=(rows,), like=rewards)
+        return groups.long()
+    if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1 or rows % groups:
+        fail("groups", f"be (S,) int, or a number of responses that divides {rows}", repr(groups))
+    return torch.arange(rows, device=rewards.device) // groups
+
+
+def _check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        fail(name, f"be one of {known}", repr(value))

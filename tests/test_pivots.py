@@ -111,6 +111,65 @@ def test_golden_masked_reward_model():
     assert_close(down, pull * weight[1].double() / 3, rtol=1e-9, atol=0)
 
 
+# Section 4.9: whitened advantages of fixture D, their losses per token, and the token scores of section 5.4
+MASK_D = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]], dtype=torch.bool)
+ADVANTAGES = torch.tensor(
+    [
+        [0.9340625971, 1.0333311943, 1.0407384449, 0.6791492526, 0.6469691723, 0.2597758826],
+        [-1.3216556455, -1.4381950707, -1.4328599851, -0.4013158426, NAN, NAN],
+    ],
+    dtype=F64,
+)
+TOKEN_LOSS = torch.tensor(
+    [
+        [-0.9819530106, -0.7655105768, -1.1501938627, -0.8149791031, -0.6341583243, -0.2597758826],
+        [1.7840485137, 1.3680534694, 1.1462879881, 0.4435225982, 0, 0],
+    ],
+    dtype=F64,
+)
+Q_D = torch.tensor([[0.4, -0.2, 0.1, 0.3, -0.5, 0.2], [-0.6, -0.1, 0.2, -0.3, NAN, INF]])
+
+
+def masked_policy_loss(weight):
+    """Over kept tokens per row, over those of the batch, and over all tokens."""
+    kept = (weight * TOKEN_LOSS).sum(1)
+    return [(kept / weight.sum(1)).mean(), kept.sum() / weight.sum(), kept.sum() / MASK_D.sum()]
+
+
+def test_golden_masked_advantages():
+    """Section 5.4: A >= 0 with q > b, A < 0 with q < b."""
+    weight = fk.adaptive_mask(Q_D, mask=MASK_D, side=ADVANTAGES).token_weight
+    assert weight.tolist() == [[1, 0, 1, 1, 0, 1], [1, 1, 0, 1, 0, 0]]
+    expected = [0.1984080312, 0.0555318175, 0.0388722722]
+    assert_close(torch.stack(masked_policy_loss(weight)), torch.tensor(expected, dtype=F64), rtol=0, atol=1e-9)
+
+
+def test_golden_masked_segments_of_advantages():
+    """Section 11.7: a segment's side is that of its mean advantage."""
+    ids = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 0, 1, 1, -1, 5]], dtype=torch.int32)
+    for layout in ({"segment_ids": ids}, {"pivots": torch.tensor([[1, 0, 0, 1, 0, 1], [1, 0, 1, 0, 0, 1]]).bool()}):
+        found = fk.adaptive_mask(Q_D, mask=MASK_D, side=ADVANTAGES, baseline=-0.06, **layout)
+        assert found.token_weight.tolist() == [[1, 1, 1, 0, 0, 1], [1, 1, 0, 0, 0, 0]]
+        score = torch.tensor([[0.1, 0.1, 0.1, -0.1, -0.1, 0.2], [-0.35, -0.35, -0.05, -0.05, 0, 0]])
+        assert_close(found.score, score)
+        expected = [0.3933463292, -0.0008885583, -0.000533135]
+        got = torch.stack(masked_policy_loss(found.token_weight))
+        assert_close(got, torch.tensor(expected, dtype=F64), rtol=0, atol=1e-9)
+
+
+def test_masking_before_whitening_and_after_it():
+    """Section 5.4: over the kept tokens, or over all of them."""
+    advantage, score = row(2, -1, 0.5, 3), row(1, 1, 1, 1)
+    whitened = fk.whiten(advantage)
+    raw_mask = fk.adaptive_mask(score, side=advantage).token_weight != 0
+    before = fk.whiten(advantage, mask=raw_mask)
+    assert_close(before, row(0.1622214204, 0, -1.2977713629, 1.1355499425), rtol=0, atol=1e-9)
+    after = torch.where(raw_mask, whitened, 0)
+    assert_close(after, row(0.5773502679, 0, -0.4123930485, 1.2371791456), rtol=0, atol=1e-9)
+    # whitening has turned the sign of the third, so the mask of what enters the loss drops it
+    assert fk.adaptive_mask(score, side=whitened).token_weight.tolist() == [[1, 0, 0, 1]]
+
+
 def test_scores():
     found = fk.implicit_scores((CHOSEN, REJECTED), (REF_CHOSEN, REF_REJECTED), beta=0.5)
     assert_close(found[0], row(0.1, -0.05, 0.1))
@@ -218,6 +277,75 @@ def test_sides(side):
     }[side]
     found = fk.adaptive_mask(q, mask=mask, side=advantage if side == "tensor" else side).token_weight
     assert torch.equal(found, (torch.where(mask, q, 0) * torch.tensor(signs)[:, None] > 0).float())
+
+
+def test_the_side_of_each_token():
+    q, mask = batch()
+    rng = torch.Generator().manual_seed(5)
+    advantage = torch.randint(-2, 3, q.shape, generator=rng) / 2
+    advantage[0, :3] = NAN
+    given = torch.where(mask, advantage, INF)
+    weight = fk.adaptive_mask(q, mask=mask, side=given, baseline=0.125).token_weight
+    kept = mask & (((advantage >= 0) & (q > 0.125)) | ((advantage < 0) & (q < 0.125)))
+    assert torch.equal(weight, kept.float()) and weight.any() and not weight[0, :3].any()
+    halves = fk.adaptive_mask((q[:3], q[3:]), mask=(mask[:3], mask[3:]), side=(given[:3], given[3:]), baseline=0.125)
+    assert torch.equal(torch.cat(halves.token_weight), weight)
+    bounds = torch.arange(0, q.numel() + 1, q.shape[1])
+    flat = dict(mask=mask.flatten(), cu_seqlens=bounds, side=given.flatten(), baseline=0.125)
+    assert torch.equal(fk.adaptive_mask(q.flatten(), **flat).token_weight, weight.flatten())
+    soft = fk.adaptive_mask(q, mask=mask, side=given, soft=0.25).token_weight
+    expected = (torch.where(advantage >= 0, 1, -1) * q / 0.25).sigmoid()
+    assert_close(soft, torch.where(mask & ~advantage.isnan(), expected, 0))
+
+
+@pytest.mark.parametrize("segment_score", ("mean", "sum", "last"))
+def test_segments_against_a_plain_loop(segment_score):
+    """Sides of tokens and segments by number, some tokens of none."""
+    form = {"mean": torch.mean, "sum": torch.sum, "last": lambda x: x[-1]}[segment_score]
+    for seed in range(8):
+        q, mask = batch(seed)
+        rng = torch.Generator().manual_seed(seed)
+        advantage = torch.where(mask, torch.randn(q.shape, generator=rng), NAN)
+        ids = torch.randint(0, 2, q.shape, generator=rng).cumsum(1)
+        ids[torch.rand(q.shape, generator=rng) < 0.2] = -1
+        found = fk.adaptive_mask(q, mask=mask, side=advantage, segment_ids=ids, segment_score=segment_score)
+        for r in range(len(q)):
+            numbers = ids[r][mask[r] & (ids[r] >= 0)].unique().tolist()
+            for t in range(q.shape[1]):
+                if not mask[r, t] or ids[r, t] < 0:
+                    assert found.token_weight[r, t] == 0 and found.segment[r, t] == -1
+                    continue
+                own = mask[r] & (ids[r] == ids[r, t])
+                value, above = form(q[r][own].double()).float(), advantage[r][own].mean() >= 0
+                assert found.segment[r, t] == numbers.index(ids[r, t])
+                assert found.token_weight[r, t] == (value > 0 if above else value < 0)
+
+
+def test_one_token_a_segment_is_the_token_form():
+    q, mask = batch()
+    advantage = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
+    tokens = fk.adaptive_mask(q, mask=mask, side=advantage, baseline="batch")
+    each = torch.arange(q.shape[1]).expand(q.shape)
+    segments = fk.adaptive_mask(q, mask=mask, side=advantage, baseline="batch", segment_ids=each)
+    assert torch.equal(segments.token_weight, tokens.token_weight)
+
+
+def test_degenerate_advantages():
+    """Section 5.5, where the advantages are the side."""
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
+    advantage = torch.tensor([[0.0, -0.0, -1, NAN], [-2, 0, 0, 0], [1, 1, 1, 1]])
+    constant = torch.full((3, 4), 0.5)
+    assert not fk.adaptive_mask(constant, mask=mask, side=advantage, baseline="batch").token_weight.any()
+    found = fk.adaptive_mask(constant, mask=mask, side=advantage, pivots=torch.zeros_like(mask))
+    assert not found.token_weight.any()  # means -1/3 and -2 are below 0, the score .5 is not
+    assert found.segment.tolist() == [[0, 0, 0, -1], [0, -1, -1, -1], [-1] * 4]
+    up = fk.adaptive_mask(constant, mask=mask, side=advantage)
+    assert up.token_weight.tolist() == [[1, 1, 0, 0], [0] * 4, [0] * 4]
+    unknown = torch.where(torch.arange(4) == 1, NAN, 1.0).expand(3, 4)
+    whole = fk.adaptive_mask(constant, mask=mask, side=unknown, pivots=torch.zeros_like(mask))
+    assert whole.token_weight.tolist() == [[0] * 4, [1, 0, 0, 0], [0] * 4]
+    none = fk.adaptive_mask(torch.zeros(0, 4), side=torch.zeros(0, 4), segment_ids=torch.zeros(0, 4, dtype=torch.int64))
+    assert none.token_weight.shape == (0, 4)
 
 
 def test_soft_masks():
@@ -475,7 +603,23 @@ REFUSALS = {
     "idle quantile": (lambda: fk.adaptive_mask(Q, quantile=0.5), "quantile must be None without"),
     "side": (lambda: fk.adaptive_mask(Q, side="chosen"), "side must be .* got 'chosen'"),
     "side 0": (lambda: fk.adaptive_mask(Q, side=0), "side must be .* got 0"),
-    "side shape": (lambda: fk.adaptive_mask(Q, side=torch.ones(3)), r"side must have shape \(2,\), got \(3,\)"),
+    "side shape": (
+        lambda: fk.adaptive_mask(Q, side=torch.ones(3)),
+        r"side must have shape \(2,\) or \(2, 3\), got \(3,\)",
+    ),
+    "side of tokens": (lambda: fk.adaptive_mask(Q, side=Q.t()), r"side must have shape \(2,\) or .* got \(3, 2\)"),
+    "side of which": (
+        lambda: fk.adaptive_mask(Q[0], cu_seqlens=torch.tensor([0, 2, 2, 3]), side=torch.ones(3)),
+        "side must be of tokens or of sequences, not of as many as there are of both",
+    ),
+    "pivots and ids": (
+        lambda: fk.adaptive_mask(Q, pivots=Q == 0, segment_ids=torch.zeros(2, 3, dtype=torch.int64)),
+        "segment_ids must be None where pivots are given",
+    ),
+    "ids fall": (
+        lambda: fk.adaptive_mask(Q, segment_ids=torch.tensor([[0, 1, 1], [1, -1, 0]])),
+        "segment_ids must not decrease in a sequence, got 0 after 1 at flat index 5",
+    ),
     "odd": (lambda: fk.adaptive_mask(torch.zeros(3, 2)), "token_score must hold an even number of .* got 3"),
     "soft": (lambda: fk.adaptive_mask(Q, soft=0.0), "soft must be a finite number > 0, got 0.0"),
     "segment score": (lambda: fk.adaptive_mask(Q, segment_score="max"), "segment_score must be .* got 'max'"),
@@ -492,6 +636,9 @@ TYPES = {
     "int scores": (lambda: fk.pivot_flags(Q.long(), kind="sign"), "token_score must have dtype"),
     "float pivots": (lambda: fk.adaptive_mask(Q, pivots=Q), "pivots must have dtype bool"),
     "float flags": (lambda: fk.pivot_segments(Q), "pivots must have dtype bool"),
+    "float ids": (lambda: fk.adaptive_mask(Q, segment_ids=Q), "segment_ids must have dtype int32 or int64"),
+    "int side": (lambda: fk.adaptive_mask(Q, side=Q.long()), "side must have dtype"),
+    "side of a pair": (lambda: fk.adaptive_mask((Q, Q), side=(Q,)), "side must be a pair of tensors"),
     "float mask": (lambda: fk.adaptive_mask(Q, mask=Q), "mask must have dtype bool"),
     "list": (lambda: fk.best_of_n([1.0, 2.0]), "reward must be a tensor, got a list"),
 }

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..formulas import pivots as formula
 from ..formulas.segments import segment_ids
-from ..ops._check import FLOATS, check_number, check_tensor, fail
+from ..ops._check import FLOATS, check_number, check_tensor, fail, reads_values
 from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like, unflatten
 from ..ops.segments import segment_mean, segment_sum
 
@@ -149,8 +149,9 @@ def adaptive_mask(
     *,
     mask: TokenTensor | None = None,
     cu_seqlens: Tensor | None = None,
-    side: int | str | Tensor = "halves",
+    side: int | str | TokenTensor = "halves",
     pivots: TokenTensor | None = None,
+    segment_ids: TokenTensor | None = None,
     segment_score: str = "mean",
     baseline: float | str | Tensor = 0.0,
     quantile: float | None = None,
@@ -158,16 +159,23 @@ def adaptive_mask(
 ) -> AdaptiveMask:
     """Keeps the tokens, or segments, whose score agrees with what the loss does to their response.
 
-        M_t = m_t 1[s (q_t - b) > 0]            with pivots: M_t = m_t 1[s (Q_segment(t) - b) > 0]
+        M_t = m_t 1[s (q_t - b) > 0]            with segments: M_t = m_t 1[s (Q_segment(t) - b) > 0]
 
     Both sides are strict: a score exactly at b is dropped, so is NaN (FINEALIGN_DEBUG=1: ValueError). The result is the
-    token_weight of preference_loss and nll_loss, for policy and reference alike.
+    token_weight of preference_loss and nll_loss, for policy and reference alike, and of policy_loss with the advantages
+    as the side: it keeps A_t >= 0 with q_t > b and A_t < 0 with q_t < b. The critic reads the whole mask.
+
+    The side is that of the advantages that enter the loss. Whiten them before, over all tokens, and their scale is the
+    batch's; or take the mask of the raw ones, and whiten over the tokens that it keeps (whiten(A, mask=weight != 0)):
+    mean and deviation are then theirs, and a sign may come out another.
 
     token_score    q: (B, T) with mask, flat (N,) with cu_seqlens, or a pair (B, T⁺), (B, T⁻); compared in float32
     mask           bool: the response tokens; what stands elsewhere is not looked at
-    side           s: "halves" or "interleaved" for pairs as in preference_loss; 1 or -1 for all; or (S,), where a
-                   number >= 0 (an advantage, say) is to be reinforced and one < 0 suppressed
+    side           s: "halves" or "interleaved" for pairs as in preference_loss; 1 or -1 for all; or advantages, (S,) or
+                   in the shape of token_score: tokens with a number >= 0 are to be reinforced, with one < 0 suppressed,
+                   with NaN dropped. The side of a segment is that of the mean over it
     pivots         bool, where segments start (pivot_flags); None: every token for itself
+    segment_ids    instead of pivots: int, the segment of each token, not decreasing in a sequence; -1: of none, dropped
     segment_score  Q: "mean" of q over the segment, "sum", or "last"
     baseline       b: a number; "batch": mean of q over all tokens; "row": over the sequence; "quantile" of all tokens;
                    a tensor with one element (a mean over all ranks, say) or (S,)
@@ -182,14 +190,18 @@ def adaptive_mask(
         fail("segment_score", f"be one of {SEGMENT_SCORES}", repr(segment_score))
     if soft is not None:
         check_number("soft", soft, above=0)
+    if pivots is not None and segment_ids is not None:
+        fail("segment_ids", "be None where pivots are given", "both")
     tokens = flatten(token_score, mask, cu_seqlens, name="token_score")
     q, read = _scores(tokens)
-    level, signs = _baseline(q, read, tokens, baseline, quantile), _side(side, tokens)
+    level, advantage = _baseline(q, read, tokens, baseline, quantile), _side(side, tokens)
     score, segment = q, None
-    if pivots is not None:
-        starts = _starts(flatten_like(pivots, tokens, "pivots", (torch.bool,)), tokens)
-        segment = formula.ids(starts, _mask(tokens), tokens.cu_seqlens)
+    if pivots is not None or segment_ids is not None:
+        inside, starts = _segments(tokens, pivots, segment_ids)
+        read, segment = read & inside, formula.ids(starts, inside, tokens.cu_seqlens)
         score = _segment_scores(q, read, starts, segment_score)
+        advantage = _segment_scores(advantage, inside, starts, "mean")
+    signs = torch.where(advantage >= 0, 1.0, torch.where(advantage < 0, -1.0, torch.nan))
     kept = formula.keep(score, signs, level) if soft is None else formula.soft_keep(score, signs, level, soft)
     found = (torch.where(read, kept, 0).float(), torch.where(read, score, 0), level.expand_as(q), segment)
     return AdaptiveMask(*(None if x is None else unflatten(x, tokens.shapes) for x in found))
@@ -241,6 +253,21 @@ def _starts(flags: Tensor, tokens: Tokens) -> Tensor:
     return (flags & mask) | formula.firsts(mask, tokens.cu_seqlens)
 
 
+def _segments(tokens: Tokens, pivots, segment_ids) -> tuple[Tensor, Tensor]:
+    """Tokens that are in a segment and tokens at which one starts, (N,) bool."""
+    if segment_ids is None:
+        return _mask(tokens), _starts(flatten_like(pivots, tokens, "pivots", (torch.bool,)), tokens)
+    ids = flatten_like(segment_ids, tokens, "segment_ids", (torch.int32, torch.int64))
+    inside = _mask(tokens) & (ids >= 0)
+    before = formula.previous(inside, tokens.cu_seqlens)
+    falls = inside & (before >= 0) & (ids < ids[before])
+    if reads_values(ids) and falls.any():
+        t = int(falls.nonzero()[0])
+        found = f"{int(ids[t])} after {int(ids[before[t]])} at flat index {t}"
+        fail("segment_ids", "not decrease in a sequence", found)
+    return inside, inside & ((before < 0) | (ids != ids[before]))
+
+
 def _segment_scores(q: Tensor, read: Tensor, starts: Tensor, kind: str) -> Tensor:
     """Q of each token's segment (N,)."""
     cu_seqlens, segment = formula.bounds(starts)
@@ -276,14 +303,14 @@ def _per_token(name: str, value: float | Tensor, tokens: Tokens, dtype: torch.dt
     return value.expand(tokens.segments)[segment_ids(tokens.cu_seqlens, tokens.x.shape[0])]
 
 
-def _side(side: int | str | Tensor, tokens: Tokens) -> Tensor:
-    """s of each token (N,): 1 or -1, NaN where it is not known."""
+def _side(side: int | str | TokenTensor, tokens: Tokens) -> Tensor:
+    """A number of each token (N,): >= 0 if it is to be reinforced, < 0 if suppressed, NaN if neither."""
     many = tokens.segments
+    if isinstance(side, (tuple, list)):
+        return flatten_like(side, tokens, "side").detach()
     if isinstance(side, Tensor):
-        check_tensor("side", side, dtypes=FLOATS, shape=(many,), like=tokens.x)
-        signs = torch.where(side.detach() >= 0, 1.0, -1.0)
-        signs = torch.where(side.detach().isnan(), torch.nan, signs)
-    elif side in ("halves", "interleaved"):
+        return _advantages(side, tokens)
+    if side in ("halves", "interleaved"):
         if many % 2:
             fail("token_score", f"hold an even number of sequences with side={side!r}", many)
         place = torch.arange(many, device=tokens.x.device)
@@ -293,6 +320,19 @@ def _side(side: int | str | Tensor, tokens: Tokens) -> Tensor:
     else:
         fail("side", "be 'halves', 'interleaved', 1, -1 or a tensor", repr(side))
     return signs[segment_ids(tokens.cu_seqlens, tokens.x.shape[0])]
+
+
+def _advantages(side: Tensor, tokens: Tokens) -> Tensor:
+    """(N,) of (S,) or of one number a token."""
+    per_sequence, per_token = side.shape == (tokens.segments,), (side.shape,) == tokens.shapes
+    check_tensor("side", side, like=tokens.x)
+    if not (per_sequence or per_token):
+        shapes = " and ".join(str(tuple(shape)) for shape in tokens.shapes)
+        fail("side", f"have shape ({tokens.segments},) or {shapes}", tuple(side.shape))
+    if per_sequence and per_token and reads_values(side) and bool((tokens.cu_seqlens.diff() != 1).any()):
+        fail("side", "be of tokens or of sequences, not of as many as there are of both", tuple(side.shape))
+    side = side.detach()
+    return side.reshape(-1) if per_token else side[segment_ids(tokens.cu_seqlens, tokens.x.shape[0])]
 
 
 def _flatten_flags(pivots, mask, cu_seqlens) -> Tokens:

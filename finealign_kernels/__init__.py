@@ -11,7 +11,10 @@ from .losses.pivots import (
     prefix_scores,
 )
 from .losses.pointwise import PointwiseLoss, kto, pdpo, pointwise_loss, ulma, unlikelihood
+from .losses.policy import PolicyLoss, policy_loss
 from .losses.preference import PreferenceLoss, cdpo, cpo, dpo, ipo, orpo, preference_loss, robust, simpo, slic
+from .losses.sampler import sampler_weights
+from .losses.value import ValueLoss, value_loss
 from .losses.weights import ld_weights, wpo_weights
 from .ops._check import check_errors
 from .ops.logprobs import LogProbs, linear_logprobs, token_logprobs
@@ -29,9 +32,11 @@ __all__ = [
     "LogProbs",
     "NLLLoss",
     "PointwiseLoss",
+    "PolicyLoss",
     "PreferenceLoss",
     "SegmentEnds",
     "SegmentRewards",
+    "ValueLoss",
     "adaptive_mask",
     "best_of_n",
     "cdpo",
@@ -55,9 +60,11 @@ __all__ = [
     "pivot_flags",
     "pivot_segments",
     "pointwise_loss",
+    "policy_loss",
     "preference_loss",
     "prefix_scores",
     "robust",
+    "sampler_weights",
     "segment_broadcast",
     "segment_ends",
     "segment_mean",
@@ -70,6 +77,7 @@ __all__ = [
     "turn_advantages",
     "ulma",
     "unlikelihood",
+    "value_loss",
     "whiten",
     "wpo_weights",
 ]

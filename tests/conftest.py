@@ -2,12 +2,15 @@
 
 import importlib.util
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from finealign_kernels.ops import _choose
+
+sys.path.append(str(Path(__file__).parent))  # oracles, worked_examples
 
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     runpy.run_path(str(Path(__file__).with_name("triton_interpreter.py")))["install"]()

@@ -3,12 +3,15 @@
 import torch
 from torch import Tensor
 
-from ..ops._check import fail
+from ..formulas import segments as formula
+from ..ops._check import check_tensor, fail
 from ..ops._layout import Tokens, flatten_like
+from ..ops._once import once
 from ..ops.segments import segment_broadcast, segment_sum
 
 AVERAGES = (False, "kept", "all", "segments")
 REDUCTIONS = ("mean", "sum", "none")
+TOKEN_REDUCTIONS = ("token", "token_global", "sequence", "sequence_sum", "constant")
 
 
 def check_average(average, segment_ids=None) -> None:
@@ -92,6 +95,55 @@ def reduce(items: Tensor, reduction: str, denominator, counted: Tensor | None = 
     return total / (counted.sum().clamp(min=1) if counted is not None else max(1, items.numel()))
 
 
+def check_token_reduction(reduction: str, average: str, denominator, max_length) -> None:
+    """What `token_shares` needs, before any tensor is read."""
+    if reduction not in TOKEN_REDUCTIONS:
+        fail("reduction", f"be one of {TOKEN_REDUCTIONS}", repr(reduction))
+    if average not in ("all", "kept"):
+        fail("average", "be 'all' or 'kept'", repr(average))
+    if reduction == "token_global" and denominator is None:
+        fail("denominator", "be the number of tokens of the whole step for 'token_global' ('token' counts them)", None)
+    if (reduction == "constant") != (max_length is not None):
+        wanted = "be given with reduction='constant'" if max_length is None else "be None but for reduction='constant'"
+        fail("max_length", wanted, repr(max_length))
+
+
+def token_shares(
+    tokens: Tokens, reduction: str, weight: Tensor | None = None, *, denominator=None, max_length=None, count_empty=True
+) -> Tensor:
+    """c (N,), the share of each token in a batch's loss Σ c_t ℓ_t; 0 where the mask is false.
+
+    "token", "token_global"  1 / Σ weight of the batch
+    "sequence"               1 / (B Σ weight of the sequence)
+    "sequence_sum"           1 / B
+    "constant"               1 / (B max_length)
+
+    weight (N,) counts tokens, 0 where the mask is false; None: every mask token is one. A sum of 0 counts as 1.
+    B is the number of sequences; without count_empty, of those that have a token. denominator replaces the batch's
+    Σ weight, or B.
+    """
+    read = torch.ones_like(tokens.x, dtype=torch.promote_types(tokens.x.dtype, torch.float32))
+    read = read if tokens.mask is None else tokens.mask.to(read.dtype)
+    weight = read if weight is None else weight
+    if reduction in ("token", "token_global"):
+        return read / (_one_for_none(weight.sum()) if denominator is None else check_denominator(denominator))
+    if denominator is not None:
+        rows = check_denominator(denominator)
+    else:
+        rows = max(1, tokens.segments) if count_empty else has_tokens(tokens).sum().clamp(min=1)
+    if reduction == "sequence_sum":
+        return read / rows
+    if reduction == "constant":
+        return read / (rows * check_denominator(max_length, "max_length"))
+    lengths = _one_for_none(segment_sum(weight, tokens.cu_seqlens))
+    each = segment_broadcast(1 / (rows * lengths), tokens.cu_seqlens, total=tokens.x.shape[0])
+    return each if tokens.mask is None else torch.where(tokens.mask, each, 0)
+
+
+def _one_for_none(total: Tensor) -> Tensor:
+    return torch.where(total == 0, 1, total)
+
+
 def check_denominator(denominator, name: str = "denominator"):
     """A number > 0, or a tensor with one element (a global count, say), which is not read on the host."""
     if isinstance(denominator, Tensor):
@@ -101,3 +153,79 @@ def check_denominator(denominator, name: str = "denominator"):
     if isinstance(denominator, bool) or not isinstance(denominator, (int, float)) or not 0 < denominator < float("inf"):
         fail(name, "be a finite number > 0 or a tensor with one element", repr(denominator))
     return denominator
+
+
+def wide_of(tokens: Tokens) -> torch.dtype:
+    """float32, or float64 for float64: what sums and losses are taken in."""
+    return torch.promote_types(tokens.x.dtype, torch.float32)
+
+
+def read(x: Tensor, tokens: Tokens) -> Tensor:
+    """(N,) as a constant, in the dtype of the sums; 0 where the mask is false, whatever stands there."""
+    x = x.detach().to(wide_of(tokens))
+    return x if tokens.mask is None else torch.where(tokens.mask, x, 0)
+
+
+def per_token(name: str, x, tokens: Tokens) -> Tensor:
+    """`read` of one number per token, or of one per sequence: (S,) or (S, 1)."""
+    rows, shape = tokens.segments, tuple(x.shape) if isinstance(x, Tensor) else None
+    if shape not in ((rows,), (rows, 1)) or shape == tokens.shapes[0] == (rows, 1):
+        return read(flatten_like(x, tokens, name), tokens)
+    check_tensor(name, x, like=tokens.x)
+    each = x.detach().reshape(-1).to(wide_of(tokens))
+    if shape == tokens.shapes[0]:
+        each = _if_single(name, each, tokens)
+    return read(segment_broadcast(each, tokens.cu_seqlens, total=tokens.x.shape[0]), tokens)
+
+
+def _if_single(name: str, x: Tensor, tokens: Tokens) -> Tensor:
+    """x of a flat batch with as many sequences as tokens: one number each is clear only where each has one token."""
+    single = (tokens.cu_seqlens == torch.arange(len(x) + 1, device=x.device)).all()
+    if _can_look(x) and not bool(single):
+        fail(name, f"have shape ({len(x)}, 1) where tokens and sequences are as many", tuple(x.shape))
+    return torch.where(single, x, torch.nan)
+
+
+def same_in_rows(name: str, x: Tensor, tokens: Tokens, of: str) -> Tensor:
+    """x (N,), which must not change inside a sequence: refused on a CPU, on a GPU such a sequence gets NaN."""
+    rows = formula.segment_ids(tokens.cu_seqlens, x.shape[0])
+    ends = []
+    for how, none in (("amax", -torch.inf), ("amin", torch.inf)):
+        seen = x if tokens.mask is None else torch.where(tokens.mask, x, none)
+        ends.append(seen.new_full((tokens.segments,), none).scatter_reduce(0, rows, seen, how))
+    changes = ends[0] > ends[1]
+    if _can_look(x) and bool(changes.any()):
+        fail(name, f"be one number per sequence for {of}", f"several in sequence {int(changes.nonzero()[0])}")
+    return torch.where(changes[rows], torch.nan, x)
+
+
+def _can_look(x: Tensor) -> bool:
+    """May a value be read on the host: no sync, no graph being traced."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def mean_of_tokens(x: Tensor, tokens: Tokens) -> Tensor:
+    """() over the tokens that the mask keeps, 0 where it keeps none."""
+    x = x.to(wide_of(tokens))
+    if tokens.mask is None:
+        return x.sum() / max(1, x.numel())
+    return torch.where(tokens.mask, x, 0).sum() / tokens.mask.sum().clamp(min=1)
+
+
+class FromTokens(torch.autograd.Function):
+    """A batch's loss () whose gradients are known: dx and dy (N,), with respect to x and, where it is given, y."""
+
+    @staticmethod
+    def forward(ctx, name, x, y, loss, dx, dy):
+        ctx.name = name
+        ctx.save_for_backward(x, y, dx, dy)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        x, y, dx, dy = ctx.saved_tensors
+        grads = tuple(
+            None if d is None else torch.where(d != 0, d * upstream, 0).to(of.dtype) for of, d in ((x, dx), (y, dy))
+        )
+        grads = once(ctx.name, grads, (x, y, upstream), instead="use torch's own arithmetic")
+        return None, *grads, None, None, None

@@ -247,13 +247,18 @@ def row_of(name: str, hyper: dict) -> tuple[Row, dict]:
     if name not in PREFERENCE:
         fail("name", f"be one of {tuple(PREFERENCE)}", repr(name))
     row = PREFERENCE[name]
-    for key, value in hyper.items():
-        if key not in row.hyper:
-            raise TypeError(f"{name!r} takes {tuple(row.hyper) or 'no hyper-parameter'}, got {key!r}")
+    return row, hyper_of(name, row.hyper, hyper)
+
+
+def hyper_of(name: str, takes: dict[str, Hyper], given: dict) -> dict:
+    """The hyper-parameters of a row: those given, checked, else its own."""
+    for key, value in given.items():
+        if key not in takes:
+            raise TypeError(f"{name!r} takes {tuple(takes) or 'no hyper-parameter'}, got {key!r}")
         check_number(key, value)
-        if not row.hyper[key].holds(value):
-            fail(key, row.hyper[key].expected, repr(value))
-    return row, {key: hyper.get(key, wanted.default) for key, wanted in row.hyper.items()}
+        if not takes[key].holds(value):
+            fail(key, takes[key].expected, repr(value))
+    return {key: given.get(key, wanted.default) for key, wanted in takes.items()}
 
 
 def score_transform(name: str, row: Row, divergence: str, alpha: float) -> Formula | None:

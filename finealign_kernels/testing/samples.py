@@ -92,3 +92,41 @@ def _segment_rewards(lengths, rng, with_starts, dtype, index, device) -> Segment
     integers = (torch.tensor(x, dtype=index, device=device) for x in (ends, cu_segments.tolist(), starts))
     end, cu_segments, start = integers
     return SegmentRewards(reward.to(device), end, cu_segments, weight, start if with_starts else None)
+
+
+class Policy(NamedTuple):
+    """A padded batch of sampled responses (B, T), with a hole, one of a single token and an empty one."""
+
+    logp: Tensor
+    old_logp: Tensor
+    ref_logp: Tensor
+    advantages: Tensor  # (B,)
+    dense: Tensor  # advantages (B, T)
+    token_weight: Tensor
+    sampler_weight: Tensor  # (B,)
+    entropy: Tensor
+    mask: Tensor
+
+
+def policy(rows: int = 6, width: int = 9, dtype=torch.float32, *, spread: float = 0.5, device="cpu", seed=0) -> Policy:
+    """Random log-probs whose ratios leave a clip range of 0.2 on both sides, and what comes with them; rows >= 4."""
+    rng = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(4, rows, width, generator=rng, dtype=torch.float64)
+    normal = torch.randn(4, rows, width, generator=rng, dtype=torch.float64)
+    lengths = torch.randint(2, width + 1, (rows,), generator=rng)
+    lengths[1], lengths[2], lengths[3] = width, 1, 0
+    mask = torch.arange(width) < lengths[:, None]
+    mask[1, width // 2] = False
+    old = -3 * uniform[0]
+    batch = Policy(
+        logp=old + spread * normal[0],
+        old_logp=old,
+        ref_logp=old + spread * normal[1],
+        advantages=normal[2, :, 0],
+        dense=normal[3],
+        token_weight=uniform[1],
+        sampler_weight=2 * uniform[2, :, 0],
+        entropy=2 * uniform[3],
+        mask=mask,
+    )
+    return Policy(*(x.to(device) if x.dtype == torch.bool else x.to(device, dtype) for x in batch))

@@ -35,6 +35,7 @@ and its strengths, out of three votes, were set by hand.
 
 from .files import read, sample, write
 from .records import Example, Preference, Response, Span
+from .segments import segment_tokens, sentences, sub_sentences
 from .spans import Encoded, encode, token_segments, token_spans, token_weights
 
 __all__ = [
@@ -46,6 +47,9 @@ __all__ = [
     "encode",
     "read",
     "sample",
+    "segment_tokens",
+    "sentences",
+    "sub_sentences",
     "token_segments",
     "token_spans",
     "token_weights",

@@ -51,7 +51,7 @@ def token_spans(offsets, text: str, spans: Sequence[Span]) -> list[tuple[int, in
     offsets  (start, end) of each token in text    spans  within text
     Raises   ValueError if a span ends beyond the text.
     """
-    tokens = [_core(text, start, end) for start, end in offsets]
+    tokens = [core(text, start, end) for start, end in offsets]
     return [_token_range(tokens, text, span) for span in spans]
 
 
@@ -90,13 +90,13 @@ def token_segments(offsets, text: str, spans: Sequence[Span]) -> list[int]:
 def _token_range(tokens, text, span):
     if span.end > len(text):
         raise ValueError(f"spans must end within the text, at most at {len(text)}, got {span}")
-    start, end = _core(text, span.start, span.end)
+    start, end = core(text, span.start, span.end)
     # both cores start with a character that is not white space, and so does what they share
     shared = [t for t, (first, stop) in enumerate(tokens) if max(first, start) < min(stop, end)]
     return (shared[0], shared[-1] + 1) if shared else (0, 0)
 
 
-def _core(text, start, end):
+def core(text, start, end):
     """text[start:end] without the white space around it, as offsets; empty if there is nothing else."""
     part = text[start:end]
     return start + len(part) - len(part.lstrip()), start + len(part.rstrip())

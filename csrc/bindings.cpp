@@ -1,8 +1,12 @@
 // Every op's signature and registration. The only file that sees torch, and only its stable ABI.
 #include <Python.h>
 #include <dlfcn.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
+#include <atomic>
 #include <optional>
 #include <tuple>
 
@@ -128,21 +132,67 @@ Segments make_segments(const Tensor& cu_seqlens, const std::optional<Tensor>& ma
                   mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr};
 }
 
-// Reading and writing in place follow cu_seqlens, so the CPU kernels rely on this.
-void check_ends(const Segments& segments) {
+struct Lengths {
+  int64_t shortest, longest;  // below 0 where cu_seqlens decreases
+};
+
+template <typename Index>
+Lengths lengths_of(const Index* ends, int64_t count) {
+  std::atomic<int64_t> shortest{0}, longest{0};
+  parallel(count, 1 << 16, [&](int64_t begin, int64_t end) {
+    int64_t least = 0, most = 0;
+    for (int64_t s = begin; s < end; ++s) {
+      const int64_t length = static_cast<int64_t>(ends[s + 1]) - ends[s];
+      least = std::min(least, length), most = std::max(most, length);
+    }
+    for (int64_t seen = shortest; least < seen && !shortest.compare_exchange_weak(seen, least);) {}
+    for (int64_t seen = longest; most > seen && !longest.compare_exchange_weak(seen, most);) {}
+  });
+  return {shortest, longest};
+}
+
+Lengths lengths_of(const Segments& segments) {
+  return segments.wide ? lengths_of(static_cast<const int64_t*>(segments.cu_seqlens), segments.count)
+                       : lengths_of(static_cast<const int32_t*>(segments.cu_seqlens), segments.count);
+}
+
+// Reading and writing in place follow cu_seqlens, so the CPU kernels rely on this. Returns the longest segment's length.
+int64_t check_ends(const Segments& segments) {
   STD_TORCH_CHECK(segments.start(0) == 0, "cu_seqlens must start at 0, got ", segments.start(0));
-  for (int64_t s = 0; s < segments.count; ++s)
+  const Lengths lengths = lengths_of(segments);
+  for (int64_t s = 0; lengths.shortest < 0 && s < segments.count; ++s)
     STD_TORCH_CHECK(segments.start(s) <= segments.start(s + 1), "cu_seqlens must not decrease, got cu_seqlens[", s + 1,
                     "] = ", segments.start(s + 1), " after ", segments.start(s));
   STD_TORCH_CHECK(segments.start(segments.count) == segments.total, "cu_seqlens must end at ", segments.total, ", got ",
                   segments.start(segments.count));
+  return lengths.longest;
+}
+
+// Whether cu_seqlens is right, for checks that word their own refusal.
+bool cu_seqlens_fit(const Tensor& cu_seqlens, int64_t total) {
+  const Segments segments = make_segments(cu_seqlens, std::nullopt, total, cu_seqlens);
+  return segments.start(0) == 0 && segments.start(segments.count) == total && lengths_of(segments).shortest >= 0;
 }
 
 // What segment values are held in: float32; float64 for float64.
 ScalarType sum_type(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
 
+// A large result is asked for in large pages: touching it for the first time costs more than most of what is computed
+// here, and less by far for one page of 2 MiB than for 512 of 4 KiB.
+void advise_large_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = uintptr_t{1} << 21;
+  if (bytes < int64_t{2 * page}) return;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: it may be refused
+#endif
+}
+
 Tensor new_vector(int64_t size, ScalarType type, const Tensor& like) {
-  return torch::stable::empty({&size, 1}, type, std::nullopt, like.device());
+  Tensor out = torch::stable::empty({&size, 1}, type, std::nullopt, like.device());
+  if (out.is_cpu()) advise_large_pages(out.mutable_data_ptr(), size * size_of(dtype_of(out, "a result")));
+  return out;
 }
 
 Over over_of(int64_t over) {
@@ -289,6 +339,177 @@ Tensor sequence_loss_bwd(const Tensor& upstream, const Tensor& slope, const Tens
   return dlogp;
 }
 
+// ---- scans and advantages ------------------------------------------------------------------------------------------
+
+// A vector of `size` elements of a type, or null.
+const void* vector_of(const std::optional<Tensor>& t, const char* name, int64_t size, ScalarType type, const Tensor& like) {
+  STD_TORCH_CHECK(!t || (t->dim() == 1 && t->numel() == size && t->is_contiguous() && t->scalar_type() == type &&
+                         t->device() == like.device()),
+                  name, " must be (", size, ",), contiguous, of the dtype of its op");
+  return t ? t->const_data_ptr() : nullptr;
+}
+
+// One number a sequence, or one for all.
+const double* rates_of(const Tensor& t, const char* name, int64_t count, const Tensor& like, int64_t& stride) {
+  stride = t.numel() == 1 ? 0 : 1;
+  return static_cast<const double*>(vector_of(t, name, stride ? count : 1, ScalarType::Double, like));
+}
+
+ScalarType wide_type(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 1 && t.is_contiguous() && sum_type(t.scalar_type()) == t.scalar_type(), name,
+                  " must be (N,), contiguous, float32 or float64");
+  return t.scalar_type();
+}
+
+Tensor reverse_scan(const Tensor& x, const std::optional<Tensor>& decay, const std::optional<Tensor>& rates,
+                    const std::optional<Tensor>& mask, const Tensor& cu_seqlens, bool forward) {
+  const ScalarType type = wide_type(x, "x");
+  STD_TORCH_CHECK(decay.has_value() != rates.has_value(), "reverse_scan takes decay or rates");
+  Scan op{};
+  op.segments = make_segments(cu_seqlens, mask, x.size(0), x), op.longest = check_ends(op.segments);
+  op.forward = forward, op.dtype = dtype_of(x, "x"), op.x = x.const_data_ptr();
+  op.decay = vector_of(decay, "decay", x.size(0), type, x);
+  if (rates) op.rates = rates_of(*rates, "rates", op.segments.count, x, op.rate_stride);
+  Tensor out = new_vector(x.size(0), type, x);
+  op.out = out.mutable_data_ptr();
+  scan_cpu(op, parallel);
+  return out;
+}
+
+SegmentRewards make_segment_rewards(const Tensor& reward, const Tensor& end, const std::optional<Tensor>& start,
+                                    const Tensor& bounds, int64_t sequences, bool overwrite, bool drop) {
+  const int64_t many = reward.numel();
+  STD_TORCH_CHECK(bounds.dim() == 2 && bounds.size(1) == sequences + 1 && bounds.is_contiguous() &&
+                      bounds.scalar_type() == ScalarType::Long && bounds.device() == reward.device(),
+                  "model_bounds must be (K, ", sequences + 1, ") int64, contiguous");
+  const auto* at = bounds.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < bounds.numel(); ++i)
+    STD_TORCH_CHECK(at[i] >= 0 && at[i] <= many && (i % (sequences + 1) == 0 || at[i - 1] <= at[i]),
+                    "model_bounds must not decrease, nor leave [0, ", many, "]");
+  const auto* ends = vector_of(end, "model_end", many, ScalarType::Long, reward);
+  const auto* starts = vector_of(start, "model_start", many, ScalarType::Long, reward);
+  return {bounds.size(0),
+          static_cast<const double*>(vector_of(reward, "model_reward", many, ScalarType::Double, reward)),
+          static_cast<const int64_t*>(ends),
+          static_cast<const int64_t*>(starts),
+          at,
+          overwrite,
+          drop};
+}
+
+Whitening make_whitening(const std::optional<Tensor>& moments, int64_t scale, bool unbiased, bool shift,
+                         const Tensor& like) {
+  STD_TORCH_CHECK(scale >= 0 && scale <= 2, "scale must be 0 (std), 1 (clamp) or 2 (compat), got ", scale);
+  const auto* triple = static_cast<const double*>(vector_of(moments, "moments", 3, ScalarType::Double, like));
+  return {triple, static_cast<Scale>(scale), unbiased, shift};
+}
+
+// What is not asked for comes back empty.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> advantages(
+    const Tensor& cu_seqlens, const std::optional<Tensor>& mask, const std::optional<Tensor>& rewards,
+    const std::optional<Tensor>& model_reward, const std::optional<Tensor>& model_end,
+    const std::optional<Tensor>& model_start, const std::optional<Tensor>& model_bounds, bool overwrite, bool drop,
+    const std::optional<Tensor>& old_logp, const std::optional<Tensor>& ref_logp, int64_t estimator, double kl_coef,
+    bool wants_reward_moments, const std::optional<Tensor>& reward_moments, int64_t scale, bool unbiased,
+    const std::optional<Tensor>& values, const std::optional<Tensor>& gamma, const std::optional<Tensor>& lam,
+    const std::optional<Tensor>& bootstrap, bool zero, const std::optional<Tensor>& score, double baseline,
+    bool pivots_first, bool wants_advantage_moments, int64_t total, ScalarType type) {
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "dtype must be float32 or float64");
+  STD_TORCH_CHECK(rewards.has_value() != model_reward.has_value() && old_logp.has_value() == ref_logp.has_value() &&
+                      (!model_reward || (model_end && model_bounds)) && gamma.has_value() == lam.has_value() &&
+                      (gamma || !(values || score || wants_advantage_moments)),
+                  "advantages: what is given does not fit together");
+  const Tensor& like = rewards ? *rewards : *model_reward;
+  const auto tokens = [&](const std::optional<Tensor>& t, const char* name) {
+    return vector_of(t, name, total, type, like);
+  };
+  const auto result = [&](bool wanted, int64_t size, ScalarType of) { return new_vector(wanted ? size : 0, of, like); };
+  Advantages op{};
+  op.segments = make_segments(cu_seqlens, mask, total, like), op.longest = check_ends(op.segments);
+  op.dtype = type == ScalarType::Double ? DType::f64 : DType::f32;
+  op.rewards = tokens(rewards, "rewards");
+  if (model_reward)
+    op.segment_rewards = make_segment_rewards(*model_reward, *model_end, model_start, *model_bounds, op.segments.count,
+                                              overwrite, drop);
+  op.old_logp = tokens(old_logp, "old_logp"), op.ref_logp = tokens(ref_logp, "ref_logp");
+  STD_TORCH_CHECK(estimator >= 0 && estimator <= 2, "estimator must be 0 (k1), 1 (k2) or 2 (k3), got ", estimator);
+  op.estimator = static_cast<Estimator>(estimator), op.kl_coef = kl_coef;
+  const bool shapes = model_reward || old_logp, scans = gamma.has_value();
+  Tensor shaped = result(shapes, total, type), kl = result(old_logp.has_value(), total, type);
+  Tensor of_rewards = result(wants_reward_moments, 3, ScalarType::Double);
+  Tensor out = result(scans, total, type), returns = result(scans, total, type);
+  Tensor weight = result(score.has_value(), total, ScalarType::Float);
+  Tensor of_advantages = result(wants_advantage_moments, 3, ScalarType::Double);
+  if (shapes) op.shaped = shaped.mutable_data_ptr();
+  if (old_logp) op.kl = kl.mutable_data_ptr();
+  if (wants_reward_moments) op.reward_moments = of_rewards.mutable_data_ptr<double>();
+  op.whiten_rewards = make_whitening(reward_moments, scale, unbiased, false, like);
+  op.values = tokens(values, "values"), op.zero = zero;
+  op.score = tokens(score, "token_score"), op.baseline = baseline, op.pivots_first = pivots_first && score;
+  if (scans) {
+    op.gamma = rates_of(*gamma, "gamma", op.segments.count, like, op.gamma_stride);
+    op.lam = rates_of(*lam, "lam", op.segments.count, like, op.lam_stride);
+    op.bootstrap = static_cast<const double*>(
+        vector_of(bootstrap, "bootstrap", op.segments.count, ScalarType::Double, like));
+    op.advantages = out.mutable_data_ptr(), op.returns = returns.mutable_data_ptr();
+  }
+  if (score) op.token_weight = weight.mutable_data_ptr();
+  if (wants_advantage_moments) op.advantage_moments = of_advantages.mutable_data_ptr<double>();
+  advantages_cpu(op, parallel);
+  return {shaped, kl, of_rewards, out, returns, weight, of_advantages};
+}
+
+// Tokens as one sequence.
+Advantages of_tokens(const Tensor& x, const std::optional<Tensor>& mask, const int64_t* bounds) {
+  wide_type(x, "x");
+  STD_TORCH_CHECK(!mask || (mask->scalar_type() == ScalarType::Bool && mask->is_contiguous() && mask->dim() == 1 &&
+                            mask->numel() == x.size(0) && mask->device() == x.device()),
+                  "mask must be (", x.size(0), ",) bool, contiguous");
+  Advantages op{};
+  const auto* keep = mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr;
+  op.segments = {bounds, true, 1, x.size(0), keep}, op.longest = x.size(0);
+  op.dtype = dtype_of(x, "x"), op.advantages = const_cast<void*>(x.const_data_ptr());  // read alone, as returns is null
+  return op;
+}
+
+Tensor moments(const Tensor& x, const std::optional<Tensor>& mask) {
+  const int64_t bounds[] = {0, x.size(0)};
+  Advantages op = of_tokens(x, mask, bounds);
+  Tensor out = new_vector(3, ScalarType::Double, x);
+  op.advantage_moments = out.mutable_data_ptr<double>();
+  advantages_cpu(op, parallel);
+  return out;
+}
+
+// Pivots, where there are scores, by the signs of what is whitened; whitened over `kept` alone, where that is given.
+Tensor whiten_to(void* out, const Tensor& x, const std::optional<Tensor>& mask, const Tensor& moments, int64_t scale,
+                 bool unbiased, bool shift, const std::optional<Tensor>& kept, const std::optional<Tensor>& score,
+                 double baseline) {
+  const int64_t bounds[] = {0, x.size(0)};
+  Advantages op = of_tokens(x, mask, bounds);
+  STD_TORCH_CHECK(!(kept && score), "whiten takes kept or scores");
+  op.whiten_advantages = make_whitening(moments, scale, unbiased, shift, x), op.whitened = out;
+  op.score = vector_of(score, "token_score", x.size(0), x.scalar_type(), x), op.baseline = baseline;
+  Tensor weight = new_vector(score ? x.size(0) : 0, ScalarType::Float, x);
+  op.pivots_first = kept.has_value();
+  op.token_weight = kept ? const_cast<void*>(vector_of(kept, "kept", x.size(0), ScalarType::Float, x))
+                         : weight.mutable_data_ptr();
+  advantages_cpu(op, parallel);
+  return weight;
+}
+
+Tensor whiten(const Tensor& x, const std::optional<Tensor>& mask, const Tensor& moments, int64_t scale, bool unbiased,
+              bool shift) {
+  Tensor out = new_vector(x.numel(), wide_type(x, "x"), x);
+  whiten_to(out.mutable_data_ptr(), x, mask, moments, scale, unbiased, shift, std::nullopt, std::nullopt, 0);
+  return out;
+}
+
+Tensor whiten_(Tensor x, const std::optional<Tensor>& mask, const Tensor& moments, int64_t scale, bool unbiased,
+               const std::optional<Tensor>& kept, const std::optional<Tensor>& score, double baseline) {
+  return whiten_to(x.mutable_data_ptr(), x, mask, moments, scale, unbiased, true, kept, score, baseline);
+}
+
 // ---- state ---------------------------------------------------------------------------------------------------------
 
 int64_t cuda_state() {  // 0: built without CUDA, 1: built with CUDA, torch without, 2: both
@@ -320,6 +541,18 @@ STABLE_TORCH_LIBRARY(finealign, m) {
         "float hyper, Tensor? hypers, Tensor? sign) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("sequence_loss_bwd(Tensor upstream, Tensor slope, Tensor denominator, Tensor? mask, Tensor? token_weight, "
         "Tensor cu_seqlens, int pairs, SymInt total, ScalarType dtype) -> Tensor");
+  m.def("reverse_scan(Tensor x, Tensor? decay, Tensor? rates, Tensor? mask, Tensor cu_seqlens, bool forward) -> Tensor");
+  m.def("advantages(Tensor cu_seqlens, Tensor? mask, Tensor? rewards, Tensor? model_reward, Tensor? model_end, "
+        "Tensor? model_start, Tensor? model_bounds, bool overwrite, bool drop, Tensor? old_logp, Tensor? ref_logp, "
+        "int estimator, float kl_coef, bool wants_reward_moments, Tensor? reward_moments, int scale, bool unbiased, "
+        "Tensor? values, Tensor? gamma, Tensor? lam, Tensor? bootstrap, bool zero, Tensor? score, float baseline, "
+        "bool pivots_first, bool wants_advantage_moments, SymInt total, ScalarType dtype) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("moments(Tensor x, Tensor? mask) -> Tensor");
+  m.def("whiten(Tensor x, Tensor? mask, Tensor moments, int scale, bool unbiased, bool shift) -> Tensor");
+  m.def("whiten_(Tensor(a!) x, Tensor? mask, Tensor moments, int scale, bool unbiased, Tensor? kept, Tensor? score, "
+        "float baseline) -> Tensor");
+  m.def("_cu_seqlens_fit(Tensor cu_seqlens, int total) -> bool");
   m.def("_cuda_state() -> int");
   m.def("_cpu_state() -> int");
 }
@@ -331,6 +564,12 @@ STABLE_TORCH_LIBRARY_IMPL(finealign, CPU, m) {
   m.impl("segment_spread", TORCH_BOX(&finealign::segment_spread));
   m.impl("sequence_loss_fwd", TORCH_BOX(&finealign::sequence_loss_fwd));
   m.impl("sequence_loss_bwd", TORCH_BOX(&finealign::sequence_loss_bwd));
+  m.impl("reverse_scan", TORCH_BOX(&finealign::reverse_scan));
+  m.impl("advantages", TORCH_BOX(&finealign::advantages));
+  m.impl("moments", TORCH_BOX(&finealign::moments));
+  m.impl("whiten", TORCH_BOX(&finealign::whiten));
+  m.impl("whiten_", TORCH_BOX(&finealign::whiten_));
+  m.impl("_cu_seqlens_fit", TORCH_BOX(&finealign::cu_seqlens_fit));
 }
 
 #ifdef FINEALIGN_CUDA

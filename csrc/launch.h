@@ -194,4 +194,86 @@ struct SequenceLossBackward {
 void sequence_loss_forward_cpu(const SequenceLossForward& op, Parallel parallel);
 void sequence_loss_backward_cpu(const SequenceLossBackward& op, Parallel parallel);
 
+// ---- scans (csrc/cpu/scan.cpp) -------------------------------------------------------------------------------------
+
+// What is computed for a sequence depends on its own tokens and their places in it alone: not on the batch around it,
+// on threads, nor on masked tokens after its end. Arithmetic is float64, each result rounded once. Groups of kGroup
+// tokens are counted from the sequence's start; so are cuts at every kCut tokens, where two pieces are composed.
+constexpr int kGroup = 8;
+constexpr int kTile = 512;
+constexpr int64_t kCut = 16 * kTile;
+
+// y_t = x_t + a_t y_(t+1); a masked token is the identity, and 0 is stored for it. forward is the transpose of that,
+// y_t = x_t + a_(t-1) y_(t-1).
+struct Scan {
+  Segments segments;
+  int64_t longest;  // sequence, in tokens
+  bool forward;
+  DType dtype;          // float32 or float64
+  const void* x;        // (total,)
+  const void* decay;    // (total,) of x's dtype, or null
+  const double* rates;  // where decay is null: (count,), or (1,) where the stride is 0
+  int64_t rate_stride;
+  void* out;  // (total,)
+};
+
+void scan_cpu(const Scan& op, Parallel parallel);
+
+// ---- advantages (csrc/cpu/advantages.cpp) --------------------------------------------------------------------------
+
+enum class Estimator : int32_t { k1 = 0, k2 = 1, k3 = 2 };
+enum class Scale : int32_t { std = 0, clamp = 1, compat = 2 };
+
+// x -> (x - μ) scale, plus μ unless shift; formulas.cuh has μ and the scale.
+struct Whitening {
+  const double* moments;  // (3,) n, Σx, Σx²; null: x stays as it is
+  Scale scale;
+  bool unbiased, shift;
+};
+
+// Rewards of segments by K models, each for the last token that the mask keeps of its segment. Segments of sequence s by
+// model k are bounds[k (S + 1) + s] to bounds[k (S + 1) + s + 1].
+struct SegmentRewards {
+  int64_t models;         // K
+  const double* reward;   // (M,), those of all models, times their weights
+  const int64_t* end;     // (M,)
+  const int64_t* start;   // (M,), or null
+  const int64_t* bounds;  // (K, S + 1)
+  bool overwrite, drop;   // within a model the later of two at a token stays; segments without tokens give nothing
+};
+
+// In this order, each where its output is given: rewards are placed and the KL penalty taken off (shaped), moments of
+// that; whitened, they become advantages and returns; pivots by the advantages' sign; moments of the advantages;
+// advantages are whitened in place, pivots by their sign.
+struct Advantages {
+  Segments segments;
+  int64_t longest;
+  DType dtype;  // of all vectors of tokens: float32 or float64
+
+  const void* rewards;  // (total,), or null: those of segments
+  SegmentRewards segment_rewards;
+  const void *old_logp, *ref_logp;  // (total,), or null
+  Estimator estimator;
+  double kl_coef;
+  void *shaped, *kl;       // (total,); without shaped, rewards are the shaped ones
+  double* reward_moments;  // (3,)
+
+  Whitening whiten_rewards;
+  const void* values;  // (total,), or null: discounted returns
+  const double *gamma, *lam, *bootstrap;  // (count,), or (1,) where the stride is 0; bootstrap (count,) or null
+  int64_t gamma_stride, lam_stride;
+  bool zero;                   // masked tokens are steps with r = V = 0
+  void *advantages, *returns;  // (total,); returns null: no scan, advantages are given
+
+  bool pivots_first;          // pivots by the advantages before they are whitened, and whitened over pivots alone
+  double* advantage_moments;  // (3,)
+  Whitening whiten_advantages;
+  void* whitened;  // (total,), may be advantages
+  const void* score;   // (total,)
+  double baseline;
+  void* token_weight;  // (total,) float32: 1 where A >= 0 and score > baseline or A < 0 and score < baseline
+};
+
+void advantages_cpu(const Advantages& op, Parallel parallel);
+
 }  // namespace finealign

@@ -18,6 +18,7 @@ from .losses.value import ValueLoss, value_loss
 from .losses.weights import ld_weights, wpo_weights
 from .ops._check import check_errors
 from .ops.logprobs import LogProbs, linear_logprobs, token_logprobs
+from .ops.scan import reverse_scan
 from .ops.segments import segment_broadcast, segment_mean, segment_put_last, segment_sum
 from .rl.gae import GAE, discounted_returns, gae, kl_penalty
 from .rl.groups import decoupled_advantages, group_advantages, turn_advantages
@@ -63,6 +64,7 @@ __all__ = [
     "policy_loss",
     "preference_loss",
     "prefix_scores",
+    "reverse_scan",
     "robust",
     "sampler_weights",
     "segment_broadcast",

@@ -26,4 +26,29 @@ FINEALIGN_BOTH inline Item margin_loss(Phi phi, double m, double a) {
   return {((1 - a) * cost - a * other) / (1 - 2 * a), -((1 - a) * down + a * up) / (1 - 2 * a)};  // robust
 }
 
+// Σx, Σx² and the count of n values, which add up over parts of a batch.
+struct Moments {
+  double n, sum, squares;
+};
+
+struct Standard {
+  double mean, scale;  // scale 0: nothing to scale by
+};
+
+// finealign_kernels/formulas/returns.py `standard`.
+FINEALIGN_BOTH inline Standard standard(Moments of, Scale scale, bool unbiased) {
+  const double n = of.n < 1 ? 1 : of.n, mean = of.sum / n, square = of.squares / n;
+  double v = square - mean * mean;
+  v = v < 0 ? 0 : v;  // a NaN stays
+  if (of.n < 2 || v <= 0x1p-46 * square) return {mean, 0};
+  if (unbiased) v *= n / (n - 1);
+  const double spread = scale == Scale::std ? v + 1e-8 : scale == Scale::clamp ? (v < 1e-8 ? 1e-8 : v) : sqrt(v) + 1e-8;
+  return {mean, 1 / sqrt(spread)};
+}
+
+// Estimate of KL from one token, d = old_logp - ref_logp: formulas/returns.py `divergence`.
+FINEALIGN_BOTH inline double divergence(Estimator estimator, double d) {
+  return estimator == Estimator::k1 ? d : estimator == Estimator::k2 ? d * d / 2 : expm1(-d) + d;
+}
+
 }  // namespace finealign

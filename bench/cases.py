@@ -202,6 +202,21 @@ def _rows_with_gradient(batch: Batch, upstream: torch.Tensor, random) -> tuple[t
     return read, upstream.masked_fill(idle | ~read, 0)
 
 
+def loss(shape: shapes.Responses, case: str, dtype: torch.dtype, device: torch.device) -> Sample:
+    """Pairs of responses, chosen first, half of whose tokens are the prompt; numbers as in `head`."""
+    flat = head(shapes.Head(shape.model, shape.S * shape.T, shape.D, shape.V), "dense", dtype, device)
+    labels = flat.labels.view(shape.S, shape.T)
+    labels[:, : shape.T // 2] = rivals.IGNORED
+    return Sample(
+        output="loss",
+        upstream=torch.ones((), device=device),
+        labels=labels,
+        hidden=flat.hidden.detach().view(shape.S, shape.T, shape.D).requires_grad_(),
+        weight=flat.weight,
+        useful_flops=3 * 2 * int((labels != rivals.IGNORED).sum()) * shape.D * shape.V,
+    )
+
+
 def logits(shape: shapes.Logits, case: str, dtype: torch.dtype, device: torch.device) -> Sample:
     random = _generator(device)
     return Sample(
@@ -279,6 +294,16 @@ SUITES = {
                 ("eager", "ours-no-workspace"),
             ),
             gemm_flops=lambda shape: 2 * shape.N * shape.V * shape.D,
+        ),
+        Suite(
+            name="loss",
+            shapes=shapes.LOSS,
+            cases=tuple(product(BOTH, ["dpo"])),
+            sample=loss,
+            rivals=rivals.LOSS,
+            truth=rivals.loss_eager,
+            rounds=3,
+            gemm_flops=lambda shape: 2 * shape.S * shape.T * shape.V * shape.D,
         ),
         Suite(
             name="token_logprobs",

@@ -188,6 +188,45 @@ HEAD = (
 )
 
 
+# loss: from hidden states to one preference loss, whose sequences have no reference here: Liger takes its hidden states
+# and its head, not its log-probs
+
+
+def _dpo(logp):
+    chosen, rejected = logp.sum(1).chunk(2)
+    return -F.logsigmoid(0.1 * (chosen - rejected)).mean()
+
+
+def loss_eager(x):
+    return x.answers(_dpo(_head_logp(x.hidden.flatten(0, 1), x.weight, x.labels.flatten()).view_as(x.labels)))
+
+
+def loss_liger(compiled: bool) -> Callable:
+    """One response at a time, its default."""
+
+    def call(x):
+        from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+        fused = LigerFusedLinearDPOLoss(compiled=compiled, use_ref_model=False)
+        loss, *_ = fused(x.weight, x.hidden, x.labels)
+        return x.answers(loss)
+
+    return call
+
+
+def loss_ours(x):
+    logp = fk.linear_logprobs(x.hidden, x.weight, x.labels).logp
+    return x.answers(fk.dpo(logp, x.hidden.new_zeros(len(logp), dtype=logp.dtype), mask=x.labels != IGNORED).loss)
+
+
+LOSS = (
+    Rival("eager", loss_eager),
+    Rival("liger", loss_liger(compiled=False), package("liger-kernel", "0.8")),
+    Rival("liger-compiled", loss_liger(compiled=True), both(a_gpu, package("liger-kernel", "0.8"))),
+    Rival("ours", loss_ours),
+)
+
+
 # token_logprobs
 
 

@@ -16,6 +16,14 @@ class Logits(NamedTuple):
     V: int
 
 
+class Responses(NamedTuple):
+    model: str
+    S: int  # responses
+    T: int  # tokens of each, of which the first half is the prompt
+    D: int
+    V: int
+
+
 class Packed(NamedTuple):
     batch: str
     S: int
@@ -44,6 +52,12 @@ HEAD = {
         *(Head(f"vocabulary {v}", 8192, 4096, v) for v in (32000, 65536, 262144)),
     ),
 }
+LOSS = {
+    "small": (Responses("small", 4, 24, 64, 3001),),
+    "default": (Responses("SmolLM2-135M", 8, 256, 576, 49152),),
+    "models": (Responses("Llama-3-8B", 16, 512, 4096, 128256),),
+}
+LOSS["full"] = LOSS["default"]
 LOGITS = {
     "small": (Logits("small", 33, 3001),),
     "default": (Logits("SmolLM2-135M", 512, 49152),),

@@ -93,7 +93,7 @@ def head_compiled(x):
 
 @cache
 def _compiled(function):
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function)  # for its first shape, then for any
 
 
 def head_torch(x):

@@ -43,6 +43,9 @@ PRODUCTS = {"aten::mm": 1, "aten::bmm": 1, "aten::addmm": 2, "aten::addmm_": 2} 
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
+    if args.list:
+        print(*SUITES, sep="\n")
+        return 0
     if args.peak_of:
         (line,) = lines(args)
         print(json.dumps(peak_of(line, args.peak_of)))
@@ -277,6 +280,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         default=argparse.SUPPRESS,
         help="as --size full: the large shapes too, all cases",
     )
+    parser.add_argument("--list", action="store_true", help="only the names of the suites")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out the fresh processes")
     parser.add_argument("--peak-of", metavar="IMPL", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

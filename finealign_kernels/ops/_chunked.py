@@ -249,5 +249,5 @@ def active_rows(active: Tensor, read: Tensor, room: int, recompute: Tensor | Non
 def near_uniform(coef: formula.Coef, bias: Tensor | None, vocab: int) -> Tensor:
     """Rows (N,) whose entropy gradient half-precision E is not good for: log V - H < ½, where log p + H cancels."""
     banned = 0 if bias is None else (bias == -torch.inf).sum()
-    tokens = torch.as_tensor(vocab - banned, dtype=coef.entropy.dtype, device=coef.entropy.device)
+    tokens = torch.full_like(coef.entropy[:1], vocab) - banned  # filled there: a number made here would be copied
     return (coef.dentropy != 0) & (tokens.log() - coef.entropy < 0.5)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -262,3 +264,168 @@ def test_what_cannot_be_run_is_named(argv, named, capsys):
     with pytest.raises(SystemExit):
         run.main(argv)
     assert named in capsys.readouterr().err
+
+
+# pictures
+
+
+def raced_rows(device="cpu"):
+    """Three sizes of a head and a copy, with round numbers."""
+    common = {"suite": "head", "case": "dense", "device": device, "dtype": "float32"}
+    rows = []
+    for n in (256, 512, 1024):
+        flops = 3 * 2 * n * 64 * 3001
+        for impl, rate, memory in (("gemm3", 1e12, None), ("ours", 5e11, n / 10), ("eager", 2.5e11, n)):
+            row = {"impl": impl, "shape": [n, 64, 3001], "median_s": flops / rate, "peak_extra_mib": memory}
+            row |= {"queued_s": flops / rate if device == "cuda" else None, "useful_flops": flops}
+            rows.append({**common, **row})
+    copy = {"impl": "copy", "shape": [100, 3001], "median_s": 1e-3, "queued_s": None, "useful_bytes": 10**7}
+    return [*rows, {**common, "suite": "token_logprobs", "peak_extra_mib": None, **copy}]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_pictures_are_drawn_from_rows(device, tmp_path):
+    plots = pytest.importorskip("plots")
+    drawn = [picture.name for picture in plots.draw(raced_rows(device), tmp_path)]
+    key = f"head-dense-float32-{device}"
+    assert drawn == [f"{key}-rows.svg", f"{key}-roofline.svg", f"floors-{device}.svg"]
+    rows = (tmp_path / f"{key}-rows.svg").read_text()
+    assert ("time on the GPU, ms" in rows) == (device == "cuda") and "extra memory, MiB" in rows and "eager" in rows
+    again = [picture.read_bytes() for picture in plots.draw(raced_rows(device), tmp_path)]
+    assert again == [(tmp_path / name).read_bytes() for name in drawn]
+
+
+def test_what_is_drawn_is_a_multiple_of_the_floor_on_a_cpu_and_milliseconds_on_a_gpu():
+    plots = pytest.importorskip("plots")
+    rows, there = raced_rows(), raced_rows("cuda")
+    floors = plots.floor_times([row for row in rows if row["suite"] == "head"])
+    ours = next(row for row in rows if row["impl"] == "ours")
+    assert plots.shown(ours, floors) == pytest.approx(2)
+    assert plots.shown(there[1], {}) == pytest.approx(there[1]["queued_s"] * 1e3)
+    assert plots.shown(ours, {}) is None
+    assert plots.copy_bandwidth(rows) == {"cpu": pytest.approx(1e10)}
+    assert plots.intensity(ours) == pytest.approx(3 * 2 * 256 * 64 * 3001 / (2 * (256 + 3001) * 64 * 4))
+    assert [row["shape"][0] for row in plots.along(rows[:9], 0)] == [256] * 3 + [512] * 3 + [1024] * 3
+    assert plots.along(rows[:9], 2) == []
+
+
+# launches of the Triton kernels
+
+
+@pytest.fixture
+def sweep(usable):
+    usable("triton")
+    import sweep
+
+    return sweep
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted here, swept there")
+@pytest.mark.parametrize("kernel", ["row_fwd", "row_bwd"])
+def test_a_sweep_checks_every_launch_and_times_none_without_a_gpu(kernel, sweep, monkeypatch):
+    def refused(launch):
+        if launch == "refused":
+            raise RuntimeError("out of shared memory")
+        return sweep.row_launch(launch)
+
+    launches = ((1024, 4), (2048, 8), "refused")
+    monkeypatch.setitem(sweep.KERNELS, kernel, sweep.KERNELS[kernel]._replace(launches=launches, using=refused))
+    found = sweep.sweep(kernel, sweep.tile(3, 3001, torch.float32, torch.device("cpu")), rounds=1)
+    assert [row["launch"] for row in found] == [(2048, 8), (1024, 4), "copy", "refused"]
+    assert [row.get("shipped") for row in found] == [True, False, False, None]
+    assert all(row["queued_s"] is None for row in found[:3]) and all(row["error"] < 1e-6 for row in found[:2])
+    assert found[3]["failed"] == "RuntimeError: out of shared memory"
+    assert "2048x8       no time" in sweep.table(found) and "<- ships" in sweep.table(found)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted here, swept there")
+@pytest.mark.parametrize("kernel, written", [("row_fwd", "part"), ("row_bwd", "dx")])
+def test_a_sweep_times_no_wrong_answer(kernel, written, sweep, monkeypatch):
+    def half(t):
+        whole.call(t)
+        getattr(t, written)[0] *= 1.5
+
+    whole = sweep.KERNELS[kernel]
+    monkeypatch.setitem(sweep.KERNELS, kernel, whole._replace(call=half, launches=()))
+    found = sweep.sweep(kernel, sweep.tile(3, 257, torch.float32, torch.device("cpu")), rounds=1)
+    assert [row["launch"] for row in found] == ["copy", (1024, 4)] and "wrong answer" in found[1]["failed"]
+    forgets = whole._replace(call=lambda t: None, launches=())
+    monkeypatch.setitem(sweep.KERNELS, kernel, forgets)
+    found = sweep.sweep(kernel, sweep.tile(3, 257, torch.float32, torch.device("cpu")), rounds=1)
+    assert "wrong answer: nan" in found[1]["failed"]
+
+
+# the call on a machine with a GPU: its steps by a python that only says what it was asked for
+
+
+STUB = """#!/usr/bin/env bash
+echo "$*" >> "$CALLS"
+case "$*" in
+  "bench/run.py --list") printf 'head\\nsegments\\ntoken_logprobs\\nloss\\n' ;;
+  *FAILS*) exit 3 ;;
+  *tests_rows*|*test_row_logprobs_triton*) [ -n "${SLOW:-}" ] && sleep 30 ;;
+  *test_gpu.py*) [ -n "${BROKEN:-}" ] && exit 1 ;;
+  "bench/gather.py"*) exec REAL "$@" ;;
+esac
+for word in "$@"; do last=$word; done
+case "$*" in *--json*) echo '[{"median_s": 1}]' > "$last" ;; esac
+exit 0
+"""
+
+
+@pytest.fixture
+def session(tmp_path, monkeypatch):
+    """session(**environment) -> exit status, what it printed, what python was asked for."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("a Linux machine's script")
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "python").write_text(STUB.replace("REAL", sys.executable))
+    (folder / "python").chmod(0o755)
+    script = Path(__file__).parents[1] / "bench/gpu_session.sh"
+
+    def call(**environment):
+        calls = tmp_path / "calls"
+        calls.write_text("")
+        given = {"PATH": f"{folder}:{os.environ['PATH']}", "CALLS": str(calls), "DEVICE": "cpu", "HOME": str(tmp_path)}
+        given |= {"STATE": str(tmp_path / "state"), "OUT": str(tmp_path / "out"), **environment}
+        done = subprocess.run(["bash", script], env=given, capture_output=True, text=True, timeout=100)
+        return done.returncode, done.stdout + done.stderr, calls.read_text().splitlines()
+
+    call.out, call.state = tmp_path / "out", tmp_path / "state"
+    return call
+
+
+def test_a_call_on_a_gpu_machine_is_whole_and_goes_on_where_it_was_cut(session):
+    status, told, calls = session()
+    assert status == 0, told
+    assert any("segments --size small" in call for call in calls)
+    rows = json.loads((session.out / "results.json").read_text())
+    assert {"race_head_dense", "race_rest", "sweep_rows"} <= {row["step"] for row in rows}
+    assert sorted(file.name for file in session.out.iterdir()) == ["results.json", "session.log", "state.tgz"]
+    assert "===== doctor.log" in (session.out / "session.log").read_text()
+    status, told, calls = session()  # only the build, which another machine may lack
+    assert status == 0 and told.count("done before") == len(list(session.state.glob("*.done"))) - 1
+    assert not any(call.startswith(("-m pytest", "bench/run.py head")) for call in calls)
+
+
+def test_a_failed_step_is_counted_and_repeated_when_asked(session):
+    status, told, calls = session(BROKEN="1")
+    assert status == 1 and "FAILED (1)" in told and any("bench/run.py head" in call for call in calls)
+    status, told, calls = session()
+    assert status == 1 and "tests_gpu: FAILED before" in told and not any("test_gpu.py" in call for call in calls)
+    status, told, calls = session(RETRY="1")
+    assert status == 0 and any("test_gpu.py" in call for call in calls)
+
+
+def test_a_step_out_of_time_leaves_the_rest_for_another_call(session):
+    status, told, _ = session(SLOW="1", BUDGET="12")
+    assert status > 5 and "left for another call" in told and (session.out / "state.tgz").exists()
+    assert not (session.state / "tests_rows.failed").exists()
+    status, told, _ = session()
+    assert status == 0 and "tests_gpu: done before" in told
+
+
+def test_nothing_runs_where_nothing_could_be_built(session):
+    status, told, calls = session(BUILD="python FAILS")
+    assert status == 100 and calls[0] == "FAILS" and len(calls) == 2 and calls[1].startswith("bench/gather.py")

@@ -20,6 +20,7 @@ from .ops._check import check_errors
 from .ops.logprobs import LogProbs, linear_logprobs, token_logprobs
 from .ops.scan import reverse_scan
 from .ops.segments import segment_broadcast, segment_mean, segment_put_last, segment_sum
+from .rl.advantages import Advantages, advantages
 from .rl.gae import GAE, discounted_returns, gae, kl_penalty
 from .rl.groups import decoupled_advantages, group_advantages, turn_advantages
 from .rl.rewards import SegmentEnds, SegmentRewards, segment_ends, token_rewards
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaptiveMask",
+    "Advantages",
     "GAE",
     "LogProbs",
     "NLLLoss",
@@ -39,6 +41,7 @@ __all__ = [
     "SegmentRewards",
     "ValueLoss",
     "adaptive_mask",
+    "advantages",
     "best_of_n",
     "cdpo",
     "check_errors",

@@ -13,10 +13,12 @@ the result is rounded once, to float32 for anything but float64. No loop over ti
 import torch
 from torch import Tensor
 
+from .divergence import k1, k2, k3
 from .pivots import bounds, previous
 from .segments import segment_ids, segment_sum
 
 EPSILON = 1e-8  # of a variance
+ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
 CONSTANT = 2.0**-46  # v <= CONSTANT Σx²/n: the values are one value, as far as float32 can tell
 
 
@@ -149,10 +151,9 @@ def whiten(
 
 
 def divergence(old_logp: Tensor, ref_logp: Tensor, estimator: str, mask: Tensor | None = None) -> Tensor:
-    """(N,) nats: k1 d, k2 d²/2, k3 e^-d - 1 + d of d = old_logp - ref_logp."""
-    d = _kept(old_logp, mask, 0) - _kept(ref_logp, mask, 0)
-    value = {"k1": lambda: d, "k2": lambda: d * d / 2, "k3": lambda: torch.expm1(-d) + d}
-    return _out(value[estimator](), old_logp, mask)
+    """(N,) nats: divergence.py's k1, k2 or k3 of d = old_logp - ref_logp."""
+    value, _ = ESTIMATORS[estimator](_kept(old_logp, mask, 0) - _kept(ref_logp, mask, 0))
+    return _out(value, old_logp, mask)
 
 
 def shaped(rewards: Tensor, kl: Tensor, kl_coef: float, mask: Tensor | None = None) -> Tensor:

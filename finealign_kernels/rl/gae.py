@@ -106,7 +106,7 @@ def kl_penalty(
 
         k1  d              d = old_logp - ref_logp; signed, unbiased
         k2  d²/2           biased, never negative
-        k3  e^-d - 1 + d   unbiased, never negative
+        k3  e^-d - 1 + d   unbiased, never negative; d clamped to ±20
 
     old_logp   log-probs of the sampled tokens under the policy that sampled them; (B, T), or (N,) with cu_seqlens
     ref_logp   under the reference; as old_logp

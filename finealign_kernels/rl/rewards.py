@@ -64,10 +64,10 @@ def token_rewards(
     ):
         if value not in known:
             fail(name, f"be one of {known}", repr(value))
-    tokens = _tokens(mask, cu_seqlens)
+    tokens = layout_of(mask, cu_seqlens)
     models = [models] if isinstance(models, SegmentRewards) else list(models)
     for k, model in enumerate(models):
-        _check_model(f"models[{k}]", model, tokens)
+        check_model(f"models[{k}]", model, tokens)
     result = torch.float64 if any(model.reward.dtype == torch.float64 for model in models) else torch.float32
     total = torch.zeros_like(tokens.x, dtype=summed_in(tokens.x))
     for model in models:
@@ -104,7 +104,7 @@ def segment_ends(segment_ids: Tensor, *, mask: Tensor | None = None, cu_seqlens:
     return SegmentEnds(place[closes], cu_segments, place[opens])
 
 
-def _tokens(mask: Tensor | None, cu_seqlens: Tensor | None) -> Tokens:
+def layout_of(mask: Tensor | None, cu_seqlens: Tensor | None) -> Tokens:
     """The layout of tokens of which the mask alone is known."""
     if mask is None:
         if cu_seqlens is None or cu_seqlens.device.type != "cpu":
@@ -119,7 +119,7 @@ def _tokens(mask: Tensor | None, cu_seqlens: Tensor | None) -> Tokens:
     return flatten(mask.float(), mask, cu_seqlens, name="mask")
 
 
-def _check_model(name: str, model: SegmentRewards, tokens: Tokens) -> None:
+def check_model(name: str, model: SegmentRewards, tokens: Tokens) -> None:
     if not isinstance(model, SegmentRewards):
         fail(name, "be SegmentRewards", f"a {type(model).__name__}", TypeError)
     check_tensor(f"{name}.reward", model.reward, like=tokens.x)

@@ -46,9 +46,12 @@ FINEALIGN_BOTH inline Standard standard(Moments of, Scale scale, bool unbiased) 
   return {mean, 1 / sqrt(spread)};
 }
 
-// Estimate of KL from one token, d = old_logp - ref_logp: formulas/returns.py `divergence`.
+// Estimate of KL from one token, d = old_logp - ref_logp: formulas/divergence.py.
 FINEALIGN_BOTH inline double divergence(Estimator estimator, double d) {
-  return estimator == Estimator::k1 ? d : estimator == Estimator::k2 ? d * d / 2 : expm1(-d) + d;
+  if (estimator == Estimator::k1) return d;
+  if (estimator == Estimator::k2) return d * d / 2;
+  d = d < -20 ? -20 : d > 20 ? 20 : d;
+  return expm1(-d) + d;
 }
 
 }  // namespace finealign

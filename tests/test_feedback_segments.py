@@ -89,6 +89,12 @@ def test_sentences_are_a_partition_of_what_is_visible():
         assert all(c in inside or text[c].isspace() for c in range(len(text)))
 
 
+def test_a_long_text_takes_no_longer_than_its_length():
+    """Candidates that are no ends, one after another: what stands before each is not read again from the start."""
+    text = "a. " * 200_000
+    assert fb.sentences(text) == [(0, len(text) - 1)]
+
+
 @pytest.mark.skipif(not QA_FEEDBACK.exists(), reason="QA-Feedback is not at ../shared/data/qa_feedback")
 def test_sentences_of_real_passages():
     """The passages come cut into sentences; those that hold a line break are left out."""

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import finealign_kernels as fk
 from finealign_kernels.formulas.rewards import PLACEMENTS, to_go
@@ -267,6 +268,44 @@ def test_sums_stay_in_their_sequence():
     x.requires_grad_()
     grad = torch.autograd.grad(to_go(x, limit)[2:4].sum(), x)[0]
     expect(grad, [0, 0, 1, 2, 0, 0, 0])
+
+
+class NoSync(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "unique_consecutive"), name
+        if name in ("index", "index_put", "index_put_"):
+            assert not any(i is not None and i.dtype == torch.bool for i in args[1])
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_read_on_the_host(monkeypatch):
+    monkeypatch.setattr("finealign_kernels.rl.rewards.reads_values", lambda x: False)  # as on a GPU
+    models = samples.segment_rewards([8] * 6, seed=3)
+    mask = torch.rand(6, 8, generator=torch.Generator().manual_seed(0)) < 0.7
+    with NoSync(), pytest.raises(AssertionError, match="_local_scalar_dense"):
+        mask.any().item()
+    with NoSync():
+        for placement in PLACEMENTS:
+            for on_collision in ("add", "overwrite"):
+                fk.token_rewards(models, mask=mask, placement=placement, on_collision=on_collision)
+        advantage = fk.turn_advantages(models[0].reward, models[0].cu_segments, 3)
+        fk.turn_advantages(models[0].reward, models[0].cu_segments, 3, kind="outcome")
+        for kind in ("group_mean", "group_std", "batch_std", "leave_one_out"):
+            fk.group_advantages(advantage, torch.arange(len(advantage)) % 5, kind=kind)
+        fk.decoupled_advantages([advantage, advantage], torch.arange(len(advantage)) % 5)
+
+
+def test_compiles_without_a_break():
+    def call(mask, reward, turns):
+        model = turns._replace(reward=fk.turn_advantages(reward, turns.cu_segments, 3))
+        return [fk.token_rewards([model, turns], mask=mask, placement=placement) for placement in PLACEMENTS]
+
+    turns = samples.segment_rewards([8] * 6, models=2, seed=3)[1]
+    mask = torch.rand(6, 8, generator=torch.Generator().manual_seed(0)) < 0.7
+    compiled = torch.compile(call, fullgraph=True, backend="eager")(mask, turns.reward, turns)
+    for one, other in zip(compiled, call(mask, turns.reward, turns), strict=True):
+        assert torch.equal(one, other)
 
 
 # ---- gradients -----------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ Range = tuple[int, int]
 
 _END = re.compile(r"[.!?…]+[\"'”’»)\]]*(?=\s)|[。！？]+[”’」』）]*|[\r\n\u2028\u2029]+")
 _ABBREVIATION = re.compile(r"(?<![\w'’])(?:[^\W\d_][\u0300-\u036f]*|Mrs?|Ms|Dr|Prof|St|Mt|vs|[Nn]os?|cf)\.$")
+_BLANK = re.compile(r"[ \t\u00a0]*")
 _LIST_NUMBER = re.compile(r"\s*\d+\.$")
 
 
@@ -87,11 +88,12 @@ def _ends(text: str, start: int, match: re.Match) -> bool:
     mark = match[0]
     if mark[0] in "。！？\r\n\u2028\u2029":
         return True
-    rest = text[match.end() :].lstrip(" \t\u00a0")
-    if rest[:1].islower():
+    following = _BLANK.match(text, match.end()).end()
+    if text[following : following + 1].islower():
         return False
-    said = text[start : match.start() + 1]
-    return mark != "." or not (_ABBREVIATION.search(said) or _LIST_NUMBER.fullmatch(said))
+    dot = match.start() + 1
+    short = _ABBREVIATION.search(text, max(start, dot - 16), dot) or _LIST_NUMBER.fullmatch(text, start, dot)
+    return mark != "." or not short
 
 
 def _trimmed(text: str, ranges: Iterable[Range]) -> list[Range]:

@@ -330,8 +330,9 @@ def test_one_token_a_segment_is_the_token_form():
     assert torch.equal(segments.token_weight, tokens.token_weight)
 
 
-def test_degenerate_advantages():
+def test_degenerate_advantages(monkeypatch):
     """Section 5.5, where the advantages are the side."""
+    monkeypatch.delenv("FINEALIGN_DEBUG", raising=False)
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
     advantage = torch.tensor([[0.0, -0.0, -1, NAN], [-2, 0, 0, 0], [1, 1, 1, 1]])
     constant = torch.full((3, 4), 0.5)
@@ -344,6 +345,9 @@ def test_degenerate_advantages():
     unknown = torch.where(torch.arange(4) == 1, NAN, 1.0).expand(3, 4)
     whole = fk.adaptive_mask(constant, mask=mask, side=unknown, pivots=torch.zeros_like(mask))
     assert whole.token_weight.tolist() == [[0] * 4, [1, 0, 0, 0], [0] * 4]
+    one = {"side": row(1, -5, 1), "segment_ids": torch.zeros(1, 3, dtype=torch.int64)}
+    found = fk.adaptive_mask(row(1, NAN, 1), **one)  # a token without a score has an advantage all the same
+    assert not found.token_weight.any() and found.score.tolist() == [[1, 0, 1]]
     none = fk.adaptive_mask(torch.zeros(0, 4), side=torch.zeros(0, 4), segment_ids=torch.zeros(0, 4, dtype=torch.int64))
     assert none.token_weight.shape == (0, 4)
 

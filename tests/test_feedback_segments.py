@@ -263,6 +263,63 @@ def test_the_text_up_to_a_last_token_holds_the_segment(tokenizer):
             assert with_it.startswith(text[:end]) and not without.startswith(text[:end]), (text, end)
 
 
+# ---------------------------------------------------------------------------------------------------- generated tokens
+
+
+def test_generated_tokens_are_their_text(tokenizer):
+    """Tokens drawn at random, which no text would be cut into, bytes that are no character among them."""
+    check_generated(tokenizer)
+
+
+def test_generated_tokens_of_sentencepiece_are_their_text():
+    """Decoders that drop the first space, and one that makes characters of bytes, as Llama 2 has it."""
+    decoders = pytest.importorskip("tokenizers").decoders
+    unigram, llama = TOKENIZERS["unigram"](), TOKENIZERS["byte-fallback"]()
+    unigram.backend_tokenizer.decoder = decoders.Metaspace()
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    llama.backend_tokenizer.decoder = decoders.Sequence(parts)
+    check_generated(unigram)
+    for text in ["the lamb. The 日", "a 👩\u200d🌾\u3000b. é"]:
+        ids = llama(text, add_special_tokens=False)["input_ids"]
+        assert fb.decode(llama, ids).text == text
+
+
+def check_generated(tokenizer):
+    rng = random.Random(4)
+    for _ in range(40):
+        ids = [rng.randrange(min(len(tokenizer), 2000)) for _ in range(rng.randrange(30))]
+        found = fb.decode(tokenizer, ids)
+        assert found.text == tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert len(found.offsets) == len(ids)
+        flat = [0, *(edge for offset in dict.fromkeys(found.offsets) for edge in offset), len(found.text)]
+        assert flat == sorted(flat) and all(a == b for a, b in zip(flat[::2], flat[1::2], strict=True))
+        for token, (start, end) in zip(ids, found.offsets, strict=True):
+            assert token not in tokenizer.all_special_ids or start == end
+
+
+@pytest.mark.parametrize("tokenizer", ["byte-level", "smollm2"], indirect=True)  # lossless ones
+def test_generated_tokens_of_a_text_have_its_last_tokens(tokenizer):
+    rng = random.Random(5)
+    for text in TEXTS + [random_text(rng) + "." for _ in range(40)]:
+        encoded = fb.encode(tokenizer, "Question?", Response(text))
+        found = fb.decode(tokenizer, encoded.input_ids[encoded.response_start :])
+        assert found.text == text
+        segments = fb.sub_sentences(text)
+        last = fb.segment_tokens(encoded.offsets, text, segments)
+        assert fb.segment_tokens(found.offsets, text, segments) == last
+
+
+def test_generated_tokens_by_hand():
+    tokenizer = TOKENIZERS["byte-level"]()
+    eos = tokenizer.eos_token_id
+    a, *parts = tokenizer.convert_tokens_to_ids(["a", "æ", "Ĺ", "¥"])  # then the three bytes of 日
+    assert fb.decode(tokenizer, [a, *parts, a, eos]) == ("a日a", [(0, 1), (1, 2), (1, 2), (1, 2), (2, 3), (3, 3)])
+    cut = fb.decode(tokenizer, [a, *parts[:2], eos, a, eos, eos])
+    assert cut == ("a\ufffda", [(0, 1), (1, 2), (1, 2), (2, 2), (2, 3), (3, 3), (3, 3)])
+    assert fb.decode(tokenizer, [a, parts[0]]) == ("a\ufffd", [(0, 1), (1, 2)])
+    assert fb.decode(tokenizer, [eos]) == ("", [(0, 0)]) and fb.decode(tokenizer, []) == ("", [])
+
+
 def test_from_text_to_token_rewards(tokenizer):
     """The last sentence's reward stands before the end-of-sequence token, the sequence's on it."""
     text = "One sentence here. And another!\nThe last"

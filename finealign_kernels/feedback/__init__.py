@@ -28,6 +28,11 @@ point-wise losses the scores.
     encoded = encode(tokenizer, example.prompt, response)
     weights = token_weights(encoded.offsets, response.text, response.spans, inside=2.0, by_kind={"repetition": 1.5})
 
+Where a policy's own responses are judged, sentence by sentence, each reward stands at its segment's last token:
+
+    text, offsets = decode(tokenizer, generated_ids)
+    end = segment_tokens(offsets, text, sub_sentences(text))
+
 `read` takes QA-Feedback's JSON list as well (arXiv:2306.01693), see `files.qa_feedback_example`. `sample` is a small
 file of that schema that comes with the package; its kinds are factual, reasoning, irrelevant, repetition, incomplete,
 and its strengths, out of three votes, were set by hand.
@@ -36,14 +41,16 @@ and its strengths, out of three votes, were set by hand.
 from .files import read, sample, write
 from .records import Example, Preference, Response, Span
 from .segments import segment_tokens, sentences, sub_sentences
-from .spans import Encoded, encode, token_segments, token_spans, token_weights
+from .spans import Decoded, Encoded, decode, encode, token_segments, token_spans, token_weights
 
 __all__ = [
+    "Decoded",
     "Encoded",
     "Example",
     "Preference",
     "Response",
     "Span",
+    "decode",
     "encode",
     "read",
     "sample",

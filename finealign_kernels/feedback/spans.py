@@ -39,6 +39,42 @@ def encode(tokenizer, prompt: str | Sequence[int], response: Response, *, eos=Tr
     return Encoded(prompt_ids + response_ids, len(prompt_ids), offsets)
 
 
+class Decoded(NamedTuple):
+    """The text of generated tokens. Token t stands for text[offsets[t][0]:offsets[t][1]]."""
+
+    text: str
+    offsets: list[tuple[int, int]]  # one per token; empty for special tokens
+
+
+def decode(tokenizer, ids: Sequence[int]) -> Decoded:
+    """The text that generated tokens stand for, and which part of it each token is.
+
+    A policy's tokens need not be those that the tokenizer would make of their text, so offsets from encoding the text
+    anew may be other tokens'. Here the tokens are decoded as they come. Tokens that make up a character, or bytes that
+    are none, have the range of all that appears with the last of them. Special tokens stand for nothing. Segments are
+    to be found in this text; where the tokens hold broken characters tokenizer.decode may give another.
+
+    tokenizer  of transformers
+    ids        token ids of one response, without padding (or with: it is a special token)
+    """
+
+    def said(first: int, stop: int) -> str:
+        return tokenizer.decode(ids[first:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    ids, special = list(ids), set(tokenizer.all_special_ids)
+    text, offsets = "", []
+    lead = 0  # where the last tokens that said something start: a decoder may treat the first of a text in its own way
+    for t in range(len(ids)):
+        first, whole = len(offsets), said(lead, t + 1)
+        partial = whole.endswith("\ufffd") and ids[t] not in special
+        if partial and t + 1 < len(ids) and ids[t + 1] not in special:
+            continue
+        new = whole[len(said(lead, first)) :]
+        offsets += [(len(text), len(text) + len(new))] * (t + 1 - first)
+        text, lead = text + new, first if new else lead
+    return Decoded(text, offsets)
+
+
 def token_spans(offsets, text: str, spans: Sequence[Span]) -> list[tuple[int, int]]:
     """The tokens of each span: the half-open range from its first token to its last.
 

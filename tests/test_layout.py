@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from finealign_kernels.ops._layout import flatten, flatten_like, unflatten
+from finealign_kernels.ops._layout import check_cu_seqlens, flatten, flatten_like, unflatten
 
 
 def test_padded():
@@ -76,3 +76,21 @@ X, CU = torch.zeros(2, 3), torch.tensor([0, 6])
 def test_refusals(call, kind, message):
     with pytest.raises(kind, match=message.replace("logp must", "(x|logp|ref_logp) must")):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    "at, value, message",
+    [
+        (0, 1, "start at 0"),
+        (70_000, 3, r"not decrease, got cu_seqlens\[70000\]"),
+        (-1, 100_001, "end at the number of tokens 100000"),
+    ],
+)
+def test_many_bounds_are_checked_as_a_few_are(dtype, at, value, message):
+    good = torch.arange(100_001, dtype=dtype)
+    check_cu_seqlens(good, 100_000, good)
+    bad = good.clone()
+    bad[at] = value
+    with pytest.raises(ValueError, match=message):
+        check_cu_seqlens(bad, 100_000, bad)

@@ -20,27 +20,52 @@ Moments total(const Moments* parts, int64_t count) {
   return total(parts, count / 2) + total(parts + count / 2, count - count / 2);
 }
 
+// How many of at most kTile tokens are kept; added up in bytes, which hold no more than 255.
+template <typename Keep>
+FINEALIGN_INLINE int count_kept(const Keep* __restrict keep, int n) {
+  constexpr int kBytes = 64;
+  static_assert(kTile / kBytes <= 255, "a byte counts one token in kBytes");
+  uint8_t lane[kBytes] = {};
+  int i = 0, count = 0;
+  for (; i + kBytes <= n; i += kBytes)
+    for (int k = 0; k < kBytes; ++k) lane[k] += keep[i + k] != 0;
+  for (int k = 0; k < kBytes; ++k) count += lane[k];
+  for (; i < n; ++i) count += keep[i] != 0;
+  return count;
+}
+
+// x_i becomes 0 where it is not kept: selected, not multiplied. Returns how many are kept.
+template <typename Keep>
+FINEALIGN_INLINE int select_kept(double* __restrict x, const Keep* __restrict keep, int n) {
+  if (keep == nullptr) return n;
+  const int count = count_kept(keep, n);
+  if (count == 0) std::fill_n(x, n, 0.0);
+  else if (count < n)
+    for (int i = 0; i < n; ++i) x[i] = keep[i] != 0 ? x[i] : 0;
+  return count;
+}
+
+using Half = double __attribute__((vector_size(kGroup / 2 * sizeof(double))));  // an array would be kept in memory
+
+FINEALIGN_INLINE double added_up(Half lanes) { return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]); }
+
 // Of at most kTile values; keep is null, or says which count.
 template <typename T, typename Keep>
 FINEALIGN_INLINE Moments tile_moments(const T* __restrict x, const Keep* __restrict keep, int n) {
-  double value[kTile], sum[kGroup] = {}, squares[kGroup] = {};
-  int64_t count = n;
+  double value[kTile];
   for (int i = 0; i < n; ++i) value[i] = x[i];
-  if (keep != nullptr) {
-    count = 0;
-    for (int i = 0; i < n; ++i) count += keep[i] != 0;
-    for (int i = 0; i < n; ++i) value[i] = keep[i] != 0 ? value[i] : 0;  // select, do not multiply
-  }
-  const int whole = whole_groups(n);
+  const int count = select_kept(value, keep, n), whole = whole_groups(n);
+  if (count == 0) return {0, 0, 0};
   for (int i = n; i < whole; ++i) value[i] = 0;
-  for (int i = 0; i < whole; i += kGroup)
-    for (int k = 0; k < kGroup; ++k) {
-      sum[k] += value[i + k];
-      squares[k] += value[i + k] * value[i + k];
-    }
-  for (int half = kGroup / 2; half > 0; half /= 2)
-    for (int k = 0; k < half; ++k) sum[k] += sum[k + half], squares[k] += squares[k + half];
-  return {static_cast<double>(count), sum[0], squares[0]};
+  Half sum[2] = {}, squares[2] = {};
+  for (int i = 0; i < whole; i += kGroup) {
+    Half left, right;
+    std::memcpy(&left, value + i, sizeof left);
+    std::memcpy(&right, value + i + kGroup / 2, sizeof right);
+    sum[0] += left, sum[1] += right;
+    squares[0] += left * left, squares[1] += right * right;
+  }
+  return {static_cast<double>(count), added_up(sum[0] + sum[1]), added_up(squares[0] + squares[1])};
 }
 
 template <typename T, typename Keep>
@@ -111,18 +136,15 @@ FINEALIGN_INLINE void shape(const Advantages& op, int64_t first, int64_t stop) {
   for (int64_t base = 0; base < stop - first; base += kTile) {
     const int n = static_cast<int>(std::min<int64_t>(kTile, stop - first - base));
     double r[kTile], kl[kTile];
-    const auto keep = [&](double* x) __attribute__((always_inline)) {
-      if (mask != nullptr)
-        for (int i = 0; i < n; ++i) x[i] = mask[base + i] ? x[i] : 0;
-    };
+    const uint8_t* keep = mask ? mask + base : nullptr;
     for (int i = 0; i < n; ++i) r[i] = rewards[base + i];
-    keep(r);
+    select_kept(r, keep, n);
     if (op.old_logp != nullptr) {
       const T* old_logp = static_cast<const T*>(op.old_logp) + first + base;
       const T* ref_logp = static_cast<const T*>(op.ref_logp) + first + base;
       T* out = static_cast<T*>(op.kl) + first + base;
       for (int i = 0; i < n; ++i) kl[i] = static_cast<double>(old_logp[i]) - static_cast<double>(ref_logp[i]);
-      keep(kl);
+      select_kept(kl, keep, n);
       if (op.estimator != Estimator::k1)
         for (int i = 0; i < n; ++i) kl[i] = divergence(op.estimator, kl[i]);
       for (int i = 0; i < n; ++i) out[i] = static_cast<T>(kl[i]);
@@ -173,11 +195,7 @@ FINEALIGN_INLINE Affine scan_tokens(const Advantages& op, const Piece& piece, St
   for (int64_t tile = tiles - 1; tile >= 0; --tile) {
     const int64_t first = piece.first + tile * kTile;
     const int n = static_cast<int>(std::min<int64_t>(kTile, piece.stop - first)), whole = whole_groups(n);
-    int kept = n;
-    if (mask != nullptr) {
-      kept = 0;
-      for (int i = 0; i < n; ++i) kept += mask[first + i] != 0;
-    }
+    const int kept = mask ? count_kept(mask + first, n) : n;
     if (kept == 0 && !op.zero) {
       if (stores) std::fill_n(advantages + first, n, T(0)), std::fill_n(returns + first, n, T(0));
       continue;
@@ -215,9 +233,7 @@ FINEALIGN_INLINE Affine scan_tokens(const Advantages& op, const Piece& piece, St
       state.y = scan_back(d, a, whole, state.y);
     }
     if (!stores) continue;
-    const bool holes = kept != n;
-    if (holes)
-      for (int i = 0; i < n; ++i) d[i] = mask[first + i] ? d[i] : 0, v[i] = mask[first + i] ? v[i] : 0;
+    if (kept != n) select_kept(d, mask + first, n), select_kept(v, mask + first, n);
     for (int i = 0; i < n; ++i) advantages[first + i] = static_cast<T>(d[i]);
     for (int i = 0; i < n; ++i) returns[first + i] = static_cast<T>(d[i] + v[i]);
   }
@@ -251,8 +267,7 @@ FINEALIGN_INLINE void whiten_tokens(const T* x, const Keep* keep, int64_t n, con
     double value[kTile];
     for (int i = 0; i < many; ++i) value[i] = x[base + i];
     whiten(value, many, standard, by.shift);
-    if (keep != nullptr)
-      for (int i = 0; i < many; ++i) value[i] = keep[base + i] != 0 ? value[i] : 0;
+    select_kept(value, keep ? keep + base : nullptr, many);
     for (int i = 0; i < many; ++i) out[base + i] = static_cast<T>(value[i]);
   }
 }

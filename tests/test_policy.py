@@ -379,6 +379,12 @@ def test_clips_act_on_one_side(advantage, ratio, dual, loss, slope):
     assert_close((value.item(), push.item()), (loss, float(slope)))
 
 
+def test_the_dual_bound_leaves_good_tokens_alone():
+    x, a = torch.tensor([2.5], dtype=F64).log(), torch.tensor([0.5], dtype=F64)
+    value, slope = token_loss("ppo", x, a, x, high=3.0, dual=2.0)
+    assert_close((value, slope), (-2.5 * a, -2.5 * a))
+
+
 def test_on_the_boundary_of_the_clip_the_slope_is_the_unclipped_one():
     x, a = torch.zeros(2, dtype=F64), torch.tensor([1.0, -1.0], dtype=F64)
     value, slope = token_loss("ppo", x, a, x, low=0.0, high=0.0)
@@ -589,6 +595,8 @@ def test_no_advantage_no_loss(name):
     for advantage in (torch.zeros(6), -torch.zeros(6)):
         value, slope = token_loss(name, log_ratio, advantage, logp)
         assert value.tolist() == [0] * 6 and slope.tolist() == [0] * 6
+        value, slope = token_loss(name, torch.full((6,), torch.nan), advantage, torch.full((6,), torch.nan))
+        assert value.isnan().all()  # a NaN is no ratio
 
 
 @pytest.mark.parametrize("name", [name for name, row in POLICY.items() if row.bounds or row.psi is surrogate.soft_gate])
@@ -615,10 +623,14 @@ def test_a_nan_that_is_read_reaches_the_value(name):
     for key in ("logp", "old_logp", "advantages", "ref_logp", "token_weight", "sampler_weight", "entropy"):
         if key == "token_weight" and POLICY[name].whole or key == "old_logp" and name == "reinforce":
             continue
-        here = {"logp": batch.logp, "old_logp": batch.old_logp, **given}
+        here = {"logp": batch.logp.clone(), "old_logp": batch.old_logp, **given}
         here[key] = here[key].clone()
         here[key][0 if here[key].dim() == 1 else (0, 0)] = torch.nan
-        assert policy_loss(name, **here).loss.isnan(), key
+        here["logp"].requires_grad_()
+        out = policy_loss(name, **here)
+        (dlogp,) = torch.autograd.grad(out.loss, here["logp"])
+        assert out.loss.isnan(), key
+        assert not out.losses[~batch.mask].any() and not dlogp[~batch.mask].any(), key
     logp = batch.logp.clone()
     logp[0, 0] = torch.nan
     assert policy_loss(name, logp, **given).loss.isnan()  # without old_logp the ratio is 1, but for this one

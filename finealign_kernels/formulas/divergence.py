@@ -27,7 +27,8 @@ def k2(d: Tensor) -> tuple[Tensor, Tensor]:
 
 def k3(d: Tensor) -> tuple[Tensor, Tensor]:
     near = d.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
-    return torch.expm1(-near) + near, torch.where(is_beyond(d), 0, -torch.expm1(-near))
+    less = torch.expm1(-near)
+    return less + near, torch.where(is_beyond(d), 0, -less)
 
 
 def k3_k2grad(d: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from .reduce import (
     read,
     same_in_rows,
     token_shares,
+    weigh,
     wide_of,
 )
 from .table import Hyper, hyper_of
@@ -251,8 +252,7 @@ def policy_loss(
     scale, counted = _scale(name, row, tokens, token_weight, sampler_weight)
     kept = share if average == "all" or counted is None else token_shares(tokens, reduction, counted, **options)
     weight = kept if scale is None else kept * scale
-    policy = torch.where(weight != 0, weight * losses, 0).sum()
-    dlogp = torch.where(weight != 0, weight * slope, 0)
+    policy, dlogp = weigh(weight, losses).sum(), weigh(weight, slope)
     loss, divergence_term, entropy_term = policy, torch.zeros_like(policy), torch.zeros_like(policy)
 
     if ref_logp is not None:
@@ -280,7 +280,7 @@ def policy_loss(
         policy=policy,
         kl=divergence_term,
         entropy=entropy_term,
-        ratio=mean(ratio),
+        ratio=mean(read(ratio, tokens)),
         old_kl=mean(-log_ratio),
         clip_fraction_low=mean((advantage < 0) & (ratio < below)),
         clip_fraction_high=mean((advantage > 0) & (ratio > above)),
@@ -338,7 +338,7 @@ def _of_rows(log_ratio: Tensor, tokens: Tokens, kind: str) -> Tensor:
     """(N,): the mean or the sum of its row's log-ratios."""
     reduce = segment_mean if kind == "mean" else segment_sum
     rows = reduce(log_ratio, tokens.cu_seqlens, mask=tokens.mask)
-    return segment_broadcast(rows, tokens.cu_seqlens, total=log_ratio.shape[0])
+    return segment_broadcast(rows, tokens.cu_seqlens, total=log_ratio.shape[0], mask=tokens.mask)
 
 
 def _lengths(tokens: Tokens) -> Tensor:

@@ -122,22 +122,31 @@ def token_shares(
     B is the number of sequences; without count_empty, of those that have a token. denominator replaces the batch's
     Σ weight, or B.
     """
-    read = torch.ones_like(tokens.x, dtype=torch.promote_types(tokens.x.dtype, torch.float32))
-    read = read if tokens.mask is None else tokens.mask.to(read.dtype)
-    weight = read if weight is None else weight
+    if weight is None:
+        weight = read(torch.ones_like(tokens.x), tokens)
     if reduction in ("token", "token_global"):
-        return read / (_one_for_none(weight.sum()) if denominator is None else check_denominator(denominator))
+        total = _one_for_none(weight.sum()) if denominator is None else check_denominator(denominator)
+        return _one_over(total, tokens)
     if denominator is not None:
         rows = check_denominator(denominator)
     else:
         rows = max(1, tokens.segments) if count_empty else has_tokens(tokens).sum().clamp(min=1)
     if reduction == "sequence_sum":
-        return read / rows
+        return _one_over(rows, tokens)
     if reduction == "constant":
-        return read / (rows * check_denominator(max_length, "max_length"))
+        return _one_over(rows * check_denominator(max_length, "max_length"), tokens)
     lengths = _one_for_none(segment_sum(weight, tokens.cu_seqlens))
-    each = segment_broadcast(1 / (rows * lengths), tokens.cu_seqlens, total=tokens.x.shape[0])
-    return each if tokens.mask is None else torch.where(tokens.mask, each, 0)
+    return segment_broadcast(1 / (rows * lengths), tokens.cu_seqlens, total=tokens.x.shape[0], mask=tokens.mask)
+
+
+def _one_over(total, tokens: Tokens) -> Tensor:
+    """(N,): 1 / total where the mask is true, 0 elsewhere, even if total is NaN."""
+    dtype = wide_of(tokens)
+    if isinstance(total, Tensor):
+        share = 1 / total.to(dtype)
+    else:
+        share = torch.full((), 1 / total, dtype=dtype, device=tokens.x.device)
+    return share.expand(tokens.x.shape) if tokens.mask is None else torch.where(tokens.mask, share, 0)
 
 
 def _one_for_none(total: Tensor) -> Tensor:
@@ -175,7 +184,7 @@ def per_token(name: str, x, tokens: Tokens) -> Tensor:
     each = x.detach().reshape(-1).to(wide_of(tokens))
     if shape == tokens.shapes[0]:
         each = _if_single(name, each, tokens)
-    return read(segment_broadcast(each, tokens.cu_seqlens, total=tokens.x.shape[0]), tokens)
+    return segment_broadcast(each, tokens.cu_seqlens, total=tokens.x.shape[0], mask=tokens.mask)
 
 
 def _if_single(name: str, x: Tensor, tokens: Tokens) -> Tensor:
@@ -204,12 +213,15 @@ def _can_look(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def weigh(weight: Tensor, x: Tensor) -> Tensor:
+    """weight · x by selection: what weighs nothing may be NaN."""
+    return torch.where(weight != 0, weight * x, 0)
+
+
 def mean_of_tokens(x: Tensor, tokens: Tokens) -> Tensor:
-    """() over the tokens that the mask keeps, 0 where it keeps none."""
-    x = x.to(wide_of(tokens))
-    if tokens.mask is None:
-        return x.sum() / max(1, x.numel())
-    return torch.where(tokens.mask, x, 0).sum() / tokens.mask.sum().clamp(min=1)
+    """() over the tokens that the mask keeps, 0 where it keeps none. x is 0 (or False) elsewhere."""
+    count = max(1, x.numel()) if tokens.mask is None else tokens.mask.sum().clamp(min=1)
+    return x.sum(dtype=wide_of(tokens)) / count
 
 
 class FromTokens(torch.autograd.Function):

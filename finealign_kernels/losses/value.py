@@ -8,7 +8,7 @@ from torch import Tensor
 from ..formulas import surrogate
 from ..ops._check import check_number, fail
 from ..ops._layout import TokenTensor, flatten, flatten_like, unflatten
-from .reduce import FromTokens, check_token_reduction, mean_of_tokens, read, token_shares
+from .reduce import FromTokens, check_token_reduction, mean_of_tokens, read, token_shares, weigh
 
 
 class ValueLoss(NamedTuple):
@@ -62,7 +62,5 @@ def value_loss(
     options = dict(denominator=denominator, max_length=max_length, count_empty=count_empty)
     share = token_shares(tokens, reduction, weight if average == "kept" else None, **options)
     share = share if weight is None else share * weight
-    loss = torch.where(share != 0, share * losses, 0).sum()
-    dvalues = torch.where(share != 0, share * slope, 0)
-    loss = FromTokens.apply("value_loss", tokens.x, None, loss, dvalues, None)
+    loss = FromTokens.apply("value_loss", tokens.x, None, weigh(share, losses).sum(), weigh(share, slope), None)
     return ValueLoss(loss, unflatten(losses, tokens.shapes), mean_of_tokens(flat, tokens))

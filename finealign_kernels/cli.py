@@ -18,7 +18,7 @@ def main(argv=None):
 
 
 def _demo_options(parser):
-    from .demo import AVERAGES, KEEPS, LOSSES, PIVOTS, TRAINERS, Options
+    from .demo import AVERAGES, KEEPS, LOSSES, PIVOTS, POLICIES, TRAINERS, Options
 
     default = Options()
     add = parser.add_argument
@@ -38,6 +38,7 @@ def _demo_options(parser):
     add("--batch", type=int, default=default.batch, metavar="N", help="pairs a step; default: %(default)s")
     add("--pairs", type=int, default=default.pairs, metavar="N", help="pairs to learn from; default: %(default)s")
     add("--trainer", choices=TRAINERS, help="train with TRL's DPOTrainer, as it is against patched: whole steps")
+    add("--rl", choices=POLICIES, nargs="?", const="ppo", help=_RL)
     training = parser.add_mutually_exclusive_group()
     training.add_argument("--full", dest="lora", action="store_false", help="train all parameters (the default)")
     training.add_argument("--lora", dest="lora", action="store_true", help="train LoRA adapters, the head is frozen")
@@ -61,6 +62,12 @@ def _demo_options(parser):
 _SPAN_WEIGHT = (
     "how much a marked fault counts in the rejected answer; in the chosen one it counts 1/W, praise the other way "
     "round; 1 ignores spans; default: %(default)s"
+)
+
+
+_RL = (
+    "a policy loss on the answers as if the model had sampled them: spans are rewards of segments, preferences of "
+    "whole answers; batch and pairs then count prompts; without a value: ppo"
 )
 
 
@@ -100,7 +107,7 @@ def _complain(command, error, status):
 
 COMMANDS = {
     "demo": (
-        "align a small model with a preference loss, each step beside eager PyTorch",
+        "align a small model with a preference or policy loss, each step beside eager PyTorch",
         _demo_options,
         _demo,
     ),

@@ -133,7 +133,7 @@ def test_tokens_are_shown_without_loss(examples):
         "e", "Why?", (feedback.Response(text), feedback.Response("No.")), (feedback.Preference(0, 1),)
     )
     (pair,) = data.read_pairs(options(), tokenizer, [example])
-    shown = told._texts_of_tokens(tokenizer, pair.chosen)
+    shown = told.texts_of_tokens(tokenizer, pair.chosen)
     assert len(shown) == len(pair.chosen.response_ids) and shown[-1] == "<eos>" and "·" in shown
     assert "".join(shown[:-1]).replace("·", "") == text
 
@@ -294,7 +294,7 @@ def test_shares_of_the_gradient_add_up(examples):
     assert torch.equal(sum(of.int() for _, of in sorts), last.batch.mask.int())
     for s, answer in enumerate(last.batch.answers):
         side = "chosen" if s < len(last.batch.pairs) else "rejected"
-        faults = sum(any(span for span in spans) for spans in told._spans_of_tokens(answer))
+        faults = sum(any(span for span in spans) for spans in told.spans_of_tokens(answer))
         assert dict(sorts)[f"{side}, marked"][s].sum() == faults
     reasons, starts = told._reasons(last.batch, 0)
     read = last.batch.mask[0]

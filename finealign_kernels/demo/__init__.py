@@ -6,9 +6,9 @@ score agrees with their answer's side carry the gradient. `run(Options(model="ti
 the command does.
 """
 
+from . import rl, trainer, training
 from .heads import LIMIT, DifferenceError
-from .options import AVERAGES, KEEPS, LOSSES, PIVOTS, TRAINERS, Options, UsageError
-from .training import run
+from .options import AVERAGES, KEEPS, LOSSES, PIVOTS, POLICIES, TRAINERS, Options, UsageError, check
 
 __all__ = [
     "AVERAGES",
@@ -16,9 +16,20 @@ __all__ = [
     "LIMIT",
     "LOSSES",
     "PIVOTS",
+    "POLICIES",
     "TRAINERS",
     "DifferenceError",
     "Options",
     "UsageError",
     "run",
 ]
+
+
+def run(options):
+    """Trains, compares, prints a table, writes the report and returns its path.
+
+    Raises  UsageError where an option, a file or a missing package stands in the way; DifferenceError.
+    """
+    check(options)
+    way = trainer if options.trainer else rl if options.rl else training
+    return way.run(options)

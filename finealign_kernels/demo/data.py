@@ -33,8 +33,19 @@ class Pair(NamedTuple):
     rejected: Answer
 
 
+class Padded(NamedTuple):
+    """Sequences of prompt and answer side by side, padded on the right. Row t predicts token t + 1."""
+
+    input_ids: torch.Tensor  # (S, T)
+    attention_mask: torch.Tensor  # (S, T)
+    labels: torch.Tensor  # (S, T-1)
+    mask: torch.Tensor  # (S, T-1) bool, true where a response token is predicted
+    token_weight: torch.Tensor  # (S, T-1)
+    token_score: torch.Tensor  # (S, T-1)
+
+
 class Batch(NamedTuple):
-    """Sequences side by side, padded on the right: all chosen, then all rejected. Row t predicts token t + 1."""
+    """Pairs as padded sequences: all chosen, then all rejected."""
 
     pairs: list[Pair]
     answers: list[Answer]  # one a sequence
@@ -69,11 +80,11 @@ def read_pairs(options, tokenizer, examples):
 
 
 def _pair(options, tokenizer, scored, example, preference):
-    prompt = _prompt(tokenizer, example.prompt)
+    prompt = prompt_of(tokenizer, example)
 
     def answer(index, fault):
         spans = scored_spans(options, scored, example, index)
-        return _answer(options, tokenizer, prompt, example.responses[index], spans, fault=fault)
+        return encode_answer(options, tokenizer, prompt, example.responses[index], spans, fault=fault)
 
     return Pair(
         name=f"{example.id}, answer {preference.chosen + 1} over {preference.rejected + 1}",
@@ -83,14 +94,14 @@ def _pair(options, tokenizer, scored, example, preference):
     )
 
 
-def _prompt(tokenizer, text):
+def prompt_of(tokenizer, example):
     if not tokenizer.chat_template:
-        return text + "\n"
-    messages = [{"role": "user", "content": text}]
+        return example.prompt + "\n"
+    messages = [{"role": "user", "content": example.prompt}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
-def _answer(options, tokenizer, prompt, response, scored, *, fault):
+def encode_answer(options, tokenizer, prompt, response, scored, *, fault):
     """A fault weighs `fault`, praise (a span of positive score) 1/fault, the rest 1."""
     encoded = feedback.encode(tokenizer, prompt, response)
     praised = [span for span in response.spans if (span.score or 0.0) > 0]
@@ -114,18 +125,33 @@ def make_batch(options, model, pairs):
     answers = [pair.chosen for pair in pairs]
     if options.loss != "nll":
         answers += [pair.rejected for pair in pairs]
+    *rows, weight, score = pad(answers)
+    batch = Batch(pairs, answers, *rows, weight, None, None, weight, score)
+    if not reads_reference(options) and scores_of(options) != "implicit":
+        return batch
+    logp = start_logp(model, batch)
+    return batch._replace(ref_logp=logp if reads_reference(options) else None, start_logp=logp)
+
+
+def pad(answers):
     sequences = [answer.prompt_ids + answer.response_ids for answer in answers]
     S, T = len(sequences), max(map(len, sequences))
     input_ids, attention_mask = torch.zeros(S, T, dtype=torch.int64), torch.zeros(S, T, dtype=torch.int64)
     mask, weight, score = torch.zeros(S, T - 1, dtype=torch.bool), torch.ones(S, T - 1), torch.zeros(S, T - 1)
     for s, (ids, answer) in enumerate(zip(sequences, answers, strict=True)):
         input_ids[s, : len(ids)], attention_mask[s, : len(ids)] = torch.tensor(ids), 1
-        read = slice(len(answer.prompt_ids) - 1, len(ids) - 1)  # the row before a token predicts it
+        read = slice(response_start(answer), len(ids) - 1)
         mask[s, read], weight[s, read], score[s, read] = True, torch.tensor(answer.weights), torch.tensor(answer.scores)
-    labels = input_ids[:, 1:]
-    batch = Batch(pairs, answers, input_ids, attention_mask, labels, mask, weight, None, None, weight, score)
-    if not reads_reference(options) and scores_of(options) != "implicit":
-        return batch
-    with torch.no_grad(), model.frozen():
-        logp = linear_logprobs(hidden_states(model, batch), model.weight, batch.labels, mask=batch.mask).logp
-    return batch._replace(ref_logp=logp if reads_reference(options) else None, start_logp=logp)
+    return Padded(input_ids, attention_mask, input_ids[:, 1:], mask, weight, score)
+
+
+def response_start(answer):
+    """The row that predicts the first response token: that of the prompt's last token."""
+    return len(answer.prompt_ids) - 1
+
+
+@torch.no_grad()
+def start_logp(model, batch):
+    """(S, T-1): log-probs by the model that training started from."""
+    with model.frozen():
+        return linear_logprobs(hidden_states(model, batch), model.weight, batch.labels, mask=batch.mask).logp

@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import relu, softplus
 
 from ..losses.nll import nll_loss
+from ..losses.policy import policy_loss
 from ..losses.preference import preference_loss
 from ..ops.logprobs import linear_logprobs
 from .options import average_of, beta_of
@@ -69,7 +70,10 @@ def _gradients(loss, hidden, weight, *others):
 
 
 def library_loss(options, logp, tokens):
-    """The loss by the library, a PreferenceLoss or an NLLLoss."""
+    """The loss by the library, a PreferenceLoss, an NLLLoss or a PolicyLoss."""
+    if options.rl:
+        counted = {"mask": tokens.mask, "token_weight": tokens.token_weight, "average": "kept", "kl_coef": 0.0}
+        return policy_loss(options.rl, logp, tokens.old_logp, tokens.advantage, **counted)
     counted = {"mask": tokens.mask, "token_weight": tokens.token_weight, "average": average_of(options)}
     if options.loss == "nll":
         return nll_loss(logp, reduction="mean", **counted)
@@ -128,6 +132,8 @@ def _log_odds(score):
 
 def plain_loss(options, logp, tokens):
     """The mean loss from the formula of PLAIN; a loss that has none there is computed by the library."""
+    if options.rl:
+        return _plain_policy_loss(options, logp, tokens)
     if options.loss != "nll" and options.loss not in PLAIN:
         return library_loss(options, logp, tokens).loss
     weight = torch.where(tokens.mask, tokens.token_weight, 0.0)
@@ -149,6 +155,15 @@ def plain_loss(options, logp, tokens):
     if options.loss.startswith("ulma"):
         return loss - (_ratio(total, length) if average else total).mean() / 2
     return loss - _ratio(total, length).mean() if options.loss == "orpo" else loss
+
+
+def _plain_policy_loss(options, logp, tokens):
+    """Clipped surrogate of arXiv:1707.06347 eq. 7: mean over tokens, or (GRPO) over answers of their tokens' means."""
+    weight = torch.where(tokens.mask, tokens.token_weight, 0.0)
+    ratio = torch.where(tokens.mask, logp - tokens.old_logp, 0.0).exp()
+    gain = torch.minimum(ratio * tokens.advantage, ratio.clamp(0.8, 1.2) * tokens.advantage)
+    total, length = (weight * gain).sum(-1), weight.sum(-1)
+    return -_ratio(total, length).mean() if options.rl == "grpo" else -_ratio(total.sum(), length.sum())
 
 
 def _ratio(total, length):

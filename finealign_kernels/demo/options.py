@@ -9,6 +9,7 @@ LOSSES = (*PREFERENCE, "nll")
 PIVOTS = ("threshold", "sign", "salience")
 KEEPS = ("segments", "pivots")
 TRAINERS = ("trl",)
+POLICIES = ("ppo", "grpo")
 AVERAGES = {"default": None, "sum": False, "kept": "kept", "all": "all"}
 
 
@@ -35,6 +36,7 @@ class Options(NamedTuple):
     batch: int = 4  # pairs a step
     pairs: int = 8  # pairs trained on, over and over
     trainer: str | None = None  # one of TRAINERS; None: the demo's own loop
+    rl: str | None = None  # one of POLICIES; None: preferences
     lora: bool = False
     lr: float | None = None
     max_prompt: int = 192  # tokens
@@ -60,6 +62,7 @@ def check(options):
             raise UsageError(f"--{name.replace('_', '-')} must be a finite number above 0, got {value}")
     _check_masks(options)
     _check_trainer(options)
+    _check_rl(options)
     folder = Path(options.report).resolve().parent
     if not folder.is_dir():  # now, not after minutes of training
         raise UsageError(f"--report must lie in a directory that exists, got {options.report}")
@@ -93,6 +96,17 @@ def _check_trainer(options):
             raise UsageError(
                 f"--{name} cannot be {value} with --trainer {options.trainer}: it runs DPO, all parameters"
             )
+
+
+def _check_rl(options):
+    """Rewards, mask and average are the policy loss's own."""
+    if options.rl not in (None, *POLICIES):
+        raise UsageError(f"--rl must be one of {', '.join(POLICIES)}, got {options.rl}")
+    own = ("loss", "average", "beta", "span_weight", "pivots", "scores", "baseline", "trainer")
+    for name in own:
+        value = getattr(options, name)
+        if options.rl and value != Options._field_defaults[name]:
+            raise UsageError(f"--{name.replace('_', '-')} is not read with --rl, got {value}")
 
 
 def scores_of(options):

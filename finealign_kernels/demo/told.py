@@ -13,27 +13,27 @@ from .options import average_of, beta_of, lr_of, percent_of, scores_of, threshol
 AVERAGE_WORDS = {False: "summed", "kept": "averaged, by weight", "all": "averaged, by tokens"}
 
 
-def _largest(steps):
+def largest(steps):
     """Largest difference over the steps, by name."""
     return {name: max(step.differences[name] for step in steps) for name in steps[0].differences}
 
 
-def _table(steps, costs):
+def table(steps, costs):
     """Columns and rows of the loss head's table, for the terminal and for the page."""
     rows = [
         ["time (ms)", *(cost.ms for cost in costs.values())],
         ["peak extra memory (MiB)", *(cost.mib for cost in costs.values())],
     ]
     others = [None] * (len(costs) - 1)
-    rows += [[f"{name}, relative difference", value, *others] for name, value in _largest(steps).items()]
+    rows += [[f"{name}, relative difference", value, *others] for name, value in largest(steps).items()]
     return ["", *costs], rows
 
 
 def summary(options, model, batch, steps, costs):
     """The loss head's table and the sentence that reads it, for the terminal."""
-    body = text_table(*_table(steps, costs))
+    body = text_table(*table(steps, costs))
     sentence = textwrap.fill(_sentence(options, steps, costs), 100)
-    return f"\nloss head, forward and backward: {_rows_read(model, batch)}\n{body}\n\n{sentence}\n"
+    return f"\nloss head, forward and backward: {rows_read(model, batch)}\n{body}\n\n{sentence}\n"
 
 
 def text_table(columns, rows):
@@ -43,7 +43,7 @@ def text_table(columns, rows):
     return "\n".join(line[0].ljust(width) + "".join(f"{cell:>17}" for cell in line[1:]) for line in texts)
 
 
-def _rows_read(model, batch):
+def rows_read(model, batch):
     read, total = int(batch.mask.sum()), batch.mask.numel()
     kept = "" if batch.why is None else f" and {_kept(batch)} of them kept"
     return f"{read} response rows of {total} are read{kept}, vocabulary {len(model.weight)}"
@@ -58,9 +58,9 @@ def write_report(options, model, steps, last, costs):
     title = f"{options.loss.upper()} on {Path(model.name).name}, {options.steps} steps"
     sections = [
         report.headline(title, _sentence(options, steps, costs), _facts(options, model)),
-        _head_section(model, last.batch, steps, costs),
+        head_section(model, last.batch, steps, costs),
         _curves_section(steps),
-        _bars_section(costs),
+        bars_section(costs),
         None if last.unmasked is None else _mass_section(options, last),
         _tokens_section(options, model, last),
     ]
@@ -69,15 +69,21 @@ def write_report(options, model, steps, last, costs):
 
 def _sentence(options, steps, costs):
     """What came out, for a reader who sees such a page for the first time."""
-    first, final, difference = steps[0], steps[-1], max(_largest(steps).values())
+    first, final = steps[0], steps[-1]
     text = f"In {options.steps} steps the loss went from {first.loss:.3g} to {final.loss:.3g}"
     if final.margin is not None:
         text += (
             f" and the margin by which the model prefers the better answer from {first.margin:.3g} to "
             f"{final.margin:.3g} (it ranks {final.accuracy:.0%} of the last step's pairs right)"
         )
-    text += (
-        ". At every step the fused loss head gave the loss and gradients of plain PyTorch; the largest relative "
+    return f"{text}. {head_sentence(steps, costs)}"
+
+
+def head_sentence(steps, costs):
+    """How the fused head compared with the others."""
+    difference = max(largest(steps).values())
+    text = (
+        "At every step the fused loss head gave the loss and gradients of plain PyTorch; the largest relative "
         f"difference is {report.number(difference)}. Beside plain PyTorch on the same rows it took "
         f"{costs['fused'].ms / costs['eager'].ms:.2f}x the time"
     )
@@ -91,12 +97,8 @@ def _sentence(options, steps, costs):
 
 
 def _facts(options, model):
-    trained = sum(parameter.numel() for parameter in model.parameters)
     beta = {} if options.loss == "nll" else {"beta": beta_of(options)}
     return {
-        "model": model.name,
-        "training": "LoRA, head frozen" if options.lora else "all parameters",
-        "trained parameters": f"{trained:,}",
         "loss": options.loss,
         **beta,
         "log-probs": AVERAGE_WORDS.get(average_of(options), average_of(options)),
@@ -104,6 +106,17 @@ def _facts(options, model):
         **_mask_facts(options),
         "learning rate": lr_of(options),
         "pairs a step": options.batch,
+        **head_facts(options, model),
+    }
+
+
+def head_facts(options, model):
+    """What is trained, on what, with which versions."""
+    trained = sum(parameter.numel() for parameter in model.parameters)
+    return {
+        "model": model.name,
+        "training": "LoRA, head frozen" if options.lora else "all parameters",
+        "trained parameters": f"{trained:,}",
         "data": Path(options.data).name if options.data else "shipped sample",
         "seed": options.seed,
         "threads": torch.get_num_threads(),
@@ -132,9 +145,9 @@ def _mask_facts(options):
     }
 
 
-def _head_section(model, batch, steps, costs):
+def head_section(model, batch, steps, costs):
     note = (
-        f"Head and loss, forward and backward, on the same hidden states; {_rows_read(model, batch)}. Prompts and "
+        f"Head and loss, forward and backward, on the same hidden states; {rows_read(model, batch)}. Prompts and "
         "padding are masked and never projected. Eager PyTorch gets the same rows, so those two columns compare "
         "kernels; on all rows it shows what leaving rows out saves. Time: median of the steps (all rows: one run). "
         "Memory: peak on the last step's tensors, over inputs and gradients. Differences: largest of all steps, as "
@@ -145,7 +158,7 @@ def _head_section(model, batch, steps, costs):
             " Time is that of the masked steps. Rows that the mask drops have no gradient and are left out of the "
             "fused backward; without the mask the same loss reads the same rows. What scores the tokens is not in it."
         )
-    return report.table("Loss head, fused against eager PyTorch", *_table(steps, costs), note=note)
+    return report.table("Loss head, fused against eager PyTorch", *table(steps, costs), note=note)
 
 
 def _curves_section(steps):
@@ -164,7 +177,7 @@ def _curves_section(steps):
     return report.curves("Step by step", charts, note=note)
 
 
-def _bars_section(costs):
+def bars_section(costs):
     known = {name: cost.mib for name, cost in costs.items() if cost.mib is not None}
     groups = [report.Bars("time, forward and backward", "ms", {name: cost.ms for name, cost in costs.items()})]
     if known:
@@ -199,7 +212,7 @@ def _sorts(options, batch):
     """Tokens by their answer's side and by whether a span marks them: name, (S, T-1) bool."""
     marked, half = torch.zeros_like(batch.mask), len(batch.pairs)
     for s, answer in enumerate(batch.answers):
-        marked[s, batch.mask[s]] = torch.tensor([len(spans) > 0 for spans in _spans_of_tokens(answer)])
+        marked[s, batch.mask[s]] = torch.tensor([len(spans) > 0 for spans in spans_of_tokens(answer)])
     side = torch.arange(len(batch.answers))[:, None] < half
     chosen = [("chosen, marked", batch.mask & side & marked), ("chosen, not marked", batch.mask & side & ~marked)]
     if options.loss == "nll":
@@ -253,7 +266,7 @@ def _shown_response(model, last, s, side):
         numbers.update({"score": last.batch.token_score, "gradient without mask": last.unmasked.dlogp})
     numbers = {name: values[s][read].tolist() for name, values in numbers.items()}
     reasons, starts = _reasons(last.batch, s)
-    spans = _spans_of_tokens(answer)
+    spans = spans_of_tokens(answer)
     tokens = [
         report.Token(
             text,
@@ -262,7 +275,7 @@ def _shown_response(model, last, s, side):
             "; ".join([*reasons[t], *(f"{span.kind}: {span.label}" if span.label else span.kind for span in spans[t])]),
             starts[t],
         )
-        for t, text in enumerate(_texts_of_tokens(model.tokenizer, answer))
+        for t, text in enumerate(texts_of_tokens(model.tokenizer, answer))
     ]
     rewards = getattr(last.head.metrics, f"{side}_rewards", None)
     remark = "" if rewards is None else f"reward {rewards[s % len(last.batch.pairs)].item():+.3f}"
@@ -286,7 +299,7 @@ def _reasons(batch, s):
     return reasons, starts
 
 
-def _spans_of_tokens(answer):
+def spans_of_tokens(answer):
     """The spans over each response token."""
     spans = answer.response.spans
     ranges = feedback.token_spans(answer.offsets, answer.response.text, spans)
@@ -297,7 +310,7 @@ def _spans_of_tokens(answer):
     return held
 
 
-def _texts_of_tokens(tokenizer, answer):
+def texts_of_tokens(tokenizer, answer):
     """The response cut at its tokens, nothing lost; special tokens by name, the rest of a split character as ·."""
     texts, reached, special = [], 0, tokenizer.all_special_ids
     for token, (_, end) in zip(answer.response_ids, answer.offsets, strict=True):

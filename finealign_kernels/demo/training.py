@@ -8,12 +8,11 @@ from typing import NamedTuple
 import torch
 
 from ..testing.measure import peak_extra_mib
-from . import trainer
 from .data import Batch, make_batch, read_examples, read_pairs
 from .heads import Head, differences, eager_head, fused_head, leaves, refuse_difference
 from .masks import masked, unmasked
 from .models import hidden_states, load_model
-from .options import check, lr_of, scores_of, warmup_of
+from .options import lr_of, scores_of, warmup_of
 from .told import summary, write_report
 
 
@@ -58,9 +57,6 @@ def run(options):
 
     Raises  UsageError where an option, a file or a missing package stands in the way; DifferenceError.
     """
-    check(options)
-    if options.trainer:
-        return trainer.run(options)
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
@@ -89,7 +85,7 @@ def train(options, model, batches):
             hidden = hidden_states(model, batch)
             if scores_of(options) is not None and number > warmup_of(options):
                 batch = masked(options, model, hidden, batch)
-            heads, seconds = _run_heads(options, hidden, model.weight, batch, number)
+            heads, seconds = run_heads(options, hidden, model.weight, batch, number)
             fused, compared = heads["fused"], differences(heads["fused"], heads["eager"])
             refuse_difference(number, compared)
             backward(hidden, model.weight, fused)
@@ -100,7 +96,7 @@ def train(options, model, batches):
     return steps, Last(batch, hidden.detach(), fused, heads.get("fused, unmasked"))
 
 
-def _run_heads(options, hidden, weight, batch, number):
+def run_heads(options, hidden, weight, batch, number):
     """The heads on the same tensors, one after the other, in turning order, and the seconds each took."""
     heads, seconds = {}, {}
     forms = HEADS if batch.why is None else MASKED_HEADS

@@ -1,0 +1,153 @@
+"""What the run with --rl tells: a table in the terminal and the report."""
+
+import textwrap
+from pathlib import Path
+
+import torch
+
+from .. import report
+from .options import lr_of
+from .rl import KL, LAM, SORTS, UPDATES
+from .told import (
+    bars_section,
+    head_facts,
+    head_section,
+    head_sentence,
+    rows_read,
+    spans_of_tokens,
+    table,
+    text_table,
+    texts_of_tokens,
+)
+
+SHADES = [
+    report.Shade("reward", "a fault, or worse than the start", "preferred", signed=True),
+    report.Shade("advantage", "to suppress", "to reinforce", signed=True),
+    report.Shade("mask", "left out", "trained"),
+]
+SHOWN = 2  # prompts in the report
+
+
+def summary(options, model, rollout, updates, costs):
+    """The loss head's table and the sentence that reads it, for the terminal."""
+    body = text_table(*table(updates, costs))
+    sentence = textwrap.fill(_sentence(options, updates, costs), 100)
+    return f"\nloss head, forward and backward: {rows_read(model, rollout)}\n{body}\n\n{sentence}\n"
+
+
+def write_report(options, model, updates, last, costs):
+    """Writes the page and returns its path."""
+    title = f"{options.rl.upper()} on {Path(model.name).name}, {options.steps} updates"
+    sections = [
+        report.headline(title, _sentence(options, updates, costs), _facts(options, model, last.batch)),
+        head_section(model, last.batch, updates, costs),
+        _rewards_section(last.batch),
+        _curves_section(updates),
+        bars_section(costs),
+        _tokens_section(model, last),
+    ]
+    return report.write(options.report, title, sections)
+
+
+def _sentence(options, updates, costs):
+    final = updates[-1]
+    return (
+        f"In {options.steps} updates the log-probs of tokens to reinforce moved by {report.number(final.raised)} nats "
+        f"from the start, those of tokens to suppress by {report.number(final.lowered)} (means over the last answers). "
+        + head_sentence(updates, costs)
+    )
+
+
+def _facts(options, model, rollout):
+    own = {
+        "ppo": {"advantages": f"GAE, λ = {LAM}, whitened", "KL penalty in the reward": KL, "critic": "linear, from 0"},
+        "grpo": {"advantages": "of the answers to one prompt, in standard deviations"},
+    }
+    return {
+        "policy loss": options.rl,
+        **own[options.rl],
+        "pivot mask": "none: no answer is marked" if rollout.why is None else "sign of advantage and token score agree",
+        "updates of an answer's log-probs": UPDATES,
+        "prompts a step": options.batch,
+        "learning rate": lr_of(options),
+        **head_facts(options, model),
+    }
+
+
+def _rewards_section(rollout):
+    """A table: the rewards of each sort in the last answers."""
+    rows = [
+        [sort, len(found.reward), found.reward.sum().item(), ", ".join(SORTS.get(sort, ["whole answers"]))]
+        for sort, found in rollout.rewards.items()
+    ]
+    note = (
+        "A span that marks a fault is a reward of its score (or -1) at its last token; an answer's own is the share of "
+        "judgements it won less those it lost, at its last token. Each sort is a reward model with its own segments; "
+        "at one token they add up."
+    )
+    return report.table("Rewards of the last answers", ["sort", "segments", "sum", "kinds of span"], rows, note=note)
+
+
+def _curves_section(updates):
+    charts = [
+        report.Chart("policy loss", [report.Series("mean of the kept tokens", [one.loss for one in updates])]),
+        report.Chart(
+            "log-probs, nats from the start",
+            [
+                report.Series("to reinforce", [one.raised for one in updates]),
+                report.Series("to suppress", [one.lowered for one in updates]),
+            ],
+        ),
+        report.Chart("ratios clipped, %", [report.Series("tokens", [100 * one.clipped for one in updates])]),
+    ]
+    if updates[0].value_loss is not None:
+        charts.append(report.Chart("value loss", [report.Series("critic", [one.value_loss for one in updates])]))
+    note = (
+        f"Every {UPDATES} updates take the next answers, and make their advantages from the policy as it is then; so "
+        "the first of them has ratios of 1, and a loss that is minus the kept tokens' mean advantage."
+    )
+    return report.curves("Update by update", charts, note=note)
+
+
+def _tokens_section(model, last):
+    rollout = last.batch
+    note = (
+        "Answers to the last prompts. Rewards stand at the last tokens of segments; advantages say what they make of "
+        "each token before them; the mask keeps a token to reinforce if its own score is above the batch's mean, one "
+        "to suppress if it is below."
+    )
+    groups = range(min(SHOWN, int(rollout.group.max()) + 1))
+    examples = [
+        _example(model, last, [s for s, g in enumerate(rollout.group.tolist()) if g == group]) for group in groups
+    ]
+    return report.token_texts("From rewards to advantages", examples, SHADES, note=note)
+
+
+def _example(model, last, sequences):
+    responses = [_response(model, last, s, f"answer {i + 1}") for i, s in enumerate(sequences)]
+    return report.Example(last.batch.names[sequences[0]], last.batch.prompts[sequences[0]], responses)
+
+
+def _response(model, last, s, name):
+    rollout = last.batch
+    answer, read = rollout.answers[s], rollout.mask[s]
+    numbers = {
+        "reward": rollout.reward,
+        "advantage": rollout.advantage,
+        "mask": rollout.token_weight,
+        "gradient": last.head.dlogp,
+        "log-prob": last.head.logp,
+    }
+    numbers = {name: values[s][read].tolist() for name, values in numbers.items()}
+    spans = spans_of_tokens(answer)
+    tokens = [
+        report.Token(
+            text,
+            {name: values[t] for name, values in numbers.items()},
+            [span.kind for span in spans[t]],
+            "; ".join(f"{span.kind}: {span.label}" if span.label else span.kind for span in spans[t]),
+        )
+        for t, text in enumerate(texts_of_tokens(model.tokenizer, answer))
+    ]
+    total = torch.where(read, rollout.reward[s], 0).sum().item()
+    return report.Response(name, tokens, f"reward {total:+.3f}")

@@ -54,15 +54,11 @@ def places(segments: SegmentRewards, mask: Tensor, cu_seqlens: Tensor, *, drop: 
         begin = torch.maximum(begin, first + segments.start.long().clamp(0, total))
     begin = torch.minimum(begin, stop)
 
-    token = torch.arange(total, device=mask.device)
-    kept = torch.cat([stop.new_zeros(1), mask.cumsum(0)])
-    last = torch.cat([stop.new_full((1,), -1), torch.where(mask, token, -1).cummax(0).values])  # before place t
-    following = torch.where(mask, token, total).flip(0).cummin(0).values.flip(0)  # at place t or after it
-    following = torch.cat([following, stop.new_full((1,), total)])
-
+    kept = torch.cat([stop.new_zeros(1), mask.cumsum(0)])  # before each place
     count = kept[stop] - kept[begin]
-    receiver = torch.where(count > 0, last[stop], -1).cummax(0).values
-    receiver = torch.where(receiver >= first, receiver, following[first])
+    last = torch.searchsorted(kept, kept[stop]) - 1  # of the tokens before stop that mask keeps
+    receiver = torch.where(count > 0, last, -1).cummax(0).values
+    receiver = torch.where(receiver >= first, receiver, torch.searchsorted(kept, kept[first] + 1) - 1)
     received = receiver < limit
     return Places(begin, stop, count, receiver, received & (count > 0) if drop else received)
 
@@ -84,15 +80,25 @@ def token_rewards(
     if not total or not len(reward):
         return reward.new_zeros(total) + reward[:0].sum()
     at = places(segments, mask, cu_seqlens, drop=drop)
-    limit = cu_seqlens.long()[1:][segment_ids(cu_seqlens, total)]
+    given = _latest(at) if overwrite else at.received
     if placement == "end":
-        return _put(reward, at, at.received, total, overwrite)
+        return _put(torch.where(given, reward, 0), at, total)
     if placement == "rtg":
-        ahead = to_go(_put(reward, at, at.received, total, overwrite), limit)
-        return _spread(ahead[at.begin.clamp(max=total - 1)], at, mask)
-    each = reward / at.count.clamp(min=1) if placement == "split" else reward
-    value = _join(_spread(each, at, mask), reward, at, total, overwrite)
-    return torch.where(mask, to_go(value, limit), 0) if placement == "rtg_all" else value
+        bounds, row = segments.cu_segments.long(), segment_ids(segments.cu_segments, len(reward))
+        ahead = to_go(torch.where(given, reward, 0), bounds[row + 1])
+        from_here = torch.searchsorted(at.receiver, at.begin)  # the first whose receiver is at `begin` or behind it
+        from_here = torch.maximum(from_here, bounds[row]).clamp(max=len(reward) - 1)
+        return _spread(ahead[from_here], at, mask)
+    spread = _spread(reward / at.count.clamp(min=1) if placement == "split" else reward, at, mask)
+    homeless = given & (at.count == 0)
+    if overwrite:  # where the first token receives, a segment that covers it comes later
+        homeless = homeless & ~((at.receiver >= at.stop) & _covered(at, total))
+        spread = torch.where(_put(homeless.to(reward.dtype), at, total) > 0, 0, spread)
+    value = spread + _put(torch.where(homeless, reward, 0), at, total)
+    if placement != "rtg_all":
+        return value
+    limit = cu_seqlens.long()[1:][segment_ids(cu_seqlens, total)]
+    return torch.where(mask, to_go(value, limit), 0)
 
 
 def to_go(x: Tensor, limit: Tensor) -> Tensor:
@@ -105,40 +111,30 @@ def to_go(x: Tensor, limit: Tensor) -> Tensor:
     return x
 
 
-def _put(reward: Tensor, at: Places, received: Tensor, total: int, overwrite: bool) -> Tensor:
-    """(N,): what each token receives. The segments of one receiver stand together, so a token looks at one run."""
-    if overwrite:
-        latest, some = _latest(at, received, total)
-        return torch.where(some, reward[latest], 0)
-    low, high = _runs(at, total)
-    end = torch.searchsorted(at.receiver, at.receiver, right=True)
-    sums = to_go(torch.where(received, reward, 0), end)
-    return torch.where(low < high, sums[low.clamp(max=len(reward) - 1)], 0)
+def _put(reward: Tensor, at: Places, total: int) -> Tensor:
+    """(M,) -> (N,): to each token the sum of what it receives, which is one run of rewards."""
+    low, high = _runs(at)
+    sums = to_go(reward, high)
+    opens = (torch.arange(len(low), device=low.device) == low) & (at.receiver < total)
+    place = torch.where(opens, at.receiver, total)
+    return reward.new_zeros(total + 1).scatter(0, place, torch.where(opens, sums, 0))[:total]
 
 
-def _join(spread: Tensor, reward: Tensor, at: Places, total: int, overwrite: bool) -> Tensor:
-    """What the segments with tokens give to each of theirs, and what those without give to their receivers."""
-    homeless = at.received & (at.count == 0)
-    if not overwrite:
-        return spread + _put(reward, at, homeless, total, overwrite)
-    latest, some = _latest(at, homeless, total)
-    group = segment_ids(_edges(at, total), total)
-    covering = torch.where(group % 2 == 1, group // 2, -1)
-    return torch.where(some & (latest > covering), reward[latest], spread)
+def _latest(at: Places) -> Tensor:
+    """(M,) bool: received, and no later one by the same token."""
+    segment = torch.arange(len(at.received), device=at.received.device)
+    latest = torch.where(at.received, segment, -1).cummax(0).values[_runs(at)[1] - 1]
+    return at.received & (latest == segment)
 
 
-def _latest(at: Places, received: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """The last segment that each token receives from, 0 where there is none, and whether there is one (N,)."""
-    low, high = _runs(at, total)
-    segment = torch.arange(len(received), device=received.device)
-    latest = torch.where(received, segment, -1).cummax(0).values[(high - 1).clamp(min=0)]
-    return latest.clamp(min=0), (low < high) & (latest >= low)
+def _runs(at: Places) -> tuple[Tensor, Tensor]:
+    """(M,): the segments low to high have the same receiver as this one."""
+    return torch.searchsorted(at.receiver, at.receiver), torch.searchsorted(at.receiver, at.receiver, right=True)
 
 
-def _runs(at: Places, total: int) -> tuple[Tensor, Tensor]:
-    """The segments low to high whose receiver is the token (N,)."""
-    bounds = torch.searchsorted(at.receiver, torch.arange(total + 1, device=at.receiver.device))
-    return bounds[:-1], bounds[1:]
+def _covered(at: Places, total: int) -> Tensor:
+    """(M,) bool: is the receiver a token of some segment."""
+    return torch.searchsorted(_edges(at, total), at.receiver, right=True) % 2 == 0
 
 
 def _spread(each: Tensor, at: Places, mask: Tensor) -> Tensor:

@@ -1,15 +1,16 @@
-"""The README's examples run, and its table of losses is the code's. `python tests/test_readme.py` writes the table."""
+"""The README's examples run, its tables of losses are the code's. `python tests/test_readme.py` writes the tables."""
 
 import doctest
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
+from finealign_kernels.losses.policy import POLICY
 from finealign_kernels.losses.preference import PREFERENCE
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-BETWEEN = re.compile(r"(?<=<!-- losses -->\n).*?(?=<!-- /losses -->)", re.S)
 
 
 def losses_table() -> str:
@@ -36,14 +37,35 @@ def losses_table() -> str:
     return words + "Every row takes every average.\n\n" + "\n".join(lines) + "\n"
 
 
+def policies_table() -> str:
+    lines = ["| name | loss of a token | reduction | options | KL | source |", "|---|---|---|---|---|---|"]
+    for name, row in POLICY.items():
+        options = ", ".join(f"{key} {one.default:g}" for key, one in row.hyper.items() if one.default is not None)
+        cells = (f"`{name}`", row.equation, f'"{row.reduction}"', options, f"{row.kl_coef:g}", row.source)
+        lines.append(f"| {' | '.join(cells)} |")
+    words = (
+        "Here ρ = exp(logp - old_logp) of a token; s and P are the geometric mean and the product of the ρ of its\n"
+        "response; sg stops the gradient; A is the advantage. KL is the default of `kl_coef`.\n\n"
+    )
+    return words + "\n".join(lines) + "\n"
+
+
+TABLES = {"losses": losses_table, "policies": policies_table}
+
+
+def between(name: str) -> re.Pattern:
+    return re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.S)
+
+
 def test_examples():
     torch.manual_seed(0)
     result = doctest.testfile(str(README), module_relative=False)
     assert result.attempted > 15 and result.failed == 0
 
 
-def test_the_table_of_losses_is_the_codes():
-    assert BETWEEN.search(README.read_text())[0] == losses_table()
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_is_the_codes(name):
+    assert between(name).search(README.read_text())[0] == TABLES[name]()
 
 
 def test_every_public_name_is_documented():
@@ -58,4 +80,7 @@ def test_every_public_name_is_documented():
 
 
 if __name__ == "__main__":
-    README.write_text(BETWEEN.sub(lambda _: losses_table(), README.read_text()))
+    text = README.read_text()
+    for name, table in TABLES.items():
+        text = between(name).sub(lambda _, table=table: table(), text)
+    README.write_text(text)

@@ -134,7 +134,8 @@ def ninja_file(plan, out):
     torch_include = f"-isystem {plan.torch}/include -isystem {sysconfig.get_path('include')}"
     lines = [
         "ninja_required_version = 1.3",
-        f"cxxflags = -std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wno-psabi -ffp-contract=fast {include}",
+        "cxxflags = -std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wno-psabi -ffp-contract=fast "
+        f"-fno-trapping-math {include}",  # nobody reads floating-point exceptions, and loops with them stay scalar
         "rule cxx",
         f"  command = {plan.cxx} -MMD -MF $out.d $cxxflags $extra -c $in -o $out",
         "  depfile = $out.d",

@@ -132,6 +132,17 @@ Segments make_segments(const Tensor& cu_seqlens, const std::optional<Tensor>& ma
                   mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr};
 }
 
+// Segments of cu_seqlens; without it, the rows of a padded batch of `count` rows.
+Segments make_segments(const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& mask, int64_t count,
+                       int64_t total, const Tensor& like) {
+  if (cu_seqlens) return make_segments(*cu_seqlens, mask, total, like);
+  STD_TORCH_CHECK(!mask || (mask->scalar_type() == ScalarType::Bool && mask->is_contiguous() &&
+                            mask->numel() == total && mask->device() == like.device()),
+                  "mask must be bool in the shape of the tokens, contiguous");
+  return Segments{nullptr, false, count, total, mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr,
+                  count > 0 ? total / count : 0};
+}
+
 struct Lengths {
   int64_t shortest, longest;  // below 0 where cu_seqlens decreases
 };
@@ -158,6 +169,7 @@ Lengths lengths_of(const Segments& segments) {
 
 // Reading and writing in place follow cu_seqlens, so the CPU kernels rely on this. Returns the longest segment's length.
 int64_t check_ends(const Segments& segments) {
+  if (segments.cu_seqlens == nullptr) return segments.width;
   STD_TORCH_CHECK(segments.start(0) == 0, "cu_seqlens must start at 0, got ", segments.start(0));
   const Lengths lengths = lengths_of(segments);
   for (int64_t s = 0; lengths.shortest < 0 && s < segments.count; ++s)
@@ -189,10 +201,18 @@ void advise_large_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t by
 #endif
 }
 
-Tensor new_vector(int64_t size, ScalarType type, const Tensor& like) {
-  Tensor out = torch::stable::empty({&size, 1}, type, std::nullopt, like.device());
-  if (out.is_cpu()) advise_large_pages(out.mutable_data_ptr(), size * size_of(dtype_of(out, "a result")));
+Tensor advised(Tensor out) {
+  if (out.is_cpu()) advise_large_pages(out.mutable_data_ptr(), out.numel() * size_of(dtype_of(out, "a result")));
   return out;
+}
+
+Tensor new_vector(int64_t size, ScalarType type, const Tensor& like) {
+  return advised(torch::stable::empty({&size, 1}, type, std::nullopt, like.device()));
+}
+
+Tensor new_rows(int64_t rows, int64_t columns, ScalarType type, const Tensor& like) {
+  const int64_t sizes[] = {rows, columns};
+  return advised(torch::stable::empty({sizes, 2}, type, std::nullopt, like.device()));
 }
 
 Over over_of(int64_t over) {
@@ -257,13 +277,14 @@ Tensor segment_spread_on_gpu(const Tensor& v, const std::optional<Tensor>& mask,
 
 // ---- sequence losses -----------------------------------------------------------------------------------------------
 
-TokenWeights make_token_weights(const Tensor& like, int64_t total, const std::optional<Tensor>& mask,
-                                const std::optional<Tensor>& weight, const Tensor& cu_seqlens, int64_t average,
-                                ScalarType type) {
-  const Segments segments = make_segments(cu_seqlens, mask, total, like);
-  STD_TORCH_CHECK(!weight || (weight->dim() == 1 && weight->numel() == total && weight->is_contiguous() &&
-                              weight->scalar_type() == type && weight->device() == like.device()),
-                  "token_weight must be (", total, ",), contiguous, float32, or float64 for float64 tokens");
+// Token weights of tokens that like is one a token of, or (with `count` rows) one a row.
+TokenWeights make_token_weights(const Tensor& like, int64_t count, int64_t total, const std::optional<Tensor>& mask,
+                                const std::optional<Tensor>& weight, const std::optional<Tensor>& cu_seqlens,
+                                int64_t average, ScalarType type) {
+  const Segments segments = make_segments(cu_seqlens, mask, count, total, like);
+  STD_TORCH_CHECK(!weight || (weight->numel() == total && weight->is_contiguous() && weight->scalar_type() == type &&
+                              weight->device() == like.device()),
+                  "token_weight must have ", total, " elements, contiguous, float32, or float64 for float64 tokens");
   STD_TORCH_CHECK(average >= 0 && average <= 2, "average must be 0 (none), 1 (kept) or 2 (all), got ", average);
   return {segments, weight ? weight->const_data_ptr() : nullptr, static_cast<Average>(average)};
 }
@@ -274,6 +295,11 @@ Pairs pairs_of(int64_t pairs, int64_t count) {
   return static_cast<Pairs>(pairs);
 }
 
+Phi phi_of(int64_t phi) {
+  STD_TORCH_CHECK(phi >= 0 && phi <= static_cast<int64_t>(Phi::anchored), "phi is no known function, got ", phi);
+  return static_cast<Phi>(phi);
+}
+
 // A vector of `size` float64 numbers, one an item, or null.
 const double* item_numbers(const std::optional<Tensor>& t, const char* name, int64_t size, const Tensor& like) {
   STD_TORCH_CHECK(!t || (t->dim() == 1 && t->numel() == size && t->is_contiguous() &&
@@ -282,59 +308,93 @@ const double* item_numbers(const std::optional<Tensor>& t, const char* name, int
   return t ? t->const_data_ptr<double>() : nullptr;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> sequence_loss_fwd(
+struct SequenceResults {
+  Tensor losses, score, slope, denominator;
+};
+
+SequenceLossForward make_sequence_forward(
     const Tensor& logp, const std::optional<Tensor>& ref_logp, const std::optional<Tensor>& ref_sum,
-    const std::optional<Tensor>& mask, const std::optional<Tensor>& token_weight, const Tensor& cu_seqlens,
-    int64_t average, int64_t pairs, int64_t phi, double beta, double scale, double shift,
-    const std::optional<Tensor>& shifts, double hyper, const std::optional<Tensor>& hypers,
-    const std::optional<Tensor>& sign) {
+    const std::optional<Tensor>& mask, const std::optional<Tensor>& token_weight,
+    const std::optional<Tensor>& cu_seqlens, int64_t average, int64_t pairs, int64_t form, int64_t phi, int64_t first,
+    double beta, double scale, double shift, const std::optional<Tensor>& shifts, double hyper,
+    const std::optional<Tensor>& hypers, const std::optional<Tensor>& sign, SequenceResults& out) {
   const ScalarType type = sum_type(logp.scalar_type());
   const auto fits = [&](const std::optional<Tensor>& t, int64_t size, ScalarType of) {
-    return !t || (t->dim() == 1 && t->numel() == size && t->is_contiguous() && t->scalar_type() == of &&
-                  t->device() == logp.device());
+    return !t || (t->numel() == size && t->is_contiguous() && t->scalar_type() == of && t->device() == logp.device());
   };
-  const TokenWeights tokens =
-      make_token_weights(logp, logp.numel(), mask, token_weight, cu_seqlens, average, type);
-  const int64_t count = tokens.segments.count;
-  STD_TORCH_CHECK(logp.dim() == 1 && logp.is_contiguous() && fits(ref_logp, logp.numel(), logp.scalar_type()),
-                  "logp and ref_logp must be (N,) of one dtype, contiguous");
-  STD_TORCH_CHECK(fits(ref_sum, count, type) && !(ref_logp && ref_sum), "ref_sum must be (S,) in place of ref_logp");
-  STD_TORCH_CHECK(phi >= 0 && phi <= static_cast<int64_t>(Phi::linear), "phi is no known function, got ", phi);
-  check_ends(tokens.segments);
+  STD_TORCH_CHECK(logp.dim() == (cu_seqlens ? 1 : 2) && logp.is_contiguous() &&
+                      fits(ref_logp, logp.numel(), logp.scalar_type()),
+                  "logp and ref_logp must be (N,) with cu_seqlens or (S, T) without, of one dtype, contiguous");
   SequenceLossForward op{};
-  op.tokens = tokens, op.logp = logp.const_data_ptr(), op.dtype = dtype_of(logp, "logp");
+  op.tokens = make_token_weights(logp, logp.size(0), logp.numel(), mask, token_weight, cu_seqlens, average, type);
+  const int64_t count = op.tokens.segments.count;
+  STD_TORCH_CHECK(fits(ref_sum, count, type) && !(ref_logp && ref_sum), "ref_sum must be (S,) in place of ref_logp");
+  op.logp = logp.const_data_ptr(), op.dtype = dtype_of(logp, "logp");
   op.ref_logp = ref_logp ? ref_logp->const_data_ptr() : nullptr;
   op.ref_sum = ref_sum ? ref_sum->const_data_ptr() : nullptr;
-  op.pairs = pairs_of(pairs, count), op.phi = static_cast<Phi>(phi), op.beta = beta, op.scale = scale;
-  const int64_t items = op.items();
+  op.pairs = pairs_of(pairs, count), op.phi = phi_of(phi), op.first = phi_of(first), op.beta = beta, op.scale = scale;
+  STD_TORCH_CHECK(form >= 0 && form <= 2, "form must be 0 (margin), 1 (beside) or 2 (sides), got ", form);
+  op.form = static_cast<Form>(form);
+  STD_TORCH_CHECK(op.form != Form::beside || op.pairs != Pairs::none, "form 1 (beside) is for pairs");
   STD_TORCH_CHECK(!sign || op.pairs == Pairs::none, "sign is for sequences, not for pairs");
+  const int64_t items = op.items();
   op.sign = item_numbers(sign, "sign", items, logp);
-  op.shift = shifts ? item_numbers(shifts, "shifts", items, logp) : &shift, op.shift_stride = shifts ? 1 : 0;
-  op.hyper = hypers ? item_numbers(hypers, "hypers", items, logp) : &hyper, op.hyper_stride = hypers ? 1 : 0;
-  Tensor losses = new_vector(items, type, logp), score = new_vector(count, type, logp);
-  Tensor slope = new_vector(count, type, logp), denominator = new_vector(count, type, logp);
-  op.losses = losses.mutable_data_ptr(), op.score = score.mutable_data_ptr();
-  op.slope = slope.mutable_data_ptr(), op.denominator = denominator.mutable_data_ptr();
-  sequence_loss_forward_cpu(op, parallel);
-  return {losses, score, slope, denominator};
+  op.shift = shift, op.shifts = item_numbers(shifts, "shifts", items, logp);
+  op.hyper = hyper, op.hypers = item_numbers(hypers, "hypers", items, logp);
+  out = {new_vector(items, type, logp), new_vector(count, type, logp), new_vector(count, type, logp),
+         new_vector(op.tokens.average == Average::none ? 0 : count, type, logp)};
+  op.losses = out.losses.mutable_data_ptr(), op.score = out.score.mutable_data_ptr();
+  op.slope = out.slope.mutable_data_ptr();
+  op.denominator = op.tokens.average == Average::none ? nullptr : out.denominator.mutable_data_ptr();
+  return op;
 }
 
-Tensor sequence_loss_bwd(const Tensor& upstream, const Tensor& slope, const Tensor& denominator,
-                         const std::optional<Tensor>& mask, const std::optional<Tensor>& token_weight,
-                         const Tensor& cu_seqlens, int64_t pairs, int64_t total, ScalarType dtype) {
+SequenceLossBackward make_sequence_backward(const Tensor& upstream, const Tensor& slope,
+                                            const std::optional<Tensor>& denominator, const std::optional<Tensor>& mask,
+                                            const std::optional<Tensor>& token_weight,
+                                            const std::optional<Tensor>& cu_seqlens, int64_t pairs, int64_t size,
+                                            ScalarType dtype, Tensor& dlogp) {
   const ScalarType type = sum_type(dtype);
-  const TokenWeights tokens = make_token_weights(slope, total, mask, token_weight, cu_seqlens, 0, type);
-  const int64_t count = tokens.segments.count;
+  const int64_t count = slope.numel(), total = cu_seqlens ? size : count * size;
+  const TokenWeights tokens = make_token_weights(slope, count, total, mask, token_weight, cu_seqlens, 0, type);
   const Pairs layout = pairs_of(pairs, count);
-  STD_TORCH_CHECK(upstream.dim() == 1 && upstream.numel() == (pairs ? count / 2 : count) && slope.numel() == count &&
-                      denominator.numel() == count && slope.is_contiguous() && denominator.is_contiguous(),
+  STD_TORCH_CHECK(upstream.dim() == 1 && upstream.numel() == (pairs ? count / 2 : count) &&
+                      tokens.segments.count == count && slope.is_contiguous() &&
+                      (!denominator || (denominator->numel() == count && denominator->is_contiguous())),
                   "upstream must be (items,), slope and denominator (S,)");
-  STD_TORCH_CHECK(upstream.scalar_type() == type && slope.scalar_type() == type && denominator.scalar_type() == type,
+  STD_TORCH_CHECK(upstream.scalar_type() == type && slope.scalar_type() == type &&
+                      (!denominator || denominator->scalar_type() == type),
                   "upstream, slope and denominator must be float32, or float64 for a float64 result");
-  check_ends(tokens.segments);
-  Tensor dlogp = new_vector(total, dtype, slope);
-  const SequenceLossBackward op{tokens, layout, upstream.const_data_ptr(), upstream.stride(0), slope.const_data_ptr(),
-                                denominator.const_data_ptr(), dlogp.mutable_data_ptr(), dtype_of(dlogp, "dlogp")};
+  STD_TORCH_CHECK(upstream.device() == slope.device() && (!denominator || denominator->device() == slope.device()),
+                  "upstream, slope and denominator must be on one device");
+  if (cu_seqlens) dlogp = new_vector(total, dtype, slope);
+  else dlogp = new_rows(count, size, dtype, slope);
+  return {tokens, layout, upstream.const_data_ptr(), upstream.stride(0), slope.const_data_ptr(),
+          denominator ? denominator->const_data_ptr() : nullptr, dlogp.mutable_data_ptr(), dtype_of(dlogp, "dlogp")};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> sequence_loss_fwd(
+    const Tensor& logp, const std::optional<Tensor>& ref_logp, const std::optional<Tensor>& ref_sum,
+    const std::optional<Tensor>& mask, const std::optional<Tensor>& token_weight,
+    const std::optional<Tensor>& cu_seqlens, int64_t average, int64_t pairs, int64_t form, int64_t phi, int64_t first,
+    double beta, double scale, double shift, const std::optional<Tensor>& shifts, double hyper,
+    const std::optional<Tensor>& hypers, const std::optional<Tensor>& sign) {
+  SequenceResults out;
+  const SequenceLossForward op = make_sequence_forward(logp, ref_logp, ref_sum, mask, token_weight, cu_seqlens, average,
+                                                 pairs, form, phi, first, beta, scale, shift, shifts, hyper, hypers,
+                                                 sign, out);
+  check_ends(op.tokens.segments);
+  sequence_loss_forward_cpu(op, parallel);
+  return {out.losses, out.score, out.slope, out.denominator};
+}
+
+Tensor sequence_loss_bwd(const Tensor& upstream, const Tensor& slope, const std::optional<Tensor>& denominator,
+                         const std::optional<Tensor>& mask, const std::optional<Tensor>& token_weight,
+                         const std::optional<Tensor>& cu_seqlens, int64_t pairs, int64_t size, ScalarType dtype) {
+  Tensor dlogp;
+  const SequenceLossBackward op = make_sequence_backward(upstream, slope, denominator, mask, token_weight, cu_seqlens,
+                                                         pairs, size, dtype, dlogp);
+  check_ends(op.tokens.segments);
   sequence_loss_backward_cpu(op, parallel);
   return dlogp;
 }
@@ -537,10 +597,10 @@ STABLE_TORCH_LIBRARY(finealign, m) {
   m.def("segment_spread(Tensor v, Tensor? mask, Tensor cu_seqlens, int over, SymInt total, ScalarType dtype) "
         "-> Tensor");
   m.def("sequence_loss_fwd(Tensor logp, Tensor? ref_logp, Tensor? ref_sum, Tensor? mask, Tensor? token_weight, "
-        "Tensor cu_seqlens, int average, int pairs, int phi, float beta, float scale, float shift, Tensor? shifts, "
-        "float hyper, Tensor? hypers, Tensor? sign) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("sequence_loss_bwd(Tensor upstream, Tensor slope, Tensor denominator, Tensor? mask, Tensor? token_weight, "
-        "Tensor cu_seqlens, int pairs, SymInt total, ScalarType dtype) -> Tensor");
+        "Tensor? cu_seqlens, int average, int pairs, int form, int phi, int first, float beta, float scale, float shift, "
+        "Tensor? shifts, float hyper, Tensor? hypers, Tensor? sign) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("sequence_loss_bwd(Tensor upstream, Tensor slope, Tensor? denominator, Tensor? mask, Tensor? token_weight, "
+        "Tensor? cu_seqlens, int pairs, SymInt size, ScalarType dtype) -> Tensor");
   m.def("reverse_scan(Tensor x, Tensor? decay, Tensor? rates, Tensor? mask, Tensor cu_seqlens, bool forward) -> Tensor");
   m.def("advantages(Tensor cu_seqlens, Tensor? mask, Tensor? rewards, Tensor? model_reward, Tensor? model_end, "
         "Tensor? model_start, Tensor? model_bounds, bool overwrite, bool drop, Tensor? old_logp, Tensor? ref_logp, "

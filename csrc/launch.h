@@ -78,12 +78,14 @@ const char* row_instructions();  // "avx512", "avx2" or "baseline": what run-tim
 
 // Segment s holds the tokens [start(s), start(s + 1)) of a flat batch.
 struct Segments {
-  const void* cu_seqlens;  // (count + 1,) int32, or int64 where wide
+  const void* cu_seqlens;  // (count + 1,) int32, or int64 where wide; or null: the rows of a padded batch
   bool wide;
   int64_t count, total;  // S, N
   const uint8_t* mask;   // (total,), 0: the token is left out; or null
+  int64_t width = 0;     // tokens of each row, where cu_seqlens is null
 
   FINEALIGN_BOTH int64_t start(int64_t s) const {
+    if (cu_seqlens == nullptr) return s * width;
     return wide ? static_cast<const int64_t*>(cu_seqlens)[s] : static_cast<const int32_t*>(cu_seqlens)[s];
   }
   FINEALIGN_BOTH bool keeps(int64_t token) const { return mask == nullptr || mask[token] != 0; }
@@ -142,8 +144,26 @@ FINEALIGN_BOTH inline int64_t item_of(Pairs pairs, int64_t s, int64_t items) {
   return pairs == Pairs::interleaved ? s / 2 : s < items ? s : s - items;
 }
 
-// The function of the margin (kernels/cuda/formulas.cuh).
-enum class Phi : int32_t { logistic = 0, squared = 1, hinge = 2, smoothed = 3, robust = 4, bounded = 5, linear = 6 };
+// The function of the margin (kernels/cuda/formulas.cuh), and what its constant is.
+enum class Phi : int32_t {
+  logistic = 0,
+  squared = 1,  // the center
+  hinge = 2,
+  smoothed = 3,  // ε
+  robust = 4,    // ε
+  bounded = 5,
+  linear = 6,
+  exo = 7,         // log((1-ε)/ε)
+  discovered = 8,  // τ
+  rising = 9,
+  anchored = 10,
+};
+
+// What an item's loss is made of, u = beta score - shift:
+//   margin  phi(beta (score_chosen - score_rejected) - shift) of a pair, phi(sign u) of a sequence
+//   beside  of a pair: that + first(u_chosen)
+//   sides   of a pair: (first(u_chosen) + phi(-u_rejected)) / 2; of a sequence: sign > 0 ? first(u) : phi(-u)
+enum class Form : int32_t { margin = 0, beside = 1, sides = 2 };
 
 struct TokenWeights {
   Segments segments;
@@ -154,8 +174,9 @@ struct TokenWeights {
 };
 
 // score = (Σ_t w_t (logp_t - ref_logp_t) - ref_sum) / denominator over the tokens with mask and w_t != 0
-// loss = scale · phi(m),   m = beta (score_chosen - score_rejected) - shift   or   sign · (beta · score - shift)
-// Sums as launch.h says above; everything behind them float64, each result rounded once.
+// loss = scale · what the form says
+// Sums as launch.h says above, each product and sum of w_t x_t one fma; everything behind them float64, each result
+// rounded once.
 struct SequenceLossForward {
   TokenWeights tokens;
   const void* logp;      // (total,)
@@ -163,16 +184,16 @@ struct SequenceLossForward {
   const void* ref_sum;   // (count,) of the results' type, or null
   DType dtype;           // of logp and ref_logp; the results are float32, float64 for float64
   Pairs pairs;
-  Phi phi;
+  Form form;
+  Phi phi, first;
   double beta, scale;
-  const double* shift;  // one a item: (items,), or (1,) where the stride is 0
-  const double* hyper;
-  const double* sign;  // (items,), or null: 1; without pairs only
-  int64_t shift_stride, hyper_stride;
+  double shift, hyper;
+  const double *shifts, *hypers;  // (items,) in place of the one number, or null
+  const double* sign;             // (items,), or null: 1; without pairs only
   void* losses;       // (items,)
   void* score;        // (count,)
   void* slope;        // (count,) d loss / d score
-  void* denominator;  // (count,), never 0
+  void* denominator;  // (count,), never 0; null without an average, where it is 1
 
   FINEALIGN_BOTH int64_t items() const {
     return pairs == Pairs::none ? tokens.segments.count : tokens.segments.count / 2;
@@ -186,7 +207,7 @@ struct SequenceLossBackward {
   const void* upstream;  // (items,) of the type of slope
   int64_t upstream_stride;
   const void* slope;        // (count,) float32; float64 for float64
-  const void* denominator;  // (count,)
+  const void* denominator;  // (count,), or null: 1
   void* dlogp;              // (total,)
   DType dtype;
 };

@@ -57,5 +57,6 @@ def poisoned(monkeypatch):
 def route(request, monkeypatch):
     """Preference losses by the fused op where it can run, and as the composition of small ops that it is held to."""
     if request.param == "composed":
-        monkeypatch.setattr("finealign_kernels.losses.preference.is_fused", lambda row, device: False)
+        for module in ("preference", "pointwise"):
+            monkeypatch.setattr(f"finealign_kernels.losses.{module}.is_fused", lambda row, device: False)
     return request.param

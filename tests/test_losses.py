@@ -415,3 +415,12 @@ def test_refusal(case):
     call, kind, message = REFUSALS[case]
     with pytest.raises(kind, match=message):
         call()
+
+
+def test_an_offset_below_0_is_refused_where_it_can_be_seen():
+    logp = torch.zeros(4, 3)
+    assert fk.preference_loss("offset", logp, logp, shift=torch.tensor([0.0, 0.3])).loss.isfinite()
+    for shift in (-0.1, torch.tensor(-0.1), torch.tensor([0.3, -0.1]), torch.tensor([0.3, math.nan])):
+        with pytest.raises(ValueError, match="shift must be at least 0, got (-0.1|nan)"):
+            fk.preference_loss("offset", logp, logp, shift=shift)
+    assert fk.preference_loss("dpo", logp, logp, shift=-0.1).loss.isfinite()

@@ -9,6 +9,8 @@ from torch.testing import assert_close
 import finealign_kernels as fk
 from finealign_kernels.losses.preference import PREFERENCE, score_loss
 
+pytestmark = pytest.mark.usefixtures("route")
+
 F64 = torch.float64
 POINTWISE = [name for name, row in PREFERENCE.items() if not row.pair]
 

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from finealign_kernels.formulas import margin
 from finealign_kernels.losses.preference import PREFERENCE, FromScores, response_scores, score_loss
 from finealign_kernels.losses.reduce import sequence_weights
-from finealign_kernels.losses.table import is_fused
+from finealign_kernels.losses.table import fused_functions, is_fused
 from finealign_kernels.ops import _native
 from finealign_kernels.ops._layout import flatten, flatten_like
 from finealign_kernels.ops.sequence_loss import CODES, missing, sequence_loss
@@ -21,9 +21,17 @@ pytestmark = pytest.mark.skipif(not _native.available(), reason=str(_native.reas
 F64 = torch.float64
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, F64]
 AVERAGES = (False, "kept", "all")
-HYPER = {margin.squared: {"center": 0.5}, margin.smoothed: {"smoothing": 0.1}, margin.robust: {"smoothing": 0.2}}
+HYPER = {
+    margin.squared: {"center": 0.5},
+    margin.smoothed: {"smoothing": 0.1},
+    margin.robust: {"smoothing": 0.2},
+    margin.exo: {"smoothing": 0.01},
+    margin.discovered: {"tau": 0.05},
+}
 PHIS = list(CODES)
-ROWS = [name for name, row in PREFERENCE.items() if is_fused(row, torch.device("cpu"))]
+FUSED = [name for name, row in PREFERENCE.items() if is_fused(row, torch.device("cpu"))]
+VALUES = [name for name in FUSED if PREFERENCE[name].label == "value"]  # of a pair, the two sides have two shifts
+ROWS = [name for name in FUSED if name not in VALUES]
 
 
 def composed(
@@ -75,7 +83,7 @@ def both(tokens, ref, upstream, **options):
     """(losses, score, slope, dlogp) of the fused op and of the composition."""
     x = tokens.x.detach().clone().requires_grad_()
     for call in (sequence_loss, composed):
-        losses, score, slope = call(tokens._replace(x=x), ref, **options)
+        losses, score, slope = call(tokens.with_x(x), ref, **options)
         (dlogp,) = torch.autograd.grad(losses, x, upstream.to(losses.dtype))
         yield losses.detach(), score, slope, dlogp
 
@@ -132,16 +140,28 @@ def test_every_function_of_the_margin(phi):
 def test_every_row_of_pairs(name, average):
     """A row's own numbers, against score_loss."""
     row = PREFERENCE[name]
-    assert {"dpo", "ipo", "ipo_z", "slic", "cdpo", "robust", "simpo", "cpo"} <= set(ROWS)
     logp, ref, weight, mask, cu_seqlens = batch([3, 40, 0, 1, 7, 5, 0, 2])
     tokens, hyper = flatten(logp, mask, cu_seqlens), {key: wanted.default for key, wanted in row.hyper.items()}
-    options = dict(beta=row.beta, shift=row.shift)
-    ours = sequence_loss(
-        tokens, ref, phi=row.phi, scale=row.scale(row.beta), average=average, token_weight=weight, **options, **hyper
-    )
+    options, functions = dict(beta=row.beta, shift=row.shift + 0.2), fused_functions(row)
+    if row.label:
+        functions.setdefault("positive", functions["phi"])
+    scale, choice = row.scale(row.beta), dict(average=average, token_weight=weight)
+    ours = sequence_loss(tokens, ref, scale=scale, **choice, **options, **functions, **hyper)
     value, slope = score_loss(name, ours.score, **options, **hyper)
     assert_close(ours.losses, value, rtol=1e-12, atol=1e-14)
     assert_close(ours.slope, slope, rtol=1e-12, atol=1e-14)
+    order = torch.arange(8).view(2, 4).t().reshape(-1)  # the same pairs interleaved, of a token each
+    each = flatten(ours.score[order].view(8, 1))
+    there = sequence_loss(each, pairs="interleaved", scale=scale, **options, **functions, **hyper)
+    assert_close(there.losses, value, rtol=1e-12, atol=1e-14)
+    assert_close(there.slope, slope[order], rtol=1e-12, atol=1e-14)
+
+
+def test_which_rows_are_fused():
+    """Functions of one margin each; not a transform of the score, a match across the batch, a demonstration's NLL."""
+    composed = {"orpo", "ulma", "ulma_squared", "aot", "aot_unpaired"}
+    assert {name for name in PREFERENCE} - set(ROWS + VALUES) == composed
+    assert VALUES == ["pdpo_squared", "pdpo_hybrid"]
 
 
 @pytest.mark.parametrize("phi", (margin.squared, margin.smoothed))
@@ -419,7 +439,7 @@ def test_opcheck(dtype, pairs):
     sign = None if pairs else each
     whole = logp.nan_to_num(), ref.nan_to_num()  # outputs are compared, and NaN is unequal to itself
     for m, w, x in ((None, None, whole), (mask, weight.to(wide), (logp, ref))):
-        arguments = (*x, None, m, w, cu_seqlens, 1, pairs, 0, 0.1, 1.0, 0.0, each, 0.0, None, sign)
+        arguments = (*x, None, m, w, cu_seqlens, 1, pairs, 0, 0, 0, 0.1, 1.0, 0.0, each, 0.0, None, sign)
         torch.library.opcheck(torch.ops.finealign.sequence_loss_fwd.default, arguments)
         arguments = (
             each.to(wide),
@@ -459,6 +479,21 @@ REFUSALS = {
     "average 0": (lambda: sequence_loss(T, beta=1.0, average=0), ValueError, "average must be .* got 0"),
     "odd": (lambda: sequence_loss(flatten(torch.zeros(3, 2)), beta=1.0), ValueError, "even number .* got 3"),
     "sign": (lambda: sequence_loss(T, beta=1.0, sign=torch.ones(2)), ValueError, "sign must be None for pairs"),
+    "chosen": (
+        lambda: sequence_loss(T, beta=1.0, pairs=None, chosen=margin.rising),
+        ValueError,
+        "chosen must be None wit",
+    ),
+    "two": (
+        lambda: sequence_loss(T, beta=1.0, positive=margin.rising, chosen=margin.rising),
+        ValueError,
+        "chosen must be None beside positive, got rising",
+    ),
+    "positive": (
+        lambda: sequence_loss(T, beta=1.0, positive=margin.squared),
+        ValueError,
+        "positive must be phi or take",
+    ),
     "hyper": (lambda: sequence_loss(T, beta=1.0, center=1.0), TypeError, "hyper must be nothing for 'logistic'"),
     "no hyper": (lambda: sequence_loss(T, phi=margin.smoothed, beta=1.0), TypeError, "smoothing must be given"),
     "shift": (lambda: sequence_loss(T, beta=1.0, shift=torch.ones(3)), ValueError, r"shift must have shape \(1,\)"),
@@ -485,7 +520,7 @@ def test_the_extension_checks_what_it_reads_by():
     logp, ends = torch.zeros(6), torch.tensor([0, 3, 7])
     with pytest.raises(RuntimeError, match="cu_seqlens must end at 6, got 7"):
         torch.ops.finealign.sequence_loss_fwd(
-            logp, None, None, None, None, ends, 0, 1, 0, 1.0, 1.0, 0.0, None, 0.0, None, None
+            logp, None, None, None, None, ends, 0, 1, 0, 0, 0, 1.0, 1.0, 0.0, None, 0.0, None, None
         )
     one = torch.ones(2)
     with pytest.raises(RuntimeError, match="cu_seqlens must end at 6, got 7"):

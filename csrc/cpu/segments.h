@@ -136,6 +136,11 @@ inline int64_t first_from(const Segments& segments, int64_t token) {
   return low;
 }
 
+// The segment of a token.
+inline int64_t segment_of(const Segments& segments, int64_t token) {
+  return segments.cu_seqlens == nullptr ? token / segments.width : first_from(segments, token + 1) - 1;
+}
+
 // each(s, start, stop) for every segment, shared out by the tokens at which segments start.
 template <typename Each>
 void for_segments(const Segments& segments, Parallel parallel, Each each) {
@@ -154,7 +159,7 @@ template <typename Each>
 void for_whole_chunks(const Segments& segments, Parallel parallel, Each each) {
   parallel(segments.total / kChunk, kBlock / kChunk, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
-      const int64_t token = (k + 1) * kChunk - 1, s = first_from(segments, token + 1) - 1;
+      const int64_t token = (k + 1) * kChunk - 1, s = segment_of(segments, token);
       const int64_t first = token - (token - segments.start(s)) % kChunk;
       if (first + kChunk <= segments.start(s + 1)) each(k, first);  // else the rest of a segment, no whole chunk
     }

@@ -1,5 +1,6 @@
 // Losses of whole sequences on a CPU: tokens to scores to losses with their slopes, and back to tokens.
 
+#include <type_traits>
 #include <vector>
 
 #include "formulas.cuh"
@@ -11,12 +12,9 @@ namespace {
 template <typename T>
 using WideOf = typename Wide<T>::type;
 
-// A stretch of tokens: Σ w (logp - ref_logp), and what an average divides by.
-struct Part {
-  double score = 0, weight = 0;
-};
+constexpr int64_t kItems = 256;  // whose numbers are held at once, between the two halves of the work
 
-// What part_of reads, from its first token on; all but logp may be null.
+// What a stretch of tokens is read from, at its first token; all but logp may be null.
 template <typename T>
 struct Stretch {
   const T *logp, *ref;
@@ -24,108 +22,150 @@ struct Stretch {
   const uint8_t* mask;
 };
 
-// Σ w (logp - ref_logp) of at most kChunk tokens. One that the mask leaves out or that weighs 0 may hold NaN: select,
-// do not multiply.
 template <typename T>
-FINEALIGN_INLINE double weighted_sum(Stretch<T> at, int64_t n) {
-  using A = WideOf<T>;
-  return sum_terms<A>(n, [=](int64_t i, int count, A* __restrict group) __attribute__((always_inline)) {
-    if (at.ref == nullptr)
-      for (int j = 0; j < count; ++j) group[j] = load(at.logp[i + j]);
-    else
-      for (int j = 0; j < count; ++j) group[j] = load(at.logp[i + j]) - load(at.ref[i + j]);
-    if (at.mask != nullptr)
-      for (int j = 0; j < count; ++j) group[j] = at.mask[i + j] ? group[j] : 0;
-    if (at.weight == nullptr) return;
-    const A* weight = at.weight + i;
-    for (int j = 0; j < count; ++j) group[j] = weight[j] != 0 ? group[j] : 0;
-    A factor[kLanes];  // what is left out may weigh NaN
-    for (int j = 0; j < count; ++j) factor[j] = weight[j];
-    if (at.mask != nullptr)
-      for (int j = 0; j < count; ++j) factor[j] = at.mask[i + j] ? factor[j] : 0;
-    for (int j = 0; j < count; ++j) group[j] *= factor[j];
-  });
-}
-
-template <typename A>
-FINEALIGN_INLINE double sum_of_weights(const A* weight, const uint8_t* mask, int64_t n) {
-  return sum_terms<A>(n, [=](int64_t i, int count, A* __restrict group) __attribute__((always_inline)) {
-    for (int j = 0; j < count; ++j) group[j] = weight[i + j];
-    if (mask != nullptr)
-      for (int j = 0; j < count; ++j) group[j] = mask[i + j] ? group[j] : 0;
-  });
-}
-
-// target_clones takes no templates: one wide function a type.
-FINEALIGN_WIDE double weighted(Stretch<float> at, int64_t n) { return weighted_sum(at, n); }
-FINEALIGN_WIDE double weighted(Stretch<double> at, int64_t n) { return weighted_sum(at, n); }
-FINEALIGN_WIDE double weighted(Stretch<bf16> at, int64_t n) { return weighted_sum(at, n); }
-FINEALIGN_WIDE double weighted(Stretch<f16> at, int64_t n) { return weighted_sum(at, n); }
-FINEALIGN_WIDE double weights(const float* w, const uint8_t* mask, int64_t n) { return sum_of_weights(w, mask, n); }
-FINEALIGN_WIDE double weights(const double* w, const uint8_t* mask, int64_t n) { return sum_of_weights(w, mask, n); }
-
-// At most kChunk tokens.
-template <typename T>
-Part part_of(const SequenceLossForward& op, int64_t first, int64_t n) {
-  using A = WideOf<T>;
+Stretch<T> stretch_of(const SequenceLossForward& op, int64_t first) {
   const auto from = [first](const auto* p) { return p == nullptr ? p : p + first; };
-  const auto* weight = from(static_cast<const A*>(op.tokens.weight));
-  const uint8_t* mask = from(op.tokens.segments.mask);
-  const T *logp = static_cast<const T*>(op.logp) + first, *ref = from(static_cast<const T*>(op.ref_logp));
-  Part part;
-  if (n == 0 || (n == 1 && mask && !*mask)) return part;
-  if (n == 1) {  // the same without the lanes, which take ten times as long
-    const A difference = ref ? load(*logp) - load(*ref) : load(*logp), factor = weight ? *weight : 1;
-    if (factor != 0) part.score = static_cast<A>(factor * difference);
-    if (op.tokens.average != Average::none) part.weight = op.tokens.counts() ? 1 : factor;
-    return part;
-  }
-  part.score = weighted(Stretch<T>{logp, ref, weight, mask}, n);
-  if (op.tokens.counts()) part.weight = static_cast<double>(kept(op.tokens.segments, first, first + n));
-  else if (op.tokens.average == Average::kept) part.weight = weights(weight, mask, n);
-  return part;
+  return {static_cast<const T*>(op.logp) + first, from(static_cast<const T*>(op.ref_logp)),
+          from(static_cast<const WideOf<T>*>(op.tokens.weight)), from(op.tokens.segments.mask)};
+}
+
+// Which of them are there, known to the compiler.
+template <bool kRef, bool kMask, bool kWeight>
+struct Has {
+  static constexpr bool ref = kRef, mask = kMask, weight = kWeight;
+};
+
+template <typename T, typename F>
+FINEALIGN_INLINE void by_inputs(const Stretch<T>& at, F f) {
+  const int which = (at.ref != nullptr) * 4 + (at.mask != nullptr) * 2 + (at.weight != nullptr);
+  if (which == 0) f(Has<false, false, false>());
+  if (which == 1) f(Has<false, false, true>());
+  if (which == 2) f(Has<false, true, false>());
+  if (which == 3) f(Has<false, true, true>());
+  if (which == 4) f(Has<true, false, false>());
+  if (which == 5) f(Has<true, false, true>());
+  if (which == 6) f(Has<true, true, false>());
+  if (which == 7) f(Has<true, true, true>());
+}
+
+// sum + w (logp - ref) of token i. One that the mask leaves out or that weighs 0 may hold NaN, its weight too where the
+// mask leaves it out: select, do not multiply.
+template <typename H, typename T>
+FINEALIGN_INLINE double add_score(H, const Stretch<T>& at, int64_t i, double sum) {
+  using A = WideOf<T>;
+  A x = load(at.logp[i]);
+  if (H::ref) x -= load(at.ref[i]);
+  A weight = H::weight ? at.weight[i] : 1;
+  if (H::mask) weight = at.mask[i] ? weight : 0;
+  if (H::mask || H::weight) x = weight != 0 ? x : 0;
+  return H::weight ? fma(static_cast<double>(weight), static_cast<double>(x), sum) : sum + x;
+}
+
+// sum + w of token i, or + 1 where tokens are counted; 0 of one that the mask leaves out.
+template <typename H, typename T>
+FINEALIGN_INLINE double add_weight(H, const Stretch<T>& at, int64_t i, double sum, bool counts) {
+  using A = WideOf<T>;
+  A weight = H::weight && !counts ? at.weight[i] : 1;
+  if (H::mask) weight = at.mask[i] ? weight : 0;
+  return sum + weight;
+}
+
+// The same of kLanes tokens from i on, in one loop a step: each has numbers of one width, and so whole vectors.
+template <typename H, typename T>
+FINEALIGN_INLINE void add_scores(H, const Stretch<T>& at, int64_t i, double* __restrict sum) {
+  using A = WideOf<T>;
+  using Word = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+  A x[kLanes], weight[kLanes];
+  Word keep[kLanes];
+  for (int j = 0; j < kLanes; ++j) x[j] = load(at.logp[i + j]);
+  if (H::ref)
+    for (int j = 0; j < kLanes; ++j) x[j] -= load(at.ref[i + j]);
+  if (H::mask)
+    for (int j = 0; j < kLanes; ++j) keep[j] = at.mask[i + j];
+  if (H::weight)
+    for (int j = 0; j < kLanes; ++j) weight[j] = at.weight[i + j];
+  if (H::mask && H::weight)
+    for (int j = 0; j < kLanes; ++j) weight[j] = keep[j] ? weight[j] : 0;
+  if (H::weight)
+    for (int j = 0; j < kLanes; ++j) x[j] = weight[j] != 0 ? x[j] : 0;
+  else if (H::mask)
+    for (int j = 0; j < kLanes; ++j) x[j] = keep[j] ? x[j] : 0;
+  for (int j = 0; j < kLanes; ++j)
+    sum[j] = H::weight ? fma(static_cast<double>(weight[j]), static_cast<double>(x[j]), sum[j]) : sum[j] + x[j];
+}
+
+template <typename H, typename T>
+FINEALIGN_INLINE void add_weights(H has, const Stretch<T>& at, int64_t i, double* __restrict sum, bool counts) {
+  for (int j = 0; j < kLanes; ++j) sum[j] = add_weight(has, at, i + j, sum[j], counts);
+}
+
+// Sum over at most kChunk tokens in the order that launch.h fixes: add_all(i, sums) of kLanes, add(i, sum) of one.
+template <typename AddAll, typename Add>
+FINEALIGN_INLINE double sum_by_lanes(int64_t n, AddAll add_all, Add add) {
+  double lane[kLanes];
+  int width = 1;  // lanes from n on would hold 0
+  while (width < kLanes && width < n) width *= 2;
+  for (int j = 0; j < width; ++j) lane[j] = 0;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) add_all(i, lane);
+  for (int j = 0; i + j < n; ++j) lane[j] = add(i + j, lane[j]);
+  for (int half = width / 2; half > 0; half /= 2)
+    for (int j = 0; j < half; ++j) lane[j] += lane[j + half];
+  return lane[0];
 }
 
 template <typename T>
-void forward(const SequenceLossForward& op, Parallel parallel) {
-  using A = WideOf<T>;
-  const Segments& segments = op.tokens.segments;
-  A *score = static_cast<A*>(op.score), *slope = static_cast<A*>(op.slope), *losses = static_cast<A*>(op.losses);
-  A* denominator = static_cast<A*>(op.denominator);
-  std::vector<Part> parts(segments.total / kChunk);
-  std::vector<double> scores(segments.count);  // not rounded yet
-  for_whole_chunks(segments, parallel, [&](int64_t k, int64_t first) { parts[k] = part_of<T>(op, first, kChunk); });
-  for_segments(segments, parallel, [&](int64_t s, int64_t start, int64_t stop) {
-    Part total;
-    const auto add = [&](const Part& part) { total.score += part.score, total.weight += part.weight; };
-    int64_t token = start;
-    for (; token + kChunk <= stop; token += kChunk) add(parts[token / kChunk]);
-    add(part_of<T>(op, token, stop - token));
-    if (op.ref_sum) total.score -= static_cast<const A*>(op.ref_sum)[s];
-    if (total.weight == 0) total.weight = 1;  // no token, or no average
-    scores[s] = total.score / total.weight;
-    score[s] = static_cast<A>(scores[s]);
-    denominator[s] = static_cast<A>(total.weight);
+FINEALIGN_INLINE double score_by_lanes(const Stretch<T>& at, int64_t n) {
+  double sum = 0;
+  by_inputs(at, [&](auto has) __attribute__((always_inline)) {
+    sum = sum_by_lanes(
+        n, [&](int64_t i, double* lanes) __attribute__((always_inline)) { add_scores(has, at, i, lanes); },
+        [&](int64_t i, double lane) __attribute__((always_inline)) { return add_score(has, at, i, lane); });
   });
-  const int64_t items = op.items();
-  parallel(items, kBlock / 32, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const double shift = op.shift[i * op.shift_stride], hyper = op.hyper[i * op.hyper_stride];
-      const double sign = op.sign ? op.sign[i] : 1;
-      const int64_t chosen = chosen_of(op.pairs, i), rejected = rejected_of(op.pairs, i, items);
-      const double gap = op.pairs == Pairs::none ? scores[i] : scores[chosen] - scores[rejected];
-      const Item item = margin_loss(op.phi, sign * (op.beta * gap - shift), hyper);
-      losses[i] = static_cast<A>(op.scale * item.value);
-      slope[chosen] = static_cast<A>(op.scale * sign * op.beta * item.slope);
-      if (op.pairs != Pairs::none) slope[rejected] = -slope[chosen];
+  return sum;
+}
+
+template <typename T>
+FINEALIGN_INLINE double weight_by_lanes(const Stretch<T>& at, int64_t n, bool counts) {
+  double sum = 0;
+  by_inputs(at, [&](auto has) __attribute__((always_inline)) {
+    sum = sum_by_lanes(
+        n, [&](int64_t i, double* lanes) __attribute__((always_inline)) { add_weights(has, at, i, lanes, counts); },
+        [&](int64_t i, double lane) __attribute__((always_inline)) { return add_weight(has, at, i, lane, counts); });
+  });
+  return sum;
+}
+
+// Scores, and weights where wanted, of n sequences of a token each.
+template <typename T>
+FINEALIGN_INLINE void ones(const Stretch<T>& at, int64_t n, bool counts, double* __restrict score,
+                           double* __restrict weight) {
+  by_inputs(at, [&](auto has) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < n; ++i) score[i] = add_score(has, at, i, 0);
+    if (weight != nullptr)
+      for (int64_t i = 0; i < n; ++i) weight[i] = add_weight(has, at, i, 0, counts);
+  });
+}
+
+// From sums to scores: less the reference's, over what the average divides by, which is 1 where there is no token.
+template <typename A>
+FINEALIGN_INLINE void finish(int64_t n, const A* __restrict ref_sum, double* __restrict score,
+                             double* __restrict weight, A* __restrict out, A* __restrict denominator) {
+  if (ref_sum != nullptr)
+    for (int64_t i = 0; i < n; ++i) score[i] -= ref_sum[i];
+  if (weight != nullptr)
+    for (int64_t i = 0; i < n; ++i) {
+      weight[i] = weight[i] == 0 ? 1 : weight[i];
+      denominator[i] = static_cast<A>(weight[i]);
+      score[i] /= weight[i];
     }
-  });
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<A>(score[i]);
 }
 
 // out[i] = value · weight[i], 0 where the mask is false or the weight 0; weight and mask may be null.
 template <typename T, typename A>
-FINEALIGN_INLINE void spread_one(A value, const A* __restrict weight, const uint8_t* __restrict mask, int64_t n,
-                                 T* __restrict out) {
+FINEALIGN_INLINE void spread(A value, const A* __restrict weight, const uint8_t* __restrict mask, int64_t n,
+                             T* __restrict out) {
   const T stored = store<T>(value), zero = store<T>(A(0));
   if (weight == nullptr && mask == nullptr)
     for (int64_t i = 0; i < n; ++i) out[i] = stored;
@@ -140,14 +180,183 @@ FINEALIGN_INLINE void spread_one(A value, const A* __restrict weight, const uint
       for (int64_t i = 0; i < n; ++i) out[i] = mask[i] ? out[i] : zero;
   }
 }
-#define FINEALIGN_SPREAD(T, A)                                                                             \
-  FINEALIGN_WIDE void spread(A value, const A* weight, const uint8_t* mask, int64_t n, T* __restrict out) { \
-    spread_one(value, weight, mask, n, out);                                                               \
+
+// The same for n sequences of a token each, without weights.
+template <typename T, typename A>
+FINEALIGN_INLINE void spread_ones(const A* __restrict value, const uint8_t* __restrict mask, int64_t n,
+                                  T* __restrict out) {
+  const T zero = store<T>(A(0));
+  for (int64_t i = 0; i < n; ++i) out[i] = store<T>(value[i]);
+  if (mask != nullptr)
+    for (int64_t i = 0; i < n; ++i) out[i] = mask[i] ? out[i] : zero;
+}
+
+// Upstream gradient by slope over denominator. An item that is not counted has upstream 0, whatever its slope.
+template <typename A>
+FINEALIGN_INLINE void scale_slopes(const double* __restrict upstream, const A* __restrict slope,
+                                   const A* __restrict denominator, int64_t n, A* __restrict each) {
+  for (int64_t i = 0; i < n; ++i) {
+    const double under = denominator == nullptr ? 1 : denominator[i];
+    each[i] = static_cast<A>(upstream[i] == 0 ? 0 : upstream[i] * slope[i] / under);
   }
-FINEALIGN_SPREAD(float, float)
-FINEALIGN_SPREAD(double, double)
-FINEALIGN_SPREAD(bf16, float)
-FINEALIGN_SPREAD(f16, float)
+}
+
+// target_clones takes no templates: one wide function a type.
+namespace wide {
+#define FINEALIGN_OF_TOKENS(T, A)                                                                                      \
+  FINEALIGN_WIDE double score_of(const Stretch<T>& at, int64_t n) { return score_by_lanes(at, n); }                    \
+  FINEALIGN_WIDE double weight_of(const Stretch<T>& at, int64_t n, bool counts) {                                      \
+    return weight_by_lanes(at, n, counts);                                                                             \
+  }                                                                                                                    \
+  FINEALIGN_WIDE void of_ones(const Stretch<T>& at, int64_t n, bool counts, double* score, double* weight) {           \
+    ones(at, n, counts, score, weight);                                                                                \
+  }                                                                                                                    \
+  FINEALIGN_WIDE void to_tokens(A value, const A* weight, const uint8_t* mask, int64_t n, T* out) {                    \
+    spread(value, weight, mask, n, out);                                                                               \
+  }                                                                                                                    \
+  FINEALIGN_WIDE void to_ones(const A* value, const uint8_t* mask, int64_t n, T* out) {                                \
+    spread_ones(value, mask, n, out);                                                                                  \
+  }
+FINEALIGN_OF_TOKENS(float, float)
+FINEALIGN_OF_TOKENS(double, double)
+FINEALIGN_OF_TOKENS(bf16, float)
+FINEALIGN_OF_TOKENS(f16, float)
+#define FINEALIGN_OF_SEQUENCES(A)                                                                                      \
+  FINEALIGN_WIDE void finish(int64_t n, const A* ref_sum, double* score, double* weight, A* out, A* denominator) {     \
+    finealign::finish(n, ref_sum, score, weight, out, denominator);                                                    \
+  }                                                                                                                    \
+  FINEALIGN_WIDE void slopes(const double* upstream, const A* slope, const A* denominator, int64_t n, A* each) {       \
+    scale_slopes(upstream, slope, denominator, n, each);                                                               \
+  }
+FINEALIGN_OF_SEQUENCES(float)
+FINEALIGN_OF_SEQUENCES(double)
+}  // namespace wide
+
+// Numbers of at most kItems items.
+struct Items {
+  double chosen[kItems], rejected[kItems], shift[kItems], hyper[kItems], sign[kItems];
+  double margin[kItems], other_margin[kItems], value[kItems], slope[kItems], first_value[kItems], first_slope[kItems];
+};
+
+template <Phi phi>
+FINEALIGN_INLINE void phis(int64_t n, const double* __restrict m, const double* __restrict a, double* __restrict value,
+                           double* __restrict slope) {
+  for (int64_t i = 0; i < n; ++i) {
+    const Item item = margin_loss(phi, m[i], a[i]);
+    value[i] = item.value, slope[i] = item.slope;
+  }
+}
+
+FINEALIGN_WIDE void evaluate(Phi phi, int64_t n, const double* m, const double* a, double* value, double* slope) {
+  switch (phi) {
+    case Phi::logistic: return phis<Phi::logistic>(n, m, a, value, slope);
+    case Phi::squared: return phis<Phi::squared>(n, m, a, value, slope);
+    case Phi::hinge: return phis<Phi::hinge>(n, m, a, value, slope);
+    case Phi::smoothed: return phis<Phi::smoothed>(n, m, a, value, slope);
+    case Phi::robust: return phis<Phi::robust>(n, m, a, value, slope);
+    case Phi::bounded: return phis<Phi::bounded>(n, m, a, value, slope);
+    case Phi::linear: return phis<Phi::linear>(n, m, a, value, slope);
+    case Phi::exo: return phis<Phi::exo>(n, m, a, value, slope);
+    case Phi::discovered: return phis<Phi::discovered>(n, m, a, value, slope);
+    case Phi::rising: return phis<Phi::rising>(n, m, a, value, slope);
+    case Phi::anchored: return phis<Phi::anchored>(n, m, a, value, slope);
+  }
+}
+
+// From scores to losses, and to slopes in place of the scores.
+template <Form form, bool paired>
+FINEALIGN_INLINE void losses_of(const SequenceLossForward& op, int64_t n, Items& at) {
+  for (int64_t i = 0; i < n; ++i) {
+    const Margins m = margins_of(form, paired, op.beta, at.shift[i], at.sign[i], at.chosen[i], at.rejected[i]);
+    at.margin[i] = m.phi, at.other_margin[i] = m.first;
+  }
+  evaluate(op.phi, n, at.margin, at.hyper, at.value, at.slope);
+  if (form != Form::margin) evaluate(op.first, n, at.other_margin, at.hyper, at.first_value, at.first_slope);
+  for (int64_t i = 0; i < n; ++i) {
+    const Item phi{at.value[i], at.slope[i]}, first{at.first_value[i], at.first_slope[i]};
+    const Outcome out = outcome_of(form, paired, op.beta, op.scale, at.sign[i], phi, first);
+    at.value[i] = out.loss, at.chosen[i] = out.chosen, at.rejected[i] = out.rejected;
+  }
+}
+
+FINEALIGN_WIDE void losses_of(const SequenceLossForward& op, int64_t n, Items& at) {
+  const bool paired = op.pairs != Pairs::none;
+  if (op.form == Form::margin) return paired ? losses_of<Form::margin, true>(op, n, at) : losses_of<Form::margin, false>(op, n, at);
+  if (op.form == Form::beside) return losses_of<Form::beside, true>(op, n, at);
+  return paired ? losses_of<Form::sides, true>(op, n, at) : losses_of<Form::sides, false>(op, n, at);
+}
+
+// Sums of a chunk: Σ w (logp - ref), and what an average divides by.
+struct Part {
+  double score = 0, weight = 0;
+};
+
+template <typename T>
+Part part_of(const SequenceLossForward& op, int64_t first, int64_t n) {
+  const Stretch<T> at = stretch_of<T>(op, first);
+  return {wide::score_of(at, n), op.denominator ? wide::weight_of(at, n, op.tokens.counts()) : 0};
+}
+
+// Scores of the sequences [s, s + n), not rounded, into h, and rounded into the results.
+template <typename T>
+void scores_of(const SequenceLossForward& op, const std::vector<Part>& parts, int64_t s, int64_t n, double* h) {
+  using A = WideOf<T>;
+  const Segments& segments = op.tokens.segments;
+  double weight[2 * kItems];
+  const bool averaged = op.denominator != nullptr;
+  if (segments.cu_seqlens == nullptr && segments.width == 1)
+    wide::of_ones(stretch_of<T>(op, s), n, op.tokens.counts(), h, averaged ? weight : nullptr);
+  else
+    for (int64_t i = 0; i < n; ++i) {
+      int64_t token = segments.start(s + i);
+      const int64_t stop = segments.start(s + i + 1);
+      Part total;
+      const auto add = [&](const Part& part) { total.score += part.score, total.weight += part.weight; };
+      for (; token + kChunk <= stop; token += kChunk) add(parts[token / kChunk]);
+      if (token < stop) add(part_of<T>(op, token, stop - token));
+      h[i] = total.score, weight[i] = total.weight;
+    }
+  A* score = static_cast<A*>(op.score) + s;
+  A* denominator = averaged ? static_cast<A*>(op.denominator) + s : nullptr;
+  wide::finish(n, op.ref_sum ? static_cast<const A*>(op.ref_sum) + s : nullptr, h, averaged ? weight : nullptr, score,
+               denominator);
+}
+
+template <typename T>
+void forward(const SequenceLossForward& op, Parallel parallel) {
+  using A = WideOf<T>;
+  const Segments& segments = op.tokens.segments;
+  A *slope = static_cast<A*>(op.slope), *losses = static_cast<A*>(op.losses);
+  const bool long_ones = segments.cu_seqlens != nullptr || segments.width >= kChunk;
+  std::vector<Part> parts(long_ones ? segments.total / kChunk : 0);
+  if (long_ones)
+    for_whole_chunks(segments, parallel, [&](int64_t k, int64_t first) { parts[k] = part_of<T>(op, first, kChunk); });
+  const int64_t items = op.items(), each = std::max<int64_t>(1, segments.total / std::max<int64_t>(1, items));
+  parallel(items, std::max<int64_t>(1, kBlock / std::min<int64_t>(each, 2 * kChunk)), [&](int64_t begin, int64_t end) {
+    Items at;
+    double h[2 * kItems];
+    for (int64_t from = begin; from < end; from += kItems) {
+      const int64_t n = std::min(kItems, end - from);
+      if (op.pairs == Pairs::interleaved) {
+        scores_of<T>(op, parts, 2 * from, 2 * n, h);
+        for (int64_t i = 0; i < n; ++i) at.chosen[i] = h[2 * i], at.rejected[i] = h[2 * i + 1];
+      } else {
+        scores_of<T>(op, parts, from, n, at.chosen);
+        if (op.pairs == Pairs::halves) scores_of<T>(op, parts, items + from, n, at.rejected);
+      }
+      for (int64_t i = 0; i < n; ++i) {
+        at.shift[i] = op.shifts ? op.shifts[from + i] : op.shift, at.hyper[i] = op.hypers ? op.hypers[from + i] : op.hyper;
+        at.sign[i] = op.sign ? op.sign[from + i] : 1;
+      }
+      losses_of(op, n, at);
+      for (int64_t i = 0; i < n; ++i) {
+        losses[from + i] = static_cast<A>(at.value[i]);
+        slope[chosen_of(op.pairs, from + i)] = static_cast<A>(at.chosen[i]);
+        if (op.pairs != Pairs::none) slope[rejected_of(op.pairs, from + i, items)] = static_cast<A>(at.rejected[i]);
+      }
+    }
+  });
+}
 
 template <typename T>
 void backward(const SequenceLossBackward& op, Parallel parallel) {
@@ -158,17 +367,27 @@ void backward(const SequenceLossBackward& op, Parallel parallel) {
   const uint8_t* mask = segments.mask;
   T* dlogp = static_cast<T*>(op.dlogp);
   const int64_t items = op.pairs == Pairs::none ? segments.count : segments.count / 2;
+  const bool by_ones = segments.cu_seqlens == nullptr && segments.width == 1 && weight == nullptr;
   parallel(segments.total, kBlock, [&](int64_t begin, int64_t end) {
-    int64_t s = begin < end ? first_from(segments, begin + 1) - 1 : segments.count;
-    for (int64_t token = begin; token < end; ++s) {
-      const int64_t stop = std::min(segments.start(s + 1), end);
-      if (token == stop) continue;
-      const double up = upstream[item_of(op.pairs, s, items) * op.upstream_stride];
-      // an item that is not counted has upstream 0, whatever its slope
-      const A each = static_cast<A>(up == 0 ? 0 : up * slope[s] / denominator[s]);
-      if (stop - token == 1 && weight == nullptr) dlogp[token] = store<T>(segments.keeps(token) ? each : A(0));
-      else spread(each, weight ? weight + token : nullptr, mask ? mask + token : nullptr, stop - token, dlogp + token);
-      token = stop;
+    double up[kItems];
+    A each[kItems];
+    int64_t s = begin < end ? segment_of(segments, begin) : segments.count;
+    for (int64_t token = begin; token < end;) {
+      const int64_t n = std::min(kItems, segments.count - s);
+      for (int64_t i = 0; i < n; ++i) up[i] = upstream[item_of(op.pairs, s + i, items) * op.upstream_stride];
+      wide::slopes(up, slope + s, denominator ? denominator + s : nullptr, n, each);
+      if (by_ones) {
+        const int64_t count = std::min(n, end - token);
+        wide::to_ones(each, mask ? mask + token : nullptr, count, dlogp + token);
+        token += count;
+      } else
+        for (int64_t i = 0; i < n && token < end; ++i) {
+          const int64_t stop = std::min(segments.start(s + i + 1), end);
+          wide::to_tokens(each[i], weight ? weight + token : nullptr, mask ? mask + token : nullptr, stop - token,
+                          dlogp + token);
+          token = stop;
+        }
+      s += n;
     }
   });
 }

@@ -5,11 +5,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..formulas import margin
 from ..ops._check import FLOATS, check_number, check_tensor, fail
-from ..ops._layout import TokenTensor, flatten, flatten_like
+from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like
+from ..ops.sequence_loss import sequence_loss
 from .preference import FromScores, check_options, check_reference, flat_shift, response_scores, score_loss
 from .reduce import REDUCTIONS, has_tokens, reduce, sequence_scores, sequence_weights
-from .table import PREFERENCE, row_of
+from .table import PREFERENCE, Row, fused_functions, is_fused, row_of
 
 
 class PointwiseLoss(NamedTuple):
@@ -67,32 +69,57 @@ def pointwise_loss(
     check_reference(name, row, ref_logp)
 
     tokens = flatten(logp, mask, cu_seqlens, name="logp")
-    if token_weight is not None:
-        token_weight = flatten_like(token_weight, tokens, "token_weight").detach()
-    weight = sequence_weights(token_weight, tokens, average, segment_ids)
-    score = response_scores(tokens, ref_logp, weight, whole=token_weight is None and average is False)
-    policy = sequence_scores(tokens.x.detach(), weight, tokens) if row.positive == "nll" else None
-    target = _targets(row, target, score)
-    shift = flat_shift(shift, tokens.segments, tokens)
-    losses, slope = score_loss(name, score.detach(), beta=beta, shift=shift, target=target, policy=policy, **hyper)
-    positive = target == 1
-    share = torch.where(positive, positive_weight, other_weight).to(score.dtype)
-    losses = FromScores.apply(score, share * losses, share * slope)
+    target = _targets(row, target, tokens)
+    shift, positive = flat_shift(shift, tokens.segments, tokens), target == 1
+    options = dict(token_weight=token_weight, average=average, beta=beta, shift=shift, **hyper)
+    if average != "segments" and is_fused(row, tokens.whole.device):
+        losses, score = _fused(row, tokens, ref_logp, target, **options)
+    else:
+        losses, score = _composed(name, row, tokens, ref_logp, target, segment_ids=segment_ids, **options)
+    if positive_weight != 1 or other_weight != 1:
+        losses = torch.where(positive, positive_weight, other_weight).to(losses.dtype) * losses
     counted = has_tokens(tokens) if drop_empty else None
     if reduction == "class_mean":
         loss = _class_mean(losses, positive, counted, denominator)
     else:
         loss = reduce(losses, reduction, denominator, counted)
-    return PointwiseLoss(loss, losses.detach(), beta * score.detach())
+    return PointwiseLoss(loss, losses.detach(), beta * score)
 
 
-def _targets(row, target, score: Tensor) -> Tensor:
-    check_tensor("target", target, dtypes=(torch.bool, *FLOATS), shape=score.shape, like=score)
-    target = target.detach().to(score.dtype)
+def _targets(row: Row, target, tokens: Tokens) -> Tensor:
+    """(S,) in the dtype of the results."""
+    check_tensor("target", target, dtypes=(torch.bool, *FLOATS), shape=(tokens.segments,), like=tokens.whole)
+    target = target.detach().to(torch.promote_types(tokens.whole.dtype, torch.float32))
     if row.label == "soft" and target.device.type == "cpu" and not bool(((target >= 0) & (target <= 1)).all()):
         wrong = target[~((target >= 0) & (target <= 1))][0].item()
         fail("target", "lie in [0, 1] for a soft label", wrong)
     return target
+
+
+def _fused(row: Row, tokens: Tokens, ref_logp, target: Tensor, *, shift, **options) -> tuple[Tensor, Tensor]:
+    """losses and scores (S,). The target is the sign of the margin, the noise of a label, or a part of the shift."""
+    positive, functions = target == 1, fused_functions(row)
+    if row.label == "soft":
+        functions |= dict(phi=margin.smoothed, smoothing=1 - target)
+    elif row.label == "value":
+        shift = shift + (torch.where(positive, 0, target) if row.positive else target)
+    if row.label == "class" or row.positive:
+        functions["sign"] = torch.where(positive, 1.0, -1.0)
+    scale = row.scale(options["beta"])
+    out = sequence_loss(tokens, ref_logp, shift=shift, scale=scale, pairs=None, **functions, **options)
+    return out.losses, out.score
+
+
+def _composed(name, row: Row, tokens: Tokens, ref_logp, target, *, token_weight, average, segment_ids, **options):
+    """The same of any row, from the small ops."""
+    if token_weight is not None:
+        token_weight = flatten_like(token_weight, tokens, "token_weight").detach()
+    weight = sequence_weights(token_weight, tokens, average, segment_ids)
+    score = response_scores(tokens, ref_logp, weight, whole=token_weight is None and average is False)
+    policy = sequence_scores(tokens.x.detach(), weight, tokens) if row.positive == "nll" else None
+    target = target.to(score.dtype)
+    losses, slope = score_loss(name, score.detach(), target=target, policy=policy, **options)
+    return FromScores.apply(score, losses, slope), score.detach()
 
 
 def _class_mean(losses: Tensor, positive: Tensor, counted: Tensor | None, counts) -> Tensor:

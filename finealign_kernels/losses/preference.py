@@ -17,7 +17,7 @@ from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like
 from ..ops.segments import segment_sum
 from ..ops.sequence_loss import sequence_loss
 from .reduce import check_average, check_denominator, has_tokens, reduce, sequence_scores, sequence_weights
-from .table import PREFERENCE, Row, is_fused, row_of, score_transform
+from .table import PREFERENCE, Row, fused_functions, is_fused, row_of, score_transform
 
 __all__ = ["PREFERENCE", "PreferenceLoss", "Row", "preference_loss", "score_loss"]
 
@@ -175,7 +175,8 @@ def preference_loss(
     if tokens.segments % 2:
         fail("logp", "hold an even number of sequences, chosen and rejected", tokens.segments)
     shift = flat_shift(shift, tokens.segments // 2, tokens)
-    fused = divergence == "reverse_kl" and average != "segments" and is_fused(row, tokens.x.device)
+    fused = divergence == "reverse_kl" and average != "segments" and row.label != "value"
+    fused = fused and is_fused(row, tokens.whole.device)
     flat_weight = weight = None
     if not fused or nll_weight:
         if token_weight is not None:
@@ -183,8 +184,10 @@ def preference_loss(
         weight = sequence_weights(flat_weight, tokens, average, segment_ids)
     if fused:
         options = dict(beta=beta, shift=shift, scale=row.scale(beta) if scale is None else scale, **hyper)
-        options |= dict(token_weight=token_weight, average=average, pairs=pairs)
-        out = sequence_loss(tokens, ref_logp, phi=row.phi, **options)
+        options |= dict(token_weight=token_weight, average=average, pairs=pairs, **fused_functions(row))
+        if row.label:
+            options.setdefault("positive", options["phi"])
+        out = sequence_loss(tokens, ref_logp, **options)
         losses, score = out.losses, _halves(out.score, pairs)
     else:
         whole = token_weight is None and average is False
@@ -198,11 +201,11 @@ def preference_loss(
     loss = reduce(losses, reduction, denominator, counted)
     term = torch.zeros_like(loss)
     if nll_weight:
-        each = _chosen_nll(tokens, flat_weight, weight, average, nll, pairs, nll_denominator)
+        term = _chosen_nll(tokens, flat_weight, weight, average, nll, pairs, nll_denominator)
         if nll == "sequence":
-            term = reduce(each, reduction, denominator, counted)
-        else:
-            term = each if reduction == "none" else each.sum()
+            term = reduce(term, reduction, denominator, counted)
+        elif reduction != "none":
+            term = term.sum()
         loss = loss + nll_weight * term
     chosen, rejected = (beta * score.detach()).chunk(2)
     return PreferenceLoss(
@@ -240,10 +243,20 @@ def check_options(row: Row, beta, shift, scale, average, segment_ids):
     check_number("beta", beta, positive=True)
     if not isinstance(shift, Tensor):
         check_number("shift", shift)
+    _check_least(row, shift)
     if scale is not None:
         check_number("scale", scale, positive=True)
     check_average(average, segment_ids)
     return beta, shift, average
+
+
+def _check_least(row: Row, shift: float | Tensor) -> None:
+    """A shift on a GPU is not looked at: that would be a host sync."""
+    if row.least_shift is None or torch.compiler.is_compiling():
+        return
+    least = shift.min().item() if isinstance(shift, Tensor) and shift.device.type == "cpu" and shift.numel() else shift
+    if not isinstance(least, Tensor) and not least >= row.least_shift:
+        fail("shift", f"be at least {row.least_shift:g}", least)
 
 
 def check_reference(name: str, row: Row, ref_logp) -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..formulas import segments as formula
-from ..ops._check import check_tensor, fail
+from ..ops._check import check_one_of, check_tensor, fail
 from ..ops._layout import Tokens, flatten_like
 from ..ops._once import once
 from ..ops.segments import segment_broadcast, segment_sum
@@ -15,8 +15,7 @@ TOKEN_REDUCTIONS = ("token", "token_global", "sequence", "sequence_sum", "consta
 
 
 def check_average(average, segment_ids=None) -> None:
-    if average not in AVERAGES or isinstance(average, int) and average is not False:
-        fail("average", f"be one of {AVERAGES}", repr(average))
+    check_one_of("average", average, AVERAGES)
     if (average == "segments") != (segment_ids is not None):
         wanted = "be given with average='segments'" if segment_ids is None else "be None but for average='segments'"
         fail("segment_ids", wanted, "None" if segment_ids is None else f"average={average!r}")

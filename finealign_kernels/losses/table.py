@@ -42,6 +42,7 @@ class Row(NamedTuple):
     positive: Formula | str | None = None  # what a response with s = 1 gets in place of phi; "nll": its own -logp
     chosen: Formula | None = None  # of the chosen response's u, added to phi
     match: str | None = None  # re-matched by rank across the batch: pairs' "reference", or the "rejected"
+    least_shift: float | None = None  # a shift below it is refused, where it can be seen without a host sync
 
 
 _square = partial(margin.squared, center=0.0)
@@ -221,7 +222,7 @@ PREFERENCE: dict[str, Row] = {
         hyper={"smoothing": Hyper(0.0, lambda e: 0 <= e <= 0.5, "be in [0, 0.5]")},
         match="rejected",
     ),
-    "offset": Row(margin.logistic, "-log σ(m), shift = δ ≥ 0 of each pair", "arXiv:2402.10571"),
+    "offset": Row(margin.logistic, "-log σ(m), shift = δ ≥ 0 of each pair", "arXiv:2402.10571", least_shift=0.0),
 }
 
 DIVERGENCE: dict[str, Formula | None] = {
@@ -232,14 +233,23 @@ DIVERGENCE: dict[str, Formula | None] = {
 }
 
 
-# what a row may have beside scale · phi(margin of a pair) and still be run by the fused op
-_BESIDE = {"phi", "equation", "source", "beta", "shift", "average", "reference", "scale", "derived", "hyper", "nll"}
+def fused_functions(row: Row) -> dict | None:
+    """phi, chosen and positive of ops.sequence_loss with phi's constant, for the row; None where it is no such row."""
+    if row.transform or row.match or row.positive == "nll":
+        return None
+    phi, constant = (row.phi.func, row.phi.keywords) if isinstance(row.phi, partial) else (row.phi, {})
+    functions = dict(phi=phi, **constant)
+    if row.chosen:
+        functions["chosen"] = row.chosen
+    if row.positive:
+        functions["positive"] = row.positive
+    return functions
 
 
 def is_fused(row: Row, device: torch.device) -> bool:
-    """Does ops.sequence_loss run the row there: scale · phi(m) of a pair, phi known to its kernels, but for an NLL."""
-    plain = all(getattr(row, name) == row._field_defaults[name] for name in row._fields if name not in _BESIDE)
-    return plain and missing(row.phi, device) is None
+    """Does ops.sequence_loss run the row there: functions of one margin each, known to its kernels, beside an NLL."""
+    functions = fused_functions(row)
+    return functions is not None and not any(missing(f, device) for f in functions.values() if callable(f))
 
 
 def row_of(name: str, hyper: dict) -> tuple[Row, dict]:

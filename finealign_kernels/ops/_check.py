@@ -44,6 +44,12 @@ def reads_values(x: Tensor) -> bool:
     return on_host and not torch.compiler.is_compiling()
 
 
+def check_one_of(name: str, value: object, known: tuple) -> None:
+    """A name, or one of None, False and True; 0 is not False."""
+    if not any(value is one or isinstance(value, str) and value == one for one in known):
+        fail(name, f"be one of {known}", repr(value))
+
+
 def check_head(name: str, x: object) -> None:
     """The LM head as a plain, whole tensor."""
     if isinstance(x, torch.nn.Module):

@@ -1,7 +1,5 @@
 """Layouts of a batch of tokens: padded, flat, or a pair of padded ones. Kernels see flat tokens only."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -12,42 +10,83 @@ TokenTensor = Tensor | tuple[Tensor, Tensor]
 MANY = 4096  # bounds from which on the native check is the faster one
 
 
-class Tokens(NamedTuple):
-    """A batch of S sequences and N tokens, sequence s at [cu_seqlens[s], cu_seqlens[s + 1])."""
+class Tokens:
+    """A batch of S sequences and N tokens, sequence s at [cu_seqlens[s], cu_seqlens[s + 1]).
 
-    x: Tensor  # (N,)
-    mask: Tensor | None  # (N,) bool: may this token be read
-    cu_seqlens: Tensor  # (S + 1,) int32 or int64
-    shapes: tuple[torch.Size, ...]  # as the caller has them: one, or two for a pair
+    Flat, or one padded batch as it came: its flat form and its cu_seqlens are made when somebody asks.
+    """
+
+    def __init__(self, whole: Tensor, mask: Tensor | None, ends: Tensor | None, shapes: tuple[torch.Size, ...]):
+        self.whole = whole  # (N,), or (B, T) where ends is None
+        self.whole_mask = mask  # in the shape of whole, bool: may this token be read
+        self.ends = ends  # (S + 1,) int32 or int64, or None: the rows of whole are the sequences
+        self.shapes = shapes  # as the caller has them: one, or two for a pair
+        self._flat = self._cu_seqlens = None
+
+    @property
+    def x(self) -> Tensor:
+        """(N,)."""
+        if self._flat is None:
+            self._flat = self.whole if self.whole.dim() == 1 else self.whole.reshape(-1)
+        return self._flat
+
+    @property
+    def mask(self) -> Tensor | None:
+        """(N,) bool."""
+        return None if self.whole_mask is None else self.whole_mask.reshape(-1)
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """(S + 1,)."""
+        if self.ends is not None:
+            return self.ends
+        if self._cu_seqlens is None:
+            self._cu_seqlens = padded_cu_seqlens(self.shapes, self.whole.device)
+        return self._cu_seqlens
 
     @property
     def segments(self) -> int:
-        return self.cu_seqlens.shape[0] - 1
+        return self.whole.shape[0] if self.ends is None else self.ends.shape[0] - 1
+
+    def with_x(self, x: Tensor) -> "Tokens":
+        """The same batch of other tokens (N,)."""
+        return Tokens(x, self.mask, self.cu_seqlens, self.shapes)
 
 
 def flatten(
     x: TokenTensor, mask: TokenTensor | None = None, cu_seqlens: Tensor | None = None, *, name: str = "x"
 ) -> Tokens:
-    """Flat tokens of (B, T); of (N,) with cu_seqlens; of a pair (B, T1), (B, T2), the first one's before the second's.
+    """Tokens of (B, T); of (N,) with cu_seqlens; of a pair (B, T1), (B, T2), the first one's before the second's.
 
     mask has the shapes of x. Padding, which a mask takes out, stays where it is. Raises ValueError or TypeError.
     """
     parts = _parts(name, x)
     for part in parts:
         check_tensor(name, part, dtypes=FLOATS, like=parts[0])
-    if len({part.dtype for part in parts}) > 1:
+    if len(parts) > 1 and parts[0].dtype != parts[1].dtype:
         fail(name, "be a pair of one dtype", f"{parts[0].dtype} and {parts[1].dtype}", TypeError)
-    shapes, flat = tuple(part.shape for part in parts), _cat([part.reshape(-1) for part in parts])
+    shapes = tuple(part.shape for part in parts)
     if cu_seqlens is None:
         if any(len(shape) != 2 for shape in shapes):
             fail(name, "be (B, T) where cu_seqlens is not given", " and ".join(str(tuple(s)) for s in shapes))
-        cu_seqlens = padded_cu_seqlens(shapes, flat.device)
+        whole = parts[0] if len(parts) == 1 else _cat([part.reshape(-1) for part in parts])
+        ends = None if len(parts) == 1 else padded_cu_seqlens(shapes, whole.device)
     else:
-        if len(parts) > 1 or flat.shape != shapes[0]:
+        if len(parts) > 1 or len(shapes[0]) != 1:
             fail(name, "be flat (N,) where cu_seqlens is given", " and ".join(str(tuple(s)) for s in shapes))
-        check_cu_seqlens(cu_seqlens, flat.shape[0], flat)
-    tokens = Tokens(flat, None, cu_seqlens, shapes)
-    return tokens if mask is None else tokens._replace(mask=flatten_like(mask, tokens, "mask", (torch.bool,)))
+        whole, ends = parts[0], cu_seqlens
+        check_cu_seqlens(cu_seqlens, whole.shape[0], whole)
+    tokens = Tokens(whole, None, ends, shapes)
+    if mask is not None:
+        tokens.whole_mask = whole_like(mask, tokens, "mask", (torch.bool,))
+    return tokens
+
+
+def whole_like(y: TokenTensor, tokens: Tokens, name: str, dtypes=FLOATS) -> Tensor:
+    """Another tensor of the same batch, of the same shapes, as tokens.whole is: (N,), or (B, T)."""
+    whole = tokens.whole
+    usual = isinstance(y, Tensor) and y.shape == whole.shape and y.dtype in dtypes and y.device == whole.device
+    return y if usual and len(tokens.shapes) == 1 else flatten_like(y, tokens, name, dtypes).view(whole.shape)
 
 
 def flatten_like(y: TokenTensor, tokens: Tokens, name: str, dtypes=FLOATS) -> Tensor:
@@ -88,7 +127,11 @@ def check_cu_seqlens(
         fail(name, "have shape (S + 1,)", tuple(cu_seqlens.shape))
     if not reads_values(cu_seqlens) or (len(cu_seqlens) > MANY and _fits(cu_seqlens, total)):
         return
-    ends = cu_seqlens.cpu().numpy()  # a tenth of what as many torch calls take
+    ends = cu_seqlens.cpu()
+    asks = total is not None and len(ends) > 1 and _native.available()  # a tenth of what numpy takes
+    if asks and torch.ops.finealign._cu_seqlens_fit.default(ends.contiguous(), total):
+        return
+    ends = ends.numpy()
     if ends[0] != 0:
         fail(name, "start at 0", f"{name}[0] = {ends[0]}")
     falls = ends[1:] < ends[:-1]

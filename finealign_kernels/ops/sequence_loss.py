@@ -8,6 +8,7 @@ It is a short cut for what formulas and segments say one after the other. Sums, 
 that depends on nothing but the sequence; each result is rounded once.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,12 +17,13 @@ from torch import Tensor
 
 from ..formulas import margin
 from . import _native
-from ._check import check_tensor, fail
-from ._layout import Tokens, TokenTensor, flatten_like
+from ._check import check_one_of, check_tensor, fail
+from ._layout import Tokens, TokenTensor, whole_like
 from ._once import once
 
 AVERAGES = {False: 0, "kept": 1, "all": 2}  # Average in csrc/launch.h
 PAIRS = {None: 0, "halves": 1, "interleaved": 2}  # Pairs
+MARGIN, BESIDE, SIDES = 0, 1, 2  # Form
 
 
 class Code(NamedTuple):
@@ -30,6 +32,14 @@ class Code(NamedTuple):
     number: int  # Phi in csrc/launch.h
     hyper: str | None = None  # the name of its constant
     default: float | None = None
+    constant: Callable | None = None  # what the kernel takes in place of it
+
+
+def _log_odds_against(smoothing: float | Tensor) -> float | Tensor:
+    """log((1-ε)/ε)."""
+    if isinstance(smoothing, Tensor):
+        return -torch.logit(smoothing)
+    return math.log1p(-smoothing) - math.log(smoothing)
 
 
 CODES: dict[Callable, Code] = {
@@ -40,6 +50,10 @@ CODES: dict[Callable, Code] = {
     margin.robust: Code(4, "smoothing"),
     margin.bounded: Code(5),
     margin.linear: Code(6),
+    margin.exo: Code(7, "smoothing", constant=_log_odds_against),
+    margin.discovered: Code(8, "tau"),
+    margin.rising: Code(9),
+    margin.anchored: Code(10),
 }
 
 
@@ -63,6 +77,8 @@ def sequence_loss(
     ref_logp: TokenTensor | None = None,
     *,
     phi: Callable = margin.logistic,
+    chosen: Callable | None = None,
+    positive: Callable | None = None,
     beta: float,
     shift: float | Tensor = 0.0,
     scale: float = 1.0,
@@ -77,6 +93,9 @@ def sequence_loss(
     tokens        log-probs of flatten(logp, mask, cu_seqlens), nats; differentiable once, any number of times over
     ref_logp      in the shapes of the tokens, or (S,) sums of whole sequences (without weights and average); constant
     phi           a function of formulas/margin.py that CODES names, with its constant as a further argument
+    chosen        of pairs: one without a constant, of the chosen sequence's u = beta h - shift; added to phi
+    positive      phi or one without a constant: the loss is positive(u) of a sequence whose sign is above 0, phi(-u) of
+                  another; of a pair the mean of the two, the chosen sequence being the positive one
     beta, scale   numbers
     shift, hyper  numbers, or tensors with one number an item; constant
     sign          (S,), without pairs: multiplies the margin; constant
@@ -87,77 +106,65 @@ def sequence_loss(
     An empty sequence has h = 0 and no gradient. What stands where the mask is false or the weight 0 is not looked at.
     Raises  ValueError, TypeError; RuntimeError with the reason where there is no kernel.
     """
-    reason = missing(phi, tokens.x.device)
+    first = chosen or positive
+    reason = missing(phi, tokens.whole.device) or (first and missing(first, tokens.whole.device))
     if reason:
         raise RuntimeError(f"sequence_loss cannot run: {reason}")
-    if pairs not in PAIRS:
-        fail("pairs", f"be one of {tuple(PAIRS)}", repr(pairs))
-    if average not in AVERAGES or isinstance(average, int) and average is not False:
-        fail("average", f"be one of {tuple(AVERAGES)}", repr(average))
+    check_one_of("pairs", pairs, tuple(PAIRS))
+    check_one_of("average", average, tuple(AVERAGES))
     count = tokens.segments
     if pairs and count % 2:
         fail("logp", "hold an even number of sequences, chosen and rejected", count)
     if pairs and sign is not None:
         fail("sign", "be None for pairs", "a tensor")
+    if chosen and (positive or not pairs):
+        fail("chosen", "be None " + ("beside positive" if positive else "without pairs"), chosen.__name__)
     items = count // 2 if pairs else count
+    code, other = CODES[phi], CODES[first or phi]
+    if first and first is not phi and other.hyper:
+        fail("chosen" if chosen else "positive", "be phi or take no constant", first.__name__)
     x, ref, ref_sum, weight = _inputs(tokens, ref_logp, token_weight, average)
-    code = CODES[phi]
-    if set(hyper) - {code.hyper}:
-        fail("hyper", f"be {code.hyper or 'nothing'} for {phi.__name__!r}", tuple(hyper), TypeError)
-    if code.hyper and code.default is None and not hyper:
-        fail(code.hyper, f"be given for {phi.__name__!r}", None, TypeError)
-    a = hyper.get(code.hyper, code.default) if code.hyper else 0.0
+    a, each = _constant(code, phi, hyper, items, x) if hyper or code.hyper else (0.0, None)
     shift, shifts = _number("shift", shift, items, x)
-    a, each = _number(code.hyper, a, items, x)
-    sign = None if sign is None else _number("sign", sign, items, x)[1]
-    mask, cu_seqlens = tokens.mask, tokens.cu_seqlens
-    mask = None if mask is None else mask.contiguous()
-    cu_seqlens = cu_seqlens.contiguous()
-    losses, score, slope, denominator = torch.ops.finealign.sequence_loss_fwd.default(
-        x.detach(),
-        ref,
-        ref_sum,
-        mask,
-        weight,
-        cu_seqlens,
-        AVERAGES[average],
-        PAIRS[pairs],
-        code.number,
-        beta,
-        scale,
-        shift,
-        shifts,
-        a,
-        each,
-        sign,
-    )
+    if sign is not None:
+        sign = _number("sign", sign, items, x)[1]
+    form = BESIDE if chosen else SIDES if positive else MARGIN
+    mask = tokens.whole_mask
+    mask = mask if mask is None or mask.is_contiguous() else mask.contiguous()
+    ends = tokens.ends if tokens.ends is None else tokens.ends.contiguous()
+    numbers = (AVERAGES[average], PAIRS[pairs], form, code.number, other.number)
+    numbers = (*numbers, beta, scale, shift, shifts, a, each, sign)
     if x.requires_grad and torch.is_grad_enabled():
-        losses = _FromTokens.apply(x, losses, slope, denominator, mask, weight, cu_seqlens, PAIRS[pairs])
-    return SequenceLoss(losses, score, slope)
+        return SequenceLoss(*_FromTokens.apply(x, ref, ref_sum, mask, weight, ends, numbers))
+    return SequenceLoss(*forward(x, ref, ref_sum, mask, weight, ends, *numbers)[:3])
 
 
 class _FromTokens(torch.autograd.Function):
-    """Losses whose slopes are known: backward is upstream · slope · weight / denominator by token."""
+    """Losses with their slopes; backward is upstream · slope · weight / denominator by token."""
 
     @staticmethod
-    def forward(ctx, x, losses, slope, denominator, mask, weight, cu_seqlens, pairs):
-        ctx.save_for_backward(x, slope, denominator, mask, weight, cu_seqlens)  # x is not read
-        ctx.pairs, ctx.total, ctx.dtype = pairs, x.shape[0], x.dtype
-        return losses.view_as(losses)
+    def forward(ctx, x, ref, ref_sum, mask, weight, ends, numbers):
+        losses, score, slope, denominator = forward(x.detach(), ref, ref_sum, mask, weight, ends, *numbers)
+        average, pairs, *_ = numbers
+        ctx.pairs, ctx.size, ctx.dtype = pairs, x.shape[-1], x.dtype
+        ctx.save_for_backward(x, slope, denominator if average else None, mask, weight, ends)  # x is not read
+        ctx.mark_non_differentiable(score, slope)
+        ctx.set_materialize_grads(False)
+        return losses, score, slope
 
     @staticmethod
-    def backward(ctx, upstream):
-        x, slope, denominator, mask, weight, cu_seqlens = ctx.saved_tensors
-        dlogp = torch.ops.finealign.sequence_loss_bwd.default(
-            upstream.detach(), slope, denominator, mask, weight, cu_seqlens, ctx.pairs, ctx.total, ctx.dtype
-        )
+    def backward(ctx, upstream, _score, _slope):
+        if upstream is None:
+            return (None,) * 7
+        x, *given = ctx.saved_tensors
+        dlogp = backward(upstream.detach(), *given, ctx.pairs, ctx.size, ctx.dtype)
         (dlogp,) = once("sequence_loss", (dlogp,), (x, upstream))
-        return dlogp, None, None, None, None, None, None, None
+        return dlogp, None, None, None, None, None, None
 
 
 def _inputs(tokens: Tokens, ref_logp, token_weight, average) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """logp, ref_logp (N,) of one dtype or its sums (S,), and token_weight (N,), both in the dtype of the results."""
-    x, ref, ref_sum, weight = tokens.x, None, None, None
+    """logp, ref_logp of one dtype or its sums (S,), and token_weight in the dtype of the results, all contiguous."""
+    x, ref, ref_sum, weight = tokens.whole, None, None, None
     if isinstance(ref_logp, Tensor) and tokens.shapes[0] != ref_logp.shape == (tokens.segments,):
         if token_weight is not None or average is not False:
             wanted = "hold a log-prob per token where token_weight or an average is used"
@@ -165,16 +172,36 @@ def _inputs(tokens: Tokens, ref_logp, token_weight, average) -> tuple[Tensor, Te
         check_tensor("ref_logp", ref_logp, like=x)
         ref_sum = ref_logp.detach()
     elif ref_logp is not None:
-        ref = flatten_like(ref_logp, tokens, "ref_logp").detach()
+        ref = whole_like(ref_logp, tokens, "ref_logp").detach()
     either = x if ref is None and ref_sum is None else ref if ref is not None else ref_sum
     if either.dtype != x.dtype:
         x = x.to(torch.promote_types(x.dtype, either.dtype))
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if token_weight is not None:
-        weight = flatten_like(token_weight, tokens, "token_weight").detach().to(wide).contiguous()
-    ref = None if ref is None else ref.to(x.dtype).contiguous()
-    ref_sum = None if ref_sum is None else ref_sum.to(wide).contiguous()
-    return x.contiguous(), ref, ref_sum, weight
+        weight = _dense(whole_like(token_weight, tokens, "token_weight").detach(), wide)
+    return (
+        x if x.is_contiguous() else x.contiguous(),
+        None if ref is None else _dense(ref, x.dtype),
+        None if ref_sum is None else _dense(ref_sum, wide),
+        weight,
+    )
+
+
+def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
+
+
+def _constant(code: Code, phi: Callable, hyper: dict, items: int, like: Tensor) -> tuple[float, Tensor | None]:
+    """The constant of phi as its kernel takes it."""
+    if set(hyper) - {code.hyper}:
+        fail("hyper", f"be {code.hyper or 'nothing'} for {phi.__name__!r}", tuple(hyper), TypeError)
+    a = hyper.get(code.hyper, code.default)
+    if a is None:
+        fail(code.hyper, f"be given for {phi.__name__!r}", None, TypeError)
+    a, each = _number(code.hyper, a, items, like)
+    if code.constant is None:
+        return a, each
+    return (code.constant(a), None) if each is None else (0.0, code.constant(each))
 
 
 def _number(name: str, value: float | Tensor, items: int, like: Tensor) -> tuple[float, Tensor | None]:
@@ -190,13 +217,16 @@ def _number(name: str, value: float | Tensor, items: int, like: Tensor) -> tuple
 NUMBERS = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
 
 if _native.available():
+    forward = torch.ops.finealign.sequence_loss_fwd.default
+    backward = torch.ops.finealign.sequence_loss_bwd.default
 
     @torch.library.register_fake("finealign::sequence_loss_fwd")
-    def _(logp, ref, ref_sum, mask, weight, cu_seqlens, average, pairs, phi, beta, scale, shift, shifts, a, each, sign):
-        count, wide = cu_seqlens.shape[0] - 1, torch.promote_types(logp.dtype, torch.float32)
-        items = count // 2 if pairs else count
-        return tuple(logp.new_empty(size, dtype=wide) for size in (items, count, count, count))
+    def _(logp, ref, ref_sum, mask, weight, cu_seqlens, average, pairs, *numbers):
+        count = logp.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        wide = torch.promote_types(logp.dtype, torch.float32)
+        sizes = (count // 2 if pairs else count, count, count, count if average else 0)
+        return tuple(logp.new_empty(size, dtype=wide) for size in sizes)
 
     @torch.library.register_fake("finealign::sequence_loss_bwd")
-    def _(upstream, slope, denominator, mask, weight, cu_seqlens, pairs, total, dtype):
-        return slope.new_empty(total, dtype=dtype)
+    def _(upstream, slope, denominator, mask, weight, cu_seqlens, pairs, size, dtype):
+        return slope.new_empty((slope.shape[0], size) if cu_seqlens is None else (size,), dtype=dtype)

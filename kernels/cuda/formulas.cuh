@@ -1,29 +1,152 @@
 // The scalar mathematics of fused losses, for host and device alike: finealign_kernels/formulas says what is right.
+//
+// The same operations everywhere: exp and log1p are made of fma alone, a product that is added to something is an fma
+// by name and never left to the compiler. So a loss has the same bits on a GPU, on a CPU and in any vector width.
 #pragma once
 #include <math.h>
+#include <stdint.h>
+#include <string.h>
 
 #include "launch.h"
 
+#ifdef __CUDACC__
+#define FINEALIGN_FORMULA __host__ __device__ __forceinline__
+#else
+#define FINEALIGN_FORMULA inline __attribute__((always_inline))  // into its caller, so for the caller's vectors
+#endif
+
 namespace finealign {
+
+// e^x to an ulp; 0 below -708, where float64 goes on in subnormals, inf above 709.
+FINEALIGN_FORMULA double exp_of(double x) {
+  constexpr double kPlaces = 0x1.8p52;  // a float64 of this size has no places behind the point
+  const double inside = x < -708 ? -708 : x > 709 ? 709 : x;
+  const double shifted = fma(inside, 0x1.71547652b82fep0, kPlaces), k = shifted - kPlaces;  // x = k log 2 + r
+  const double r = fma(k, -0x1.abc9e3b39803fp-56, fma(k, -0x1.62e42fefa39efp-1, inside));
+  double sum = 1.0 / 6227020800;  // Σ rⁿ / n! to n = 13, |r| <= log(2) / 2
+  sum = fma(sum, r, 1.0 / 479001600);
+  sum = fma(sum, r, 1.0 / 39916800);
+  sum = fma(sum, r, 1.0 / 3628800);
+  sum = fma(sum, r, 1.0 / 362880);
+  sum = fma(sum, r, 1.0 / 40320);
+  sum = fma(sum, r, 1.0 / 5040);
+  sum = fma(sum, r, 1.0 / 720);
+  sum = fma(sum, r, 1.0 / 120);
+  sum = fma(sum, r, 1.0 / 24);
+  sum = fma(sum, r, 1.0 / 6);
+  sum = fma(sum, r, 0.5);
+  sum = fma(sum, r, 1);
+  sum = fma(sum, r, 1);
+  uint64_t bits;
+  memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits << 52) + 0x3ff0000000000000u;  // of 2^k
+  double power;
+  memcpy(&power, &bits, sizeof power);
+  const double y = sum * power;
+  return x < -708 ? 0 : x > 709 ? static_cast<double>(INFINITY) : y;
+}
+
+// log(1 + e) for e in [0, 1]: 2 atanh(f), f = e / (2 + e) <= 1/3, to its term f^35.
+FINEALIGN_FORMULA double log1p_of(double e) {
+  const double f = e / (2 + e), s = f * f, twice = f + f;
+  double sum = 1.0 / 35;
+  sum = fma(sum, s, 1.0 / 33);
+  sum = fma(sum, s, 1.0 / 31);
+  sum = fma(sum, s, 1.0 / 29);
+  sum = fma(sum, s, 1.0 / 27);
+  sum = fma(sum, s, 1.0 / 25);
+  sum = fma(sum, s, 1.0 / 23);
+  sum = fma(sum, s, 1.0 / 21);
+  sum = fma(sum, s, 1.0 / 19);
+  sum = fma(sum, s, 1.0 / 17);
+  sum = fma(sum, s, 1.0 / 15);
+  sum = fma(sum, s, 1.0 / 13);
+  sum = fma(sum, s, 1.0 / 11);
+  sum = fma(sum, s, 1.0 / 9);
+  sum = fma(sum, s, 1.0 / 7);
+  sum = fma(sum, s, 1.0 / 5);
+  sum = fma(sum, s, 1.0 / 3);
+  return fma(twice, s * sum, twice);
+}
+
+// σ(m), σ(-m), -log σ(m), -log σ(-m). With e = exp(-|m|) nothing overflows, and the smaller of the two keeps its digits.
+struct Logistic {
+  double up, down, cost, other;
+};
+
+FINEALIGN_FORMULA Logistic logistic_of(double m) {
+  const double e = exp_of(-fabs(m)), large = 1 / (1 + e), small = e * large, rest = log1p_of(e);
+  return {m < 0 ? small : large, m < 0 ? large : small, (m < 0 ? -m : 0) + rest, (m > 0 ? m : 0) + rest};
+}
 
 struct Item {
   double value, slope;  // slope = d value / d margin
 };
 
-// Loss of one margin m; a is the row's constant (center, label noise), where it has one. A NaN reaches the value.
-FINEALIGN_BOTH inline Item margin_loss(Phi phi, double m, double a) {
+// Loss of one margin m; a is the row's constant, where it has one (launch.h says which). A NaN reaches the value.
+FINEALIGN_FORMULA Item margin_loss(Phi phi, double m, double a) {
   if (phi == Phi::squared) return {(m - a) * (m - a), 2 * (m - a)};
   if (phi == Phi::linear) return {-m, -1};
   if (phi == Phi::hinge) return {m < 1 ? 1 - m : m != m ? m : 0, m < 1 ? -1.0 : 0.0};
-  // The rest is logistic. With e = exp(-|m|) nothing overflows, and the smaller of σ(m), σ(-m) keeps its digits.
-  const double e = exp(-fabs(m)), large = 1 / (1 + e), small = e / (1 + e);
-  const double up = m < 0 ? small : large, down = m < 0 ? large : small;  // σ(m), σ(-m)
-  if (phi == Phi::bounded) return {down, -up * down};
-  const double rest = log1p(e), cost = (m < 0 ? -m : 0) + rest;  // -log σ(m)
-  if (phi == Phi::logistic) return {cost, -down};
-  const double other = (m > 0 ? m : 0) + rest;  // -log σ(-m)
-  if (phi == Phi::smoothed) return {(1 - a) * cost + a * other, a * up - (1 - a) * down};
-  return {((1 - a) * cost - a * other) / (1 - 2 * a), -((1 - a) * down + a * up) / (1 - 2 * a)};  // robust
+  const Logistic at = logistic_of(m);
+  if (phi == Phi::bounded) return {at.down, -at.up * at.down};
+  if (phi == Phi::rising) return {at.up, at.up * at.down};
+  if (phi == Phi::logistic) return {at.cost, -at.down};
+  if (phi == Phi::anchored) return {fma(2, at.cost, at.other), fma(-2, at.down, at.up)};
+  if (phi == Phi::smoothed) {
+    const double mixed = fma(a, at.other, (1 - a) * at.cost);  // NaN where 0 meets inf
+    return {a == 0 ? at.cost : a == 1 ? at.other : mixed, fma(a, at.up, (a - 1) * at.down)};
+  }
+  if (phi == Phi::robust) {
+    const double ease = fma(-2, a, 1);
+    return {fma(-a, at.other, (1 - a) * at.cost) / ease, fma(-a, at.up, (a - 1) * at.down) / ease};
+  }
+  if (phi == Phi::exo) {  // a = log((1-ε)/ε), so log(1-ε) = -rest and log ε = -rest - a
+    const double rest = log1p_of(exp_of(-a));
+    return {fma(at.down, rest + a - at.other, at.up * (rest - at.cost)), at.up * at.down * (m - a)};
+  }
+  // discovered, a = τ: each product with e^-m is formed in the exponent
+  const Logistic turned = logistic_of(m / a);
+  const double steep = exp_of(-turned.cost - m), both = turned.cost + turned.other;
+  const double turn = fma(-exp_of(-both), at.cost, exp_of(-both - m));
+  return {fma(turned.down, at.cost, steep), fma(-turned.down, at.down, turn / a) - steep};
+}
+
+// a + b, also where one of them is a product.
+FINEALIGN_FORMULA double sum_of(double a, double b) {
+#ifdef __CUDA_ARCH__
+  return __dadd_rn(a, b);
+#else
+  return a + b;
+#endif
+}
+
+// The two margins of an item: of phi, and of `first` where the form has it. rejected is not read without pairs.
+struct Margins {
+  double phi, first;
+};
+
+FINEALIGN_FORMULA Margins margins_of(Form form, bool paired, double beta, double shift, double sign, double chosen,
+                                     double rejected) {
+  const double up = fma(beta, chosen, -shift);
+  if (form == Form::sides) return {-(paired ? fma(beta, rejected, -shift) : up), up};
+  return {paired ? fma(beta, chosen - rejected, -shift) : sign * up, up};
+}
+
+struct Outcome {
+  double loss, chosen, rejected;  // d loss / d score of the one and the other
+};
+
+FINEALIGN_FORMULA Outcome outcome_of(Form form, bool paired, double beta, double scale, double sign, Item phi,
+                                     Item first) {
+  const double step = scale * beta;
+  if (form == Form::beside)
+    return {scale * sum_of(phi.value, first.value), step * sum_of(phi.slope, first.slope), -step * phi.slope};
+  if (form == Form::margin)
+    return {scale * phi.value, step * sign * phi.slope, -step * phi.slope};
+  if (paired) return {scale / 2 * sum_of(phi.value, first.value), step / 2 * first.slope, -step / 2 * phi.slope};
+  return sign > 0 ? Outcome{scale * first.value, step * first.slope, 0}
+                  : Outcome{scale * phi.value, -step * phi.slope, 0};
 }
 
 // Σx, Σx² and the count of n values, which add up over parts of a batch.

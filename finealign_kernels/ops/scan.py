@@ -41,7 +41,7 @@ def reverse_scan(
     wide = torch.promote_types(tokens.x.dtype, torch.float32)
     if isinstance(decay, Tensor) or rates.dim():
         wide = torch.promote_types(wide, given.dtype)
-    tokens = tokens._replace(x=tokens.x.to(wide))
+    tokens = tokens.with_x(tokens.x.to(wide))
     native = runs(backend, tokens.x.device)
     if rates is not None and rates.dim() and (rates.requires_grad or not native):
         decay, rates = rates[segment_ids(tokens.cu_seqlens, tokens.x.shape[0])], None

@@ -624,6 +624,8 @@ def test_a_nan_that_is_read_reaches_the_value(name):
         if key == "token_weight" and POLICY[name].whole or key == "old_logp" and name == "reinforce":
             continue
         here = {"logp": batch.logp.clone(), "old_logp": batch.old_logp, **given}
+        if key != "ref_logp":  # no other term is the one that it reaches
+            here |= dict(kl_coef=0.0, ref_logp=None)
         here[key] = here[key].clone()
         here[key][0 if here[key].dim() == 1 else (0, 0)] = torch.nan
         here["logp"].requires_grad_()
@@ -633,7 +635,8 @@ def test_a_nan_that_is_read_reaches_the_value(name):
         assert not out.losses[~batch.mask].any() and not dlogp[~batch.mask].any(), key
     logp = batch.logp.clone()
     logp[0, 0] = torch.nan
-    assert policy_loss(name, logp, **given).loss.isnan()  # without old_logp the ratio is 1, but for this one
+    alone = given | dict(kl_coef=0.0, ref_logp=None)
+    assert policy_loss(name, logp, **alone).loss.isnan()  # without old_logp the ratio is 1, but for this one
 
 
 @pytest.mark.parametrize("name", POLICY)

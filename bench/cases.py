@@ -265,6 +265,24 @@ def sequence(shape: shapes.Packed, case: str, dtype: torch.dtype, device: torch.
     )
 
 
+def policy(shape: shapes.Packed, case: str, dtype: torch.dtype, device: torch.device) -> Sample:
+    """S padded responses of N / S tokens, of which a mask keeps about nine in ten; some ratios leave the clip."""
+    random = _generator(device)
+    size = (shape.S, shape.N // shape.S)
+    old_logp = -torch.rand(size, generator=random, device=device)
+    logp, ref_logp = (old_logp + 0.2 * torch.randn(size, generator=random, device=device) for _ in range(2))
+    return Sample(
+        output="loss",
+        case=case,
+        upstream=torch.randn((), generator=random, device=device),
+        logp=logp.to(dtype).requires_grad_(),
+        old_logp=old_logp.to(dtype),
+        ref_logp=ref_logp.to(dtype),
+        mask=torch.rand(size, generator=random, device=device) < 0.9,
+        advantages=torch.randn(shape.S, generator=random, device=device) + 1,
+    )
+
+
 def _generator(device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(0)
 
@@ -332,6 +350,15 @@ SUITES = {
             rivals=rivals.SEQUENCE,
             truth=rivals.sequence_eager,
             rounds=51,
+        ),
+        Suite(
+            name="policy",
+            shapes=shapes.SEQUENCES,
+            cases=tuple(product([torch.float32], ["token", "sequence"])),
+            sample=policy,
+            rivals=rivals.POLICY,
+            truth=rivals.policy_eager,
+            rounds=31,
         ),
     )
 }

@@ -320,3 +320,26 @@ SEQUENCE = (
     Rival("product", sequence_product),
     Rival("ours", sequence_ours, _has_sequence_kernel),
 )
+
+
+# policy_loss: a clipped loss with a weighted KL of padded responses (S, T); nobody loops over sequences
+
+
+def policy_eager(x):
+    """As TRL writes it, but selected by the mask; nothing is logged."""
+    log_ratio = torch.where(x.mask, x.logp - x.old_logp, 0)
+    to_reference = torch.where(x.mask, x.logp - x.ref_logp, 0)
+    ratio, advantage = log_ratio.exp(), x.advantages[:, None]
+    each = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+    each = torch.where(x.mask, each + 0.04 * ratio * (torch.expm1(-to_reference) + to_reference), 0)
+    if x.case == "token":
+        return x.answers(each.sum() / x.mask.sum().clamp(min=1))
+    return x.answers((each.sum(1) / x.mask.sum(1).clamp(min=1)).mean())
+
+
+def policy_ours(x):
+    options = dict(mask=x.mask, ref_logp=x.ref_logp, reduction=x.case)
+    return x.answers(fk.policy_loss("grpo", x.logp, x.old_logp, x.advantages, **options).loss)
+
+
+POLICY = (Rival("eager", policy_eager), Rival("ours", policy_ours))

@@ -399,6 +399,37 @@ Tensor sequence_loss_bwd(const Tensor& upstream, const Tensor& slope, const std:
   return dlogp;
 }
 
+#ifdef FINEALIGN_CUDA
+std::tuple<Tensor, Tensor, Tensor, Tensor> sequence_loss_fwd_on_gpu(
+    const Tensor& logp, const std::optional<Tensor>& ref_logp, const std::optional<Tensor>& ref_sum,
+    const std::optional<Tensor>& mask, const std::optional<Tensor>& token_weight,
+    const std::optional<Tensor>& cu_seqlens, int64_t average, int64_t pairs, int64_t form, int64_t phi, int64_t first,
+    double beta, double scale, double shift, const std::optional<Tensor>& shifts, double hyper,
+    const std::optional<Tensor>& hypers, const std::optional<Tensor>& sign) {
+  const DeviceGuard guard(logp.get_device_index());
+  SequenceResults out;
+  const char* failure = sequence_loss_forward_cuda(
+      make_sequence_forward(logp, ref_logp, ref_sum, mask, token_weight, cu_seqlens, average, pairs, form, phi, first,
+                            beta, scale, shift, shifts, hyper, hypers, sign, out),
+      current_stream(logp));
+  STD_TORCH_CHECK(failure == nullptr, "sequence_loss_fwd: ", failure);
+  return {out.losses, out.score, out.slope, out.denominator};
+}
+
+Tensor sequence_loss_bwd_on_gpu(const Tensor& upstream, const Tensor& slope, const std::optional<Tensor>& denominator,
+                                const std::optional<Tensor>& mask, const std::optional<Tensor>& token_weight,
+                                const std::optional<Tensor>& cu_seqlens, int64_t pairs, int64_t size,
+                                ScalarType dtype) {
+  const DeviceGuard guard(slope.get_device_index());
+  Tensor dlogp;
+  const char* failure = sequence_loss_backward_cuda(
+      make_sequence_backward(upstream, slope, denominator, mask, token_weight, cu_seqlens, pairs, size, dtype, dlogp),
+      current_stream(slope));
+  STD_TORCH_CHECK(failure == nullptr, "sequence_loss_bwd: ", failure);
+  return dlogp;
+}
+#endif
+
 // ---- scans and advantages ------------------------------------------------------------------------------------------
 
 // A vector of `size` elements of a type, or null.
@@ -636,6 +667,8 @@ STABLE_TORCH_LIBRARY_IMPL(finealign, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(finealign, CUDA, m) {
   m.impl("segment_reduce", TORCH_BOX(&finealign::segment_reduce_on_gpu));
   m.impl("segment_spread", TORCH_BOX(&finealign::segment_spread_on_gpu));
+  m.impl("sequence_loss_fwd", TORCH_BOX(&finealign::sequence_loss_fwd_on_gpu));
+  m.impl("sequence_loss_bwd", TORCH_BOX(&finealign::sequence_loss_bwd_on_gpu));
 }
 #endif
 

@@ -126,7 +126,7 @@ void segment_spread_cpu(const SegmentSpread& op, Parallel parallel);
 const char* segment_reduce_cuda(const SegmentReduce& op, void* stream);
 const char* segment_spread_cuda(const SegmentSpread& op, void* stream);
 
-// ---- sequence losses (csrc/cpu/sequence_loss.cpp) ------------------------------------------------------------------
+// ---- sequence losses (csrc/cpu/sequence_loss.cpp, csrc/cuda/sequence_loss.cu) --------------------------------------
 
 // What a sequence's weighted sum is divided by: 1, the kept token weights, or the number of mask tokens.
 enum class Average : int32_t { none = 0, kept = 1, all = 2 };
@@ -214,6 +214,10 @@ struct SequenceLossBackward {
 
 void sequence_loss_forward_cpu(const SequenceLossForward& op, Parallel parallel);
 void sequence_loss_backward_cpu(const SequenceLossBackward& op, Parallel parallel);
+
+// Queued on the stream; null, or why not. A sequence with invalid bounds gives NaN and is not read.
+const char* sequence_loss_forward_cuda(const SequenceLossForward& op, void* stream);
+const char* sequence_loss_backward_cuda(const SequenceLossBackward& op, void* stream);
 
 // ---- scans (csrc/cpu/scan.cpp) -------------------------------------------------------------------------------------
 

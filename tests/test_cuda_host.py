@@ -223,19 +223,24 @@ BUGS = {
 }
 
 
-@pytest.fixture(scope="session")
-def mutants(tmp_path_factory, shim):
-    source = (CUDA / "segments.cuh").read_text()
+def planted(module: str, bugs: dict, tmp_path_factory, shim) -> dict[str, ctypes.CDLL]:
+    """kernels/cuda/MODULE.cuh built with each bug."""
+    source = (CUDA / f"{module}.cuh").read_text()
 
     def make(name):
-        old, new = BUGS[name]
-        assert source.count(old) == 1, f"{name}: its text stands {source.count(old)} times in segments.cuh"
+        old, new = bugs[name]
+        assert source.count(old) == 1, f"{name}: its text stands {source.count(old)} times in {module}.cuh"
         folder = tmp_path_factory.mktemp("mutant")
-        (folder / "segments.cuh").write_text(source.replace(old, new))
-        return build("segments", folder, shim, folder)
+        (folder / f"{module}.cuh").write_text(source.replace(old, new))
+        return build(module, folder, shim, folder)
 
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(BUGS, pool.map(make, BUGS), strict=True))
+        return dict(zip(bugs, pool.map(make, bugs), strict=True))
+
+
+@pytest.fixture(scope="session")
+def mutants(tmp_path_factory, shim):
+    return planted("segments", BUGS, tmp_path_factory, shim)
 
 
 @on_host
@@ -245,6 +250,181 @@ def test_planted_bug_is_found(mutants, name):
         for sizes in ("empty", "mixed", "rounds"):
             check(mutants[name], sizes, torch.bfloat16)
         check_bad_cu_seqlens(mutants[name])
+
+
+# ---- sequence losses ------------------------------------------------------------------------------------------------
+
+SIDES = [  # pairs, form, phi, first: every function of the margin and every form
+    *((pairs, 0, phi, 0) for pairs, phi in ((1, 0), (2, 1), (0, 2), (1, 3), (2, 4), (0, 5), (0, 6), (1, 7), (1, 8))),
+    (1, 1, 5, 9),
+    (2, 2, 0, 10),
+    (0, 2, 1, 0),
+]
+LAYOUTS = {
+    "ragged": [0, 1, 31, 33, 0, 1023, 1024, 1025, 2049, 7],
+    "rounds": [8192, 8193, 7, 9000],
+    "padded": 37,
+    "ones": 1,
+}
+
+
+def sequences(layout, dtype, seed=0):
+    """logp, ref_logp, mask, token_weight of a batch, with NaN at what is left out, and cu_seqlens, None if padded."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = LAYOUTS[layout]
+    padded = isinstance(lengths, int)
+    shape = (10, lengths) if padded else (sum(lengths),)
+    logp, ref, weight = (-torch.rand(shape, generator=generator, dtype=torch.float64) for _ in range(3))
+    mask = torch.rand(shape, generator=generator) < 0.8
+    weight = torch.where(torch.rand(shape, generator=generator) < 0.2, 0, -weight)
+    for left_out in (logp, ref, weight):
+        left_out[~mask] = torch.nan
+    logp[weight == 0] = torch.nan
+    cu_seqlens = None if padded else torch.tensor([0, *lengths]).cumsum(0)
+    wide = torch.promote_types(dtype, torch.float32)
+    return logp.to(dtype), ref.to(dtype), mask, weight.to(wide), cu_seqlens
+
+
+def forward_on_host(lib, x, ref, ref_sum, mask, weight, ends, average, pairs, form, phi, first, beta, scale, shift,
+                    shifts, hyper, hypers, sign, each=1, order=0):  # fmt: skip
+    """sequence_loss_fwd with every buffer between red zones."""
+    count = x.shape[0] if ends is None else ends.shape[0] - 1
+    wide = torch.promote_types(x.dtype, torch.float32)
+    inputs = [
+        t if t is None else Zoned(t.reshape(-1).to(torch.uint8) if t.dtype == torch.bool else t.reshape(-1), pad)
+        for t, pad in ((x, torch.nan), (ref, torch.nan), (ref_sum, torch.nan), (mask, 1), (weight, torch.nan),
+                       (ends, 1 << 20), (shifts, torch.nan), (hypers, torch.nan), (sign, torch.nan))
+    ]  # fmt: skip
+    x_, ref_, ref_sum_, mask_, weight_, ends_, shifts_, hypers_, sign_ = (t and t.pointer for t in inputs)
+    sizes = (count // 2 if pairs else count, count, count, count if average else 0)
+    outs = [Zoned(torch.full((size,), -77.0, dtype=wide), -99.0) for size in sizes]
+    double = ctypes.c_double
+    code = lib.emu_sequence_forward(
+        x_, ref_, ref_sum_, mask_, weight_, ends_, ctypes.c_bool(ends is None or ends.dtype == torch.int64),
+        ctypes.c_int64(count), ctypes.c_int64(x.numel()), DTYPES[x.dtype], average, pairs, form, phi, first,
+        double(beta), double(scale), double(shift), shifts_, double(hyper), hypers_, sign_,
+        *(out.pointer for out in outs[:3]), outs[3].pointer if average else None, each, order, ctypes.c_uint(7),
+    )  # fmt: skip
+    if code:
+        raise DeviceFailure
+    assert all(out.zones_untouched() for out in outs)
+    return [out.inner for out in outs]
+
+
+def backward_on_host(lib, upstream, slope, denominator, mask, weight, ends, pairs, size, dtype, each=1, order=0):
+    """sequence_loss_bwd, the same."""
+    count = slope.shape[0]
+    total = size if ends is not None else count * size
+    flat = [t if t is None else Zoned(t.reshape(-1), torch.nan) for t in (upstream, slope, denominator, weight)]
+    upstream_, slope_, denominator_, weight_ = (t and t.pointer for t in flat)
+    mask_, ends_ = mask is not None and Zoned(mask.reshape(-1).to(torch.uint8), 1), ends is not None and Zoned(ends, 99)
+    out = Zoned(torch.full((total,), -77.0, dtype=dtype), -99.0)
+    code = lib.emu_sequence_backward(
+        upstream_, ctypes.c_int64(1), slope_, denominator_, mask_.pointer if mask_ else None, weight_,
+        ends_.pointer if ends_ else None, ctypes.c_bool(ends is None or ends.dtype == torch.int64),
+        ctypes.c_int64(count), ctypes.c_int64(total), DTYPES[dtype], pairs, out.pointer, each, order, ctypes.c_uint(7),
+    )  # fmt: skip
+    if code:
+        raise DeviceFailure
+    assert out.zones_untouched()
+    return out.inner
+
+
+def numbers_of(case, count):
+    """beta, scale, shift, shifts, hyper, hypers, sign that suit a case of SIDES."""
+    pairs, form, phi, _ = case
+    items = count // 2 if pairs else count
+    each = torch.linspace(-0.5, 0.5, items, dtype=torch.float64) if form == 0 else None
+    hypers = torch.linspace(0.1, 0.4, items, dtype=torch.float64) if phi in (1, 3) else None
+    sign = None if pairs else torch.where(torch.arange(items) % 3 == 0, 1.0, -1.0).double()
+    return 0.7, 1.5, 0.2, each, 0.3, hypers, sign
+
+
+def check_sequences(lib, layout, dtype, cases=SIDES):
+    """Bits of the native CPU kernels, which test_sequence_loss.py holds to float64."""
+    x, ref, mask, weight, ends = sequences(layout, dtype)
+    count = x.shape[0] if ends is None else ends.shape[0] - 1
+    whole = (x.nan_to_num(), ref.nan_to_num())
+    for n, case in enumerate(cases):
+        average, order, each = n % 3, n % 3, (1, 3, 8)[n // 3 % 3]
+        rest = (average, *case, *numbers_of(case, count))
+        ends_ = ends.int() if ends is not None and n % 2 else ends
+        sums = torch.linspace(-1, 1, count, dtype=weight.dtype)
+        for inputs in (
+            (x, ref, None, mask, weight),
+            (x.where(mask, torch.nan).where(weight.isnan(), whole[0]).where(mask, torch.nan), None, sums, mask, None),
+            (*whole, None, None, None),
+        ):
+            exact = torch.ops.finealign.sequence_loss_fwd(*inputs, ends_, *rest)
+            actual = forward_on_host(lib, *inputs, ends_, *rest, each=each, order=order)
+            assert all(torch.equal(a, b) for a, b in zip(actual, exact, strict=True)), (case, average, order)
+            assert not exact[0].isnan().any()
+            upstream = torch.linspace(-1, 2, exact[0].shape[0], dtype=weight.dtype)
+            upstream[:1] = 0
+            size = x.shape[-1] if ends is None else x.shape[0]
+            given = (upstream, exact[2], exact[3] if average else None, inputs[3], inputs[4], ends_, case[0], size)
+            dlogp = torch.ops.finealign.sequence_loss_bwd(*given, dtype)
+            assert torch.equal(backward_on_host(lib, *given, dtype, each=each, order=order), dlogp.reshape(-1)), case
+
+
+def check_bad_bounds_of_sequences(lib):
+    for ends in ([1, 4, 8], [0, 4, 7], [-3, 4, 8], [0, 4, 60], [0, 60, 8]):
+        cu_seqlens = torch.tensor(ends)
+        bad = torch.tensor([a < 0 or a > b or b > 8 for a, b in zip(ends, ends[1:], strict=False)])
+        bad[0] |= ends[0] != 0
+        bad[-1] |= ends[-1] != 8
+        numbers = (1, 0, 0, 0, 0, 1.0, 1.0, 0.0, None, 0.0, None, None)
+        losses, score, slope, _ = forward_on_host(lib, torch.ones(8), None, None, None, None, cu_seqlens, *numbers)
+        assert torch.equal(losses.isnan(), bad) and torch.equal(score.isnan(), bad)
+        dlogp = backward_on_host(lib, torch.ones(2), torch.ones(2), None, None, None, cu_seqlens, 0, 8, torch.float32)
+        assert not (dlogp == -77).any() and dlogp.isnan().any()
+
+
+@pytest.fixture(scope="session")
+def sequence_lib(tmp_path_factory, shim):
+    return build("sequence_loss", tmp_path_factory.mktemp("emu"), shim)
+
+
+@on_host
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sequence_losses_on_the_host(sequence_lib, layout, dtype):
+    check_sequences(sequence_lib, layout, dtype, SIDES if layout in ("ragged", "ones") else SIDES[::4])
+
+
+@on_host
+def test_sequences_of_bad_cu_seqlens_give_nan_and_touch_nothing_else(sequence_lib):
+    check_bad_bounds_of_sequences(sequence_lib)
+
+
+SEQUENCE_BUGS = {
+    "mask not looked at": ("mask[i] == 0) continue", "false) continue"),
+    "weight of 0 not left out": ("else if (w != 0) part", "else part"),
+    "weights counted": ("part.weight += counts ? A(1) : w;", "part.weight += A(1);"),
+    "half the warp is not added": ("int half = kLanes / 2", "int half = kLanes / 4"),
+    "no barrier before the losses": ("  __syncthreads();\n  if (threadIdx.x < n)", "  if (threadIdx.x < n)"),
+    "no barrier before the next round": ("    __syncthreads();  // before the next round writes parts\n", ""),
+    "rejected of the next": ("score[threadIdx.x + n]", "score[threadIdx.x + 1]"),
+    "reference's sum added": ("score -= static_cast", "score += static_cast"),
+    "divided before": ("(op.slope)[s] / under", "(op.slope)[s]"),
+    "weight lost in backward": ("each = (weight[i] != 0 ? value : A(0)) * weight[i]", "each = value"),
+    "bounds not looked at": ("valid ? total.score : static_cast<double>(NAN)", "total.score"),
+    "first and phi exchanged": ("k == 0 ? op.first : op.phi", "k == 0 ? op.phi : op.first"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def sequence_mutants(tmp_path_factory, shim):
+    return planted("sequence_loss", SEQUENCE_BUGS, tmp_path_factory, shim)
+
+
+@on_host
+@pytest.mark.parametrize("name", SEQUENCE_BUGS)
+def test_bug_planted_in_sequence_losses_is_found(sequence_mutants, name):
+    with pytest.raises((AssertionError, DeviceFailure)):
+        for layout in ("ragged", "rounds"):
+            check_sequences(sequence_mutants[name], layout, torch.bfloat16, SIDES if layout == "ragged" else SIDES[:3])
+        check_bad_bounds_of_sequences(sequence_mutants[name])
 
 
 @with_nvcc

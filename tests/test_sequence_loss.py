@@ -469,6 +469,46 @@ def test_compiles_without_a_break():
     assert_close(*(torch.autograd.grad(value, logp)[0] for value in values))
 
 
+# ---- on a GPU ------------------------------------------------------------------------------------------------------
+
+gpu = pytest.mark.skipif(_native.cuda() is not None or not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def on_gpu(tokens):
+    mask = None if tokens.mask is None else tokens.mask.cuda()
+    return flatten(tokens.x.cuda(), mask, tokens.cu_seqlens.cuda())
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("phi", PHIS, ids=lambda phi: phi.__name__)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gpu_bits_are_the_cpus(dtype, phi):
+    for average, (name, lengths) in zip((*AVERAGES, "kept"), LENGTHS.items(), strict=True):
+        logp, ref, weight, mask, cu_seqlens = batch(lengths, dtype)
+        tokens, upstream = flatten(logp, mask, cu_seqlens), torch.randn(len(lengths) // 2)
+        options = dict(phi=phi, beta=0.7, shift=0.2, average=average, **HYPER.get(phi, {}))
+        here, _ = both(tokens, ref, upstream, token_weight=weight, **options)
+        x = tokens.x.cuda().requires_grad_()
+        out = sequence_loss(on_gpu(tokens).with_x(x), ref.cuda(), token_weight=weight.cuda(), **options)
+        (dlogp,) = torch.autograd.grad(out.losses, x, upstream.to(out.losses).cuda())
+        for actual, expected in zip((out.losses, out.score, out.slope, dlogp), here, strict=True):
+            assert torch.equal(actual.detach().cpu(), expected), name
+
+
+@gpu
+@pytest.mark.gpu
+def test_gpu_graph_and_no_sync():
+    logp, ref, weight, mask, cu_seqlens = (t.cuda() for t in batch(LENGTHS["chunks"]))
+    tokens = flatten(logp, mask, cu_seqlens)
+    expected = sequence_loss(tokens, ref, token_weight=weight, beta=0.1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # captures on a stream of its own; a launch elsewhere or a sync would fail
+        out = sequence_loss(tokens, ref, token_weight=weight, beta=0.1)
+    graph.replay()
+    assert torch.equal(out.losses, expected.losses)
+
+
 # ---- refusals ------------------------------------------------------------------------------------------------------
 
 T = flatten(torch.zeros(2, 3))

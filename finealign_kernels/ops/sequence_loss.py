@@ -21,6 +21,8 @@ from ._check import check_one_of, check_tensor, fail
 from ._layout import Tokens, TokenTensor, whole_like
 from ._once import once
 
+_no_cuda = _native.cuda()  # why there are no CUDA kernels; asked once, because a graph being traced cannot ask
+
 AVERAGES = {False: 0, "kept": 1, "all": 2}  # Average in csrc/launch.h
 PAIRS = {None: 0, "halves": 1, "interleaved": 2}  # Pairs
 MARGIN, BESIDE, SIDES = 0, 1, 2  # Form
@@ -69,7 +71,7 @@ def missing(phi: Callable, device: torch.device) -> str | None:
     """Why sequence_loss cannot run phi on a device; None where it can."""
     if phi not in CODES:
         return f"it has no kernel for {getattr(phi, '__name__', phi)!r}"
-    return _native.reason or (None if device.type == "cpu" else f"it has no kernel for {device.type}")
+    return {"cpu": _native.reason, "cuda": _no_cuda}.get(device.type, f"it has no kernel for {device.type}")
 
 
 def sequence_loss(

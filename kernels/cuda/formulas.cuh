@@ -35,8 +35,8 @@ FINEALIGN_FORMULA double exp_of(double x) {
   sum = fma(sum, r, 1.0 / 24);
   sum = fma(sum, r, 1.0 / 6);
   sum = fma(sum, r, 0.5);
-  sum = fma(sum, r, 1);
-  sum = fma(sum, r, 1);
+  sum = fma(sum, r, 1.0);
+  sum = fma(sum, r, 1.0);
   uint64_t bits;
   memcpy(&bits, &shifted, sizeof bits);
   bits = (bits << 52) + 0x3ff0000000000000u;  // of 2^k
@@ -92,13 +92,13 @@ FINEALIGN_FORMULA Item margin_loss(Phi phi, double m, double a) {
   if (phi == Phi::bounded) return {at.down, -at.up * at.down};
   if (phi == Phi::rising) return {at.up, at.up * at.down};
   if (phi == Phi::logistic) return {at.cost, -at.down};
-  if (phi == Phi::anchored) return {fma(2, at.cost, at.other), fma(-2, at.down, at.up)};
+  if (phi == Phi::anchored) return {fma(2.0, at.cost, at.other), fma(-2.0, at.down, at.up)};
   if (phi == Phi::smoothed) {
     const double mixed = fma(a, at.other, (1 - a) * at.cost);  // NaN where 0 meets inf
     return {a == 0 ? at.cost : a == 1 ? at.other : mixed, fma(a, at.up, (a - 1) * at.down)};
   }
   if (phi == Phi::robust) {
-    const double ease = fma(-2, a, 1);
+    const double ease = fma(-2.0, a, 1.0);
     return {fma(-a, at.other, (1 - a) * at.cost) / ease, fma(-a, at.up, (a - 1) * at.down) / ease};
   }
   if (phi == Phi::exo) {  // a = log((1-ε)/ε), so log(1-ε) = -rest and log ε = -rest - a
@@ -112,12 +112,20 @@ FINEALIGN_FORMULA Item margin_loss(Phi phi, double m, double a) {
   return {fma(turned.down, at.cost, steep), fma(-turned.down, at.down, turn / a) - steep};
 }
 
-// a + b, also where one of them is a product.
+// a + b and a b, never made one fma with what stands around them.
 FINEALIGN_FORMULA double sum_of(double a, double b) {
 #ifdef __CUDA_ARCH__
   return __dadd_rn(a, b);
 #else
   return a + b;
+#endif
+}
+
+FINEALIGN_FORMULA double product_of(double a, double b) {
+#ifdef __CUDA_ARCH__
+  return __dmul_rn(a, b);
+#else
+  return a * b;
 #endif
 }
 
@@ -130,7 +138,7 @@ FINEALIGN_FORMULA Margins margins_of(Form form, bool paired, double beta, double
                                      double rejected) {
   const double up = fma(beta, chosen, -shift);
   if (form == Form::sides) return {-(paired ? fma(beta, rejected, -shift) : up), up};
-  return {paired ? fma(beta, chosen - rejected, -shift) : sign * up, up};
+  return {paired ? fma(beta, chosen - rejected, -shift) : product_of(sign, up), up};
 }
 
 struct Outcome {

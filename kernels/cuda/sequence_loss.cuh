@@ -1,0 +1,150 @@
+// Losses of whole sequences on a GPU: tokens to scores to losses with their slopes, and back to tokens.
+//
+// A block takes `each` consecutive items, one or two sequences an item. First each of its warps takes sequences of one
+// chunk for itself, then all warps take the longer ones together, then a thread an item makes losses of the scores. The
+// additions are those of launch.h either way. No atomics, nothing shared between blocks.
+#pragma once
+#include "formulas.cuh"
+#include "segments.cuh"
+
+namespace finealign {
+
+// Sums of a stretch of tokens: Σ w (logp - ref), and what an average divides by.
+struct Part {
+  double score, weight;
+};
+
+// One warp: all lanes return the sums of the first chunk of [start, stop).
+template <typename T>
+__device__ __forceinline__ Part chunk_part(const SequenceLossForward& op, int64_t start, int64_t stop) {
+  using A = typename Wide<T>::type;
+  const T *logp = static_cast<const T*>(op.logp) + start, *ref = static_cast<const T*>(op.ref_logp);
+  const A* weight = static_cast<const A*>(op.tokens.weight);
+  const uint8_t* mask = op.tokens.segments.mask;
+  if (ref != nullptr) ref += start;
+  if (weight != nullptr) weight += start;
+  if (mask != nullptr) mask += start;
+  const int n = static_cast<int>(stop - start < kChunk ? stop - start : kChunk);
+  const bool counts = op.tokens.counts();
+  Part part{0, 0};
+  for (int i = threadIdx.x % kLanes; i < n; i += kLanes) {
+    if (mask != nullptr && mask[i] == 0) continue;  // select, do not multiply: a masked token may hold NaN
+    A x = load(logp[i]);
+    if (ref != nullptr) x -= load(ref[i]);
+    const A w = weight != nullptr ? weight[i] : A(1);
+    if (weight == nullptr) part.score += x;
+    else if (w != 0) part.score = fma(static_cast<double>(w), static_cast<double>(x), part.score);
+    part.weight += counts ? A(1) : w;
+  }
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    part.score += __shfl_xor_sync(kAllLanes, part.score, half);
+    part.weight += __shfl_xor_sync(kAllLanes, part.weight, half);
+  }
+  return part;
+}
+
+// One block: all threads return the sums of a sequence.
+template <typename T>
+__device__ __forceinline__ Part block_part(const SequenceLossForward& op, int64_t start, int64_t stop) {
+  __shared__ Part parts[kWarps];
+  const int warp = threadIdx.x / kLanes;
+  Part total{0, 0};
+  for (int64_t i = start; i < stop; i += kWarps * kChunk) {
+    const int64_t mine = i + warp * kChunk;
+    const Part part = mine < stop ? chunk_part<T>(op, mine, stop) : Part{0, 0};
+    if (threadIdx.x % kLanes == 0) parts[warp] = part;
+    __syncthreads();
+#pragma unroll 1
+    for (int w = 0; w < kWarps; ++w) total.score += parts[w].score, total.weight += parts[w].weight;
+    __syncthreads();  // before the next round writes parts
+  }
+  return total;
+}
+
+// The score of a sequence, not rounded, from its sums; the rounded results are written.
+template <typename T>
+__device__ __forceinline__ double finish_score(const SequenceLossForward& op, int64_t s, bool valid, Part total) {
+  using A = typename Wide<T>::type;
+  double score = valid ? total.score : static_cast<double>(NAN);
+  if (op.ref_sum != nullptr) score -= static_cast<const A*>(op.ref_sum)[s];
+  if (op.denominator != nullptr) {
+    const double divisor = !valid || total.weight == 0 ? 1 : total.weight;  // no token
+    static_cast<A*>(op.denominator)[s] = static_cast<A>(divisor);
+    score /= divisor;
+  }
+  static_cast<A*>(op.score)[s] = static_cast<A>(score);
+  return score;
+}
+
+template <typename T>
+__device__ __forceinline__ void finish_item(const SequenceLossForward& op, int64_t i, double chosen, double rejected) {
+  using A = typename Wide<T>::type;
+  const bool paired = op.pairs != Pairs::none;
+  const double shift = op.shifts != nullptr ? op.shifts[i] : op.shift, sign = op.sign != nullptr ? op.sign[i] : 1;
+  const double hyper = op.hypers != nullptr ? op.hypers[i] : op.hyper;
+  const Margins m = margins_of(op.form, paired, op.beta, shift, sign, chosen, rejected);
+  Item phi{}, first{};
+#pragma unroll 1  // the functions of the margin stand in the code once
+  for (int k = op.form == Form::margin ? 1 : 0; k < 2; ++k) {
+    first = phi;
+    phi = margin_loss(k == 0 ? op.first : op.phi, k == 0 ? m.first : m.phi, hyper);
+  }
+  const Outcome out = outcome_of(op.form, paired, op.beta, op.scale, sign, phi, first);
+  static_cast<A*>(op.losses)[i] = static_cast<A>(out.loss);
+  static_cast<A*>(op.slope)[chosen_of(op.pairs, i)] = static_cast<A>(out.chosen);
+  if (paired) static_cast<A*>(op.slope)[rejected_of(op.pairs, i, op.items())] = static_cast<A>(out.rejected);
+}
+
+// losses, score, slope and denominator; each is at most kWarps.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 2) sequence_loss_forward_kernel(SequenceLossForward op, int each) {
+  __shared__ double score[2 * kWarps];  // of chosen and rejected sequences
+  const Segments& segments = op.tokens.segments;
+  const int64_t items = op.items(), first = static_cast<int64_t>(blockIdx.x) * each;
+  const int n = static_cast<int>(items - first < each ? items - first : each);
+  const int sequences = op.pairs == Pairs::none ? n : 2 * n;
+  const auto sequence = [&](int q) {
+    return q < n ? chosen_of(op.pairs, first + q) : rejected_of(op.pairs, first + q - n, items);
+  };
+  for (int q = threadIdx.x / kLanes; q < sequences; q += kWarps) {
+    const Bounds b = bounds(segments, sequence(q));
+    if (b.stop - b.start > kChunk) continue;
+    const Part total = b.valid ? chunk_part<T>(op, b.start, b.stop) : Part{0, 0};
+    if (threadIdx.x % kLanes == 0) score[q] = finish_score<T>(op, sequence(q), b.valid, total);
+  }
+  for (int q = 0; q < sequences; ++q) {
+    const Bounds b = bounds(segments, sequence(q));
+    if (b.stop - b.start <= kChunk) continue;
+    const Part total = b.valid ? block_part<T>(op, b.start, b.stop) : Part{0, 0};
+    if (threadIdx.x == 0) score[q] = finish_score<T>(op, sequence(q), b.valid, total);
+  }
+  __syncthreads();
+  if (threadIdx.x < n) finish_item<T>(op, first + threadIdx.x, score[threadIdx.x], score[threadIdx.x + n]);
+}
+
+// Thread `thread` of `threads` writes its tokens of sequence s.
+template <typename T>
+__device__ __forceinline__ void spread(const SequenceLossBackward& op, int64_t s, Bounds b, int thread, int threads) {
+  using A = typename Wide<T>::type;
+  const int64_t items = op.pairs == Pairs::none ? op.tokens.segments.count : op.tokens.segments.count / 2;
+  const double upstream = static_cast<const A*>(op.upstream)[item_of(op.pairs, s, items) * op.upstream_stride];
+  const double under = op.denominator != nullptr ? static_cast<const A*>(op.denominator)[s] : A(1);
+  // an item that is not counted has upstream 0, whatever its slope
+  const A value = static_cast<A>(upstream == 0 ? 0 : upstream * static_cast<const A*>(op.slope)[s] / under);
+  const A* weight = static_cast<const A*>(op.tokens.weight);
+  for (int64_t i = b.start + thread; i < b.stop; i += threads) {
+    A each = value;
+    if (weight != nullptr) each = (weight[i] != 0 ? value : A(0)) * weight[i];
+    store(static_cast<T*>(op.dlogp) + i, !b.valid ? static_cast<A>(NAN) : op.tokens.segments.keeps(i) ? each : A(0));
+  }
+}
+
+// dlogp[i] = upstream · slope · weight / denominator of the token's sequence; 0 at tokens left out.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 4) sequence_loss_backward_kernel(SequenceLossBackward op, int each) {
+  for_segments(
+      op.tokens.segments, each, [&](int64_t s, Bounds b) { spread<T>(op, s, b, threadIdx.x % kLanes, kLanes); },
+      [&](int64_t s, Bounds b) { spread<T>(op, s, b, threadIdx.x, kThreads); });
+}
+
+}  // namespace finealign

@@ -16,6 +16,9 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 LOGPROBS, LOSSES, SEGMENTS = "tests/test_logprobs.py", "tests/test_losses.py", "tests/test_segments.py"
 TRITON, FEEDBACK = "tests/test_row_logprobs_triton.py", "tests/test_feedback.py"
+REWARDS, GROUPS, PIVOTS = "tests/test_rewards.py", "tests/test_groups.py", "tests/test_pivots.py"
+CUTS, POINTWISE, TABLE = "tests/test_feedback_segments.py", "tests/test_losses_pointwise.py", "tests/test_losses_table.py"
+TRL = "tests/test_trl.py"
 FORMULA, CHUNKED, OP = "formulas/logprobs.py", "ops/_chunked.py", "ops/logprobs.py"
 ROWS, PREFERENCE, REDUCE = "csrc/cpu/row_kernels.h", "losses/preference.py", "losses/reduce.py"
 
@@ -90,12 +93,41 @@ MUTANTS = [
     Mutant("NaN at a weight of 0", REDUCE, "weight * torch.where(weight != 0, x, 0)", "weight * x", LOSSES),
     Mutant("denominator ignored", REDUCE, "return total / check_denominator(denominator)", "return total / items.numel()", LOSSES),
     Mutant("IPO's slope halved", "formulas/margin.py", "2 * (m - center)", "(m - center)", LOSSES),
+    # point-wise losses, the further rows, weights
+    Mutant("KTO's z0 outside beta", "losses/pointwise.py", "shift=beta * z0", "shift=z0", POINTWISE),
+    Mutant("KTO's z0 below 0", "losses/pointwise.py", "max(0.0, z0)", "z0", POINTWISE),
+    Mutant("weights of the classes exchanged", "losses/pointwise.py", "torch.where(positive, positive_weight, other_weight)", "torch.where(positive, other_weight, positive_weight)", POINTWISE),
+    Mutant("class means over the batch", "losses/pointwise.py", "[inside.sum().clamp(min=1) for inside in classes]", "[positive.numel()] * 2", POINTWISE),
+    Mutant("EXO's slope without its odds", "formulas/margin.py", "(m - (likely - unlikely))", "m", TABLE),
+    Mutant("DiscoPOP's slope without tau", "formulas/margin.py", "turn / tau -", "turn -", TABLE),
+    Mutant("NCA's slope", "formulas/margin.py", "m.sigmoid() - 2 * (-m).sigmoid()", "m.sigmoid() - (-m).sigmoid()", TABLE),
+    Mutant("a slope beyond the exponent's bound", "formulas/margin.py", "torch.where(beyond, 0, exponent.exp())", "exponent.exp()", TABLE),
+    Mutant("WPO divides by the rejected", "losses/weights.py", "(chosen + rejected).exp()", "(chosen - rejected).exp()", TABLE),
+    Mutant("TRL's temperature lost", "integrations/trl.py", "temperature=temperature,", "temperature=1.0,", TRL),
     # segments and spans
     Mutant("C++: mean over masked tokens too", "csrc/cpu/segments.cpp", "total /= std::max<int64_t>(1, kept(segments, start, stop))", "total /= std::max<int64_t>(1, stop - start)", SEGMENTS),
     Mutant("C++: the rest of a segment lost", "csrc/cpu/segments.cpp", "total += chunk_sum(x + token, segments.mask ? segments.mask + token : nullptr, stop - token);", "", SEGMENTS),
     Mutant("C++: last token before the last", "csrc/cpu/segments.cpp", "int64_t i = stop - 1;", "int64_t i = stop - 2;", SEGMENTS),
     Mutant("span loses its last token", "feedback/spans.py", "(shared[0], shared[-1] + 1)", "(shared[0], shared[-1])", FEEDBACK),
     Mutant("span reaches the token behind it", "feedback/spans.py", "max(first, start) < min(stop, end)", "max(first, start) <= min(stop, end)", FEEDBACK),
+    # segment rewards, groups, pivots
+    Mutant("reward to the sequence before", "formulas/rewards.py", "torch.where(receiver >= first, receiver,", "torch.where(receiver >= 0, receiver,", REWARDS),
+    Mutant("reward beyond its sequence", "formulas/rewards.py", "received = receiver < limit", "received = receiver < total", REWARDS),
+    Mutant("overwrite adds", "formulas/rewards.py", "return at.received & (latest == segment)", "return at.received", REWARDS),
+    Mutant("sums to go cross a border", "formulas/rewards.py", "place + step < limit", "place + step <= limit", REWARDS),
+    Mutant("weight of a reward model lost", "rl/rewards.py", "total + model.weight * formula", "total + formula", REWARDS),
+    Mutant("baseline over those that reached the turn", "formulas/groups.py", "at_turn, n)", "at_turn)", GROUPS),
+    Mutant("leave-one-out without its factor", "formulas/groups.py", "n / (n - 1).clamp(min=1)", "n / n.clamp(min=1)", GROUPS),
+    Mutant("equal rewards leave a residue", "formulas/groups.py", "known, member = ~x.isnan(), _first_known(x, key)", "known, member = ~x.isnan(), torch.zeros_like(x)", GROUPS),
+    Mutant("advantage 0 is to be suppressed", "losses/pivots.py", "torch.where(advantage >= 0, 1.0", "torch.where(advantage > 0, 1.0", PIVOTS),
+    Mutant("a segment's side from its last token", "losses/pivots.py", "_segment_scores(advantage, inside, starts, \"mean\")", "_segment_scores(advantage, inside, starts, \"last\")", PIVOTS),
+    Mutant("a segment's side from its scored tokens", "losses/pivots.py", "_segment_scores(advantage, inside, starts", "_segment_scores(advantage, read, starts", PIVOTS),
+    Mutant("a pivot at the threshold", "formulas/pivots.py", ".abs() > tau)", ".abs() >= tau)", PIVOTS),
+    Mutant("a score at the baseline is kept", "formulas/pivots.py", "(side > 0) & (score > baseline)", "(side > 0) & (score >= baseline)", PIVOTS),
+    Mutant("a row without a salient token", "formulas/pivots.py", "many.clamp(min=1)[row]", "many[row]", PIVOTS),
+    Mutant("the token before is another row's", "formulas/pivots.py", "torch.where(place >= start, place, -1)", "place", PIVOTS),
+    Mutant("a short last part", "feedback/segments.py", "i + least >= len(words)", "i + least > len(words)", CUTS),
+    Mutant("a segment ends at its first token", "feedback/segments.py", "max(at, own[-1])", "max(at, own[0])", CUTS),
 ]  # fmt: skip
 
 

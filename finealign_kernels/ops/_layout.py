@@ -48,9 +48,9 @@ class Tokens:
     def segments(self) -> int:
         return self.whole.shape[0] if self.ends is None else self.ends.shape[0] - 1
 
-    def with_x(self, x: Tensor) -> "Tokens":
-        """The same batch of other tokens (N,)."""
-        return Tokens(x, self.mask, self.cu_seqlens, self.shapes)
+    def with_x(self, x: Tensor, mask: Tensor | None = None) -> "Tokens":
+        """The same batch of other tokens (N,), and under another mask (N,) where one is given."""
+        return Tokens(x, self.mask if mask is None else mask, self.cu_seqlens, self.shapes)
 
 
 def flatten(

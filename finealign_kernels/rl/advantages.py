@@ -143,7 +143,7 @@ def advantages(
     doubles = any(x.dtype == torch.float64 for x in (tokens.x, *flat.values()) if x is not None)
     wide = torch.float64 if doubles else torch.float32
     flat = {name: None if x is None else x.to(wide) for name, x in flat.items()}
-    tokens = tokens._replace(x=tokens.x.detach().to(wide))
+    tokens = tokens.with_x(tokens.x.detach().to(wide))
     plan = _Plan(
         tokens,
         models,
@@ -179,10 +179,10 @@ def advantages(
 def _composed(plan: _Plan) -> Advantages:
     """One step after another: what `advantages` means. All vectors (N,)."""
     rewards, kl = _shaped(plan)
-    tokens, triple = plan.tokens._replace(x=rewards), None
+    tokens, triple = plan.tokens.with_x(rewards), None
     if plan.whiten_rewards:
         triple = summed(moments_of(tokens, plan.backend), plan.sum_moments)
-        tokens = tokens._replace(x=whiten_of(tokens, triple, plan.mode, plan.unbiased, False, plan.backend))
+        tokens = tokens.with_x(whiten_of(tokens, triple, plan.mode, plan.unbiased, False, plan.backend))
     if plan.values is None:
         raw = returns = returns_of(tokens, plan.gamma, plan.masked, plan.backend)
     else:
@@ -190,7 +190,7 @@ def _composed(plan: _Plan) -> Advantages:
     weight = _pivots(plan, raw) if plan.pivots_first else None
     done, of_advantages = raw, None
     if plan.whiten_advantages:
-        over = tokens._replace(x=raw, mask=tokens.mask if weight is None else weight)
+        over = tokens.with_x(raw, weight)
         of_advantages = summed(moments_of(over, plan.backend), plan.sum_moments)
         done = whiten_of(over, of_advantages, plan.mode, plan.unbiased, True, plan.backend)
     weight = _pivots(plan, done) if weight is None else weight
@@ -224,7 +224,7 @@ def _fused(plan: _Plan) -> Advantages:
         first = native.advantages(tokens, **shaping, wants_reward_moments=True)
         triple = summed(first.reward_moments, plan.sum_moments)
         if shaping["models"] or plan.old_logp is not None:
-            tokens = tokens._replace(x=first.shaped)
+            tokens = tokens.with_x(first.shaped)
         last = native.advantages(tokens, whitening=native.Whitening(triple, **by), **scan)
     else:
         first = last = native.advantages(tokens, **shaping, **scan)
@@ -332,7 +332,7 @@ def _tokens(rewards, mask, cu_seqlens) -> tuple[Tokens, list[SegmentRewards] | N
     for k, model in enumerate(models):
         check_model(f"rewards[{k}]", model, tokens)
     double = any(model.reward.dtype == torch.float64 for model in models)
-    return tokens._replace(x=tokens.x.double() if double else tokens.x), list(models)
+    return tokens.with_x(tokens.x.double() if double else tokens.x), list(models)
 
 
 def _kept(x: Tensor, mask: Tensor | None) -> Tensor:

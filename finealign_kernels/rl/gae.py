@@ -147,7 +147,7 @@ def _by_segment(tokens: Tokens, values, segment, gamma, lam, bootstrap, backend)
     """Sums stand at the first token of each segment, where the mask of the recurrence is true; then all take it."""
     cuts, count, first, of_any = formula.actions(segment, tokens.cu_seqlens, tokens.mask)
     sums = formula.action_sums(tokens.x, cuts, count, of_any)
-    pair = gae_of(tokens._replace(x=sums, mask=first), values, gamma, lam, bootstrap, "carry", backend)
+    pair = gae_of(tokens.with_x(sums, first), values, gamma, lam, bootstrap, "carry", backend)
     return [unflatten(formula.action_sums(y, cuts, count, of_any), tokens.shapes) for y in pair]
 
 
@@ -157,7 +157,7 @@ def constants(x: Tensor, mask, cu_seqlens, name: str, also: Tensor | None = None
     wide = torch.promote_types(tokens.x.dtype, torch.float32)
     if isinstance(also, Tensor) and also.dtype == torch.float64:
         wide = torch.float64
-    return tokens._replace(x=tokens.x.detach().to(wide))
+    return tokens.with_x(tokens.x.detach().to(wide))
 
 
 def like(y: Tensor, tokens: Tokens, name: str) -> Tensor:

@@ -17,7 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent
 LOGPROBS, LOSSES, SEGMENTS = "tests/test_logprobs.py", "tests/test_losses.py", "tests/test_segments.py"
 TRITON, FEEDBACK = "tests/test_row_logprobs_triton.py", "tests/test_feedback.py"
 REWARDS, GROUPS, PIVOTS = "tests/test_rewards.py", "tests/test_groups.py", "tests/test_pivots.py"
-CUTS, POINTWISE, TABLE = "tests/test_feedback_segments.py", "tests/test_losses_pointwise.py", "tests/test_losses_table.py"
+CUTS, POINTWISE, TABLE = (
+    "tests/test_feedback_segments.py",
+    "tests/test_losses_pointwise.py",
+    "tests/test_losses_table.py",
+)
 TRL = "tests/test_trl.py"
 FORMULA, CHUNKED, OP = "formulas/logprobs.py", "ops/_chunked.py", "ops/logprobs.py"
 ROWS, PREFERENCE, REDUCE = "csrc/cpu/row_kernels.h", "losses/preference.py", "losses/reduce.py"

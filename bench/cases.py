@@ -63,6 +63,8 @@ class Suite:
     more_cases: tuple[tuple[torch.dtype, str], ...] = ()  # with --full, or when asked for
     compare: tuple[tuple[str, str], ...] = ()  # ratios to print besides the one to ours
     gemm_flops: Callable | None = None  # shape -> FLOPs of one matrix product of the op
+    fits: Callable = lambda shape, case: True  # whether a case is raced at a shape
+    passes: str = "forward+backward"
 
     def shapes_of(self, size: str) -> tuple:
         """Those of a size that only some suites have are its full ones elsewhere."""
@@ -87,8 +89,9 @@ class Line:
 
     def available(self) -> tuple[list[Rival], dict[str, str]]:
         """Those who can run here, and the reason of each who cannot."""
-        reasons = {rival.name: rival.needs(self.dtype, self.device) for rival in self.suite.rivals}
-        able = [rival for rival in self.suite.rivals if reasons[rival.name] is None]
+        racing = [rival for rival in self.suite.rivals if rival.cases is None or self.case in rival.cases]
+        reasons = {rival.name: rival.needs(self.dtype, self.device) for rival in racing}
+        able = [rival for rival in racing if reasons[rival.name] is None]
         return able, {name: reason for name, reason in reasons.items() if reason}
 
     def __str__(self) -> str:
@@ -283,6 +286,35 @@ def policy(shape: shapes.Packed, case: str, dtype: torch.dtype, device: torch.de
     )
 
 
+def rl(shape: shapes.Packed, case: str, dtype: torch.dtype, device: torch.device) -> Sample:
+    """S responses of N / S tokens. Padded, each is valid up to a random length from half of that on; "packed" has no
+    padding. advantages: eight rewarded segments each, as SegmentRewards and at their tokens."""
+    random, (_, s, n) = _generator(device), shape
+    width = n // s
+    draw = [torch.randn(s, width, generator=random, device=device, dtype=dtype) for _ in range(2)]
+    sample = Sample(output="advantages", case=case, rewards=draw[0], values=draw[1], mask=None, cu_seqlens=None)
+    if case == "packed":
+        cuts = torch.arange(0, n + 1, width, device=device)
+        flat = sample.replace(rewards=draw[0].view(-1), values=draw[1].view(-1), cu_seqlens=cuts)
+        return flat.replace(useful_bytes=n * 4 * dtype.itemsize)
+    lengths = torch.randint(width // 2, width + 1, (s, 1), generator=random, device=device)
+    sample.mask = torch.arange(width, device=device) < lengths
+    sample.rewards = torch.where(sample.mask, sample.rewards, 0)
+    if case != "advantages":
+        return sample.replace(useful_bytes=n * (4 * dtype.itemsize + 1))
+    sample.old_logp, sample.ref_logp = (
+        torch.randn(s, width, generator=random, device=device, dtype=dtype) for _ in range(2)
+    )
+    each = torch.randn(s * 8, generator=random, device=device, dtype=dtype)
+    ends = (lengths * torch.arange(1, 9, device=device) // 8 - 1).clamp(min=0).reshape(-1)
+    bounds = torch.arange(0, 8 * s + 1, 8, device=device)
+    sample.rewards = torch.zeros_like(sample.values)
+    row = torch.arange(s, device=device).repeat_interleave(8)
+    sample.rewards.index_put_((row, ends), each, accumulate=True)
+    sample.segment = SimpleNamespace(reward=each, end=ends, cu_segments=bounds)
+    return sample.replace(useful_bytes=n * (7 * dtype.itemsize + 1))  # old, ref, V, mask; r - β kl, kl, A, Ret
+
+
 def _generator(device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(0)
 
@@ -359,6 +391,18 @@ SUITES = {
             rivals=rivals.POLICY,
             truth=rivals.policy_eager,
             rounds=31,
+        ),
+        Suite(
+            name="rl",
+            shapes=shapes.RL,
+            cases=tuple(product([torch.float32], ["gae", "gae-large", "packed", "advantages"])),
+            sample=rl,
+            rivals=rivals.RL,
+            truth=rivals.rl_truth,
+            rounds=9,
+            compare=(("ours", "copy"),),
+            fits=lambda shape, case: shape.batch == "small" or case in shapes.RL_CASES[shape.batch],
+            passes="forward",
         ),
     )
 }

@@ -6,10 +6,12 @@ Where it cannot run, its row of the table says why.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,7 @@ class Rival:
     needs: Callable[[torch.dtype, torch.device], str | None] = lambda dtype, device: None  # why it is unavailable
     floor: bool = False  # only the matrix products, or the bytes moved: no answer to check
     tolerance: float = 0  # where it is built to be less exact than cases.TOLERANCE asks
+    cases: tuple[str, ...] | None = None  # those that it computes; None: all of its suite
 
 
 def package(name: str, at_least: str) -> Callable[[torch.dtype, torch.device], str | None]:
@@ -343,3 +346,127 @@ def policy_ours(x):
 
 
 POLICY = (Rival("eager", policy_eager), Rival("ours", policy_ours))
+
+
+# GAE and all of `advantages`, γ = .99, λ = .95; answers count at the tokens of the mask, where the rivals agree
+
+
+GAMMA, LAM, KL_COEF = 0.99, 0.95, 0.05
+
+
+def _answers(x, advantages, returns):
+    if x.mask is not None:
+        advantages, returns = (torch.where(x.mask, y, 0) for y in (advantages, returns))
+    return {"advantages": advantages, "returns": returns}
+
+
+def rl_truth(x):
+    """float64: the torch reference; over a million packed tokens the native op, which its tests hold to that."""
+    return rl_ours(x, "auto" if x.case == "packed" and x.rewards.numel() > 10**6 else "reference")
+
+
+def rl_ours(x, backend="auto"):
+    options = {"mask": x.mask, "gamma": GAMMA, "lam": LAM, "backend": backend}
+    if x.case == "advantages":
+        s = x.segment
+        models = fk.SegmentRewards(s.reward.to(x.values.dtype), s.end, s.cu_segments)
+        log_probs = {"old_logp": x.old_logp, "ref_logp": x.ref_logp, "kl_coef": KL_COEF}
+        found = fk.advantages(models, x.values, whiten_rewards=True, **log_probs, **options)
+    else:
+        found = fk.gae(x.rewards, x.values, cu_seqlens=x.cu_seqlens, **options)
+    return {"advantages": found.advantages, "returns": found.returns}
+
+
+def rl_composed(x):
+    """The small ops one after another; the rewards stand at their tokens already."""
+    rewards = x.rewards - KL_COEF * fk.kl_penalty(x.old_logp, x.ref_logp, mask=x.mask)
+    rewards = fk.whiten(rewards, mask=x.mask, shift_mean=False)
+    found = fk.gae(rewards, x.values, mask=x.mask, gamma=GAMMA, lam=LAM)
+    return {"advantages": fk.whiten(found.advantages, mask=x.mask), "returns": found.returns}
+
+
+def rl_loop(x):
+    """A dozen torch ops for every place of the longest response, as trainers have it; masked tokens carry (verl)."""
+    ahead, advantage, out = 0, 0, []
+    for t in reversed(range(x.rewards.shape[1])):
+        valid = x.mask[:, t]
+        delta = x.rewards[:, t] + GAMMA * ahead - x.values[:, t]
+        advantage = torch.where(valid, delta + GAMMA * LAM * advantage, advantage)
+        ahead = torch.where(valid, x.values[:, t], ahead)
+        out.append(advantage)
+    advantages = torch.stack(out[::-1], 1)
+    return _answers(x, advantages, advantages + x.values)
+
+
+def rl_verl(x):
+    """Its advantages come whitened; its returns are not."""
+    core, mask = _oracle("verl_core"), x.mask.to(x.values.dtype)
+    _, returns = core.compute_gae_advantage_return(x.rewards, x.values, mask, GAMMA, LAM)
+    return _answers(x, returns - x.values, returns)
+
+
+def rl_openrlhf(x):
+    return _answers(x, *_oracle("openrlhf_gae")(x.values, x.rewards, x.mask, GAMMA, LAM))
+
+
+def rl_torch(x):
+    """No loop over time, and no holes: log2(T) doublings of a padded batch; whitened by masked sums."""
+    rewards, values, mask = x.rewards, torch.where(x.mask, x.values, 0), x.mask
+    if x.case == "advantages":
+        rewards = rewards - KL_COEF * torch.where(mask, x.old_logp - x.ref_logp, 0)
+        rewards = _masked_whiten(rewards, mask, keep_mean=True)
+    advantages = torch.where(mask, rewards + GAMMA * F.pad(values[:, 1:], (0, 1)) - values, 0)
+    step, decay = 1, GAMMA * LAM
+    while step < rewards.shape[1]:
+        advantages = advantages + decay**step * F.pad(advantages[:, step:], (0, step))
+        step *= 2
+    returns = advantages + values
+    return _answers(x, _masked_whiten(advantages, mask) if x.case == "advantages" else advantages, returns)
+
+
+def _masked_whiten(x, mask, keep_mean=False):
+    count = mask.sum()
+    mean = torch.where(mask, x, 0).sum() / count
+    away = torch.where(mask, x - mean, 0)
+    away = away * (away.square().sum() / count + 1e-8).rsqrt()
+    return torch.where(mask, away + mean, 0) if keep_mean else away
+
+
+def rl_copy(x):
+    """As many bytes as have to be read and written, into new tensors as any answer is."""
+    vectors = (x.old_logp, x.ref_logp, x.values, x.rewards) if x.case == "advantages" else (x.rewards, x.values)
+    for vector in vectors if x.mask is None else (*vectors, x.mask):
+        vector.clone()
+    return {}
+
+
+@cache
+def _oracle(name: str):
+    """A trainer's own code, loaded without what its package pulls in."""
+    spec = importlib.util.spec_from_file_location("oracles", Path(__file__).parents[1] / "tests" / "oracles.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)()
+
+
+def loads(name: str) -> Callable[[torch.dtype, torch.device], str | None]:
+    """A need: that code is there."""
+
+    def why_unavailable(dtype, device):
+        try:
+            _oracle(name)
+        except ImportError as error:
+            return str(error)
+
+    return why_unavailable
+
+
+RL = (
+    Rival("loop", rl_loop, cases=("gae",)),
+    Rival("verl", rl_verl, loads("verl_core"), cases=("gae",)),
+    Rival("openrlhf", rl_openrlhf, loads("openrlhf_gae"), cases=("gae",)),
+    Rival("torch", rl_torch, cases=("gae", "gae-large", "advantages")),
+    Rival("copy", rl_copy, floor=True),
+    Rival("ours-composed", rl_composed, cases=("advantages",)),
+    Rival("ours", rl_ours),
+)

@@ -102,7 +102,7 @@ def race(line: Line, rounds: int, *, memory: bool = True) -> tuple[list[dict], d
             "device": line.device.type,
             "dtype": dtype_name(line.dtype),
             "shape": list(line.shape[1:]),
-            "pass": "forward+backward",
+            "pass": line.suite.passes,
             "median_s": middle[name],
             "ratio_to_ours": ratio(times, name, "ours"),
             "queued_s": on_device.get(name),
@@ -248,7 +248,7 @@ def lines(args: argparse.Namespace) -> list[Line]:
     for suite in (SUITES[name] for name in args.suites or SUITES):
         for shape in suite.shapes_of(args.size):
             for dtype, case in cases_of(suite, args):
-                if not args.shape or shape[0] in args.shape:
+                if suite.fits(shape, case) and (not args.shape or shape[0] in args.shape):
                     chosen.append(Line(suite, shape, case, dtype, args.device))
     return chosen
 

@@ -86,3 +86,29 @@ SEQUENCES = {
     ),
 }
 SEQUENCES["full"] = (*SEQUENCES["default"], Packed("ten million tokens", 20000, 20000 * 500))
+RL_CASES = {  # which cases are raced at which batch
+    "32 of 4096": ("gae",),  # with the loops over time of verl and OpenRLHF
+    "1024 of 4096": ("gae-large", "advantages"),
+    "1 of a million": ("packed",),
+    "a million of 1": ("packed",),
+    "30 of 32768": ("packed",),
+    "ten million": ("packed",),
+    "a hundred million": ("packed",),
+    "1 of a hundred million": ("packed",),
+}
+RL = {
+    "small": (Packed("small", 7, 7 * 33),),
+    "default": (
+        Packed("32 of 4096", 32, 32 * 4096),
+        Packed("1024 of 4096", 1024, 1024 * 4096),
+        Packed("1 of a million", 1, 10**6),
+        Packed("a million of 1", 10**6, 10**6),
+        Packed("30 of 32768", 30, 30 * 32768),
+    ),
+}
+RL["full"] = (
+    *RL["default"],
+    Packed("ten million", 10**4, 10**7),
+    Packed("a hundred million", 10**5, 10**8),
+    Packed("1 of a hundred million", 1, 10**8),
+)

@@ -12,8 +12,14 @@ def pytest_generate_tests(metafunc):
         for suite in SUITES.values()
         for shape in suite.shapes[size]
         for dtype, case in suite.cases + suite.more_cases
+        if suite.fits(shape, case)
     ]
-    races = [(line, rival) for line in lines for rival in line.suite.rivals]
+    races = [
+        (line, rival)
+        for line in lines
+        for rival in line.suite.rivals
+        if rival.cases is None or line.case in rival.cases
+    ]
     metafunc.parametrize("line, rival", races, ids=[f"{line}  {rival.name}" for line, rival in races])
 
 

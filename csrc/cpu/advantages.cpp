@@ -176,25 +176,31 @@ FINEALIGN_INLINE void whiten(double* x, int n, Standard by, bool shift) {
 }
 
 Standard standard_of(const Whitening& by) {
+  if (by.moments == nullptr) return {0, 1};
   return standard({by.moments[0], by.moments[1], by.moments[2]}, by.scale, by.unbiased);
 }
 
 // Tokens of a piece, from the state at its right. Returns the advantage at its left and the product of its decays;
 // stores where `stores`.
 template <typename T>
-FINEALIGN_INLINE Affine scan_tokens(const Advantages& op, const Piece& piece, State state, bool stores) {
+FINEALIGN_INLINE Affine scan_tokens(const Advantages& op, const Piece& piece, State state, Standard by, bool stores) {
   const T* rewards = static_cast<const T*>(op.shaped ? op.shaped : op.rewards);
   const T* values = static_cast<const T*>(op.values);
   T *advantages = static_cast<T*>(op.advantages), *returns = static_cast<T*>(op.returns);
   const uint8_t* mask = op.segments.mask;
   const double gamma = op.gamma[piece.s * op.gamma_stride], decay = gamma * op.lam[piece.s * op.lam_stride];
   const bool whitens = op.whiten_rewards.moments != nullptr;
-  const Standard by = whitens ? standard_of(op.whiten_rewards) : Standard{0, 1};
   double d[kTile], v[kTile + 1], a[kTile], all = 1;
   const int64_t tiles = (piece.stop - piece.first + kTile - 1) / kTile;
   for (int64_t tile = tiles - 1; tile >= 0; --tile) {
     const int64_t first = piece.first + tile * kTile;
     const int n = static_cast<int>(std::min<int64_t>(kTile, piece.stop - first)), whole = whole_groups(n);
+    if (tile > 0) {  // the next tile, which is a whole one
+      prefetch(rewards + first - kTile, kTile);
+      if (values != nullptr) prefetch(values + first - kTile, kTile);
+      if (mask != nullptr) prefetch(mask + first - kTile, kTile);
+      if (stores) prefetch(advantages + first - kTile, kTile), prefetch(returns + first - kTile, kTile);
+    }
     const int kept = mask ? count_kept(mask + first, n) : n;
     if (kept == 0 && !op.zero) {
       if (stores) std::fill_n(advantages + first, n, T(0)), std::fill_n(returns + first, n, T(0));
@@ -238,6 +244,55 @@ FINEALIGN_INLINE Affine scan_tokens(const Advantages& op, const Piece& piece, St
     for (int i = 0; i < n; ++i) returns[first + i] = static_cast<T>(d[i] + v[i]);
   }
   return {all, state.y};
+}
+
+constexpr int64_t kFew = 8 * kGroup;
+
+// The same, bit for bit, a group after another: for sequences whose tiles would be mostly empty.
+template <typename T>
+FINEALIGN_INLINE void scan_few(const Advantages& op, const Piece& piece, State state, Standard by) {
+  const T* rewards = static_cast<const T*>(op.shaped ? op.shaped : op.rewards);
+  const T* values = static_cast<const T*>(op.values);
+  T *advantages = static_cast<T*>(op.advantages), *returns = static_cast<T*>(op.returns);
+  const double gamma = op.gamma[piece.s * op.gamma_stride], decay = gamma * op.lam[piece.s * op.lam_stride];
+  for (int64_t stop = piece.stop, first; stop > piece.first; stop = first) {
+    first = piece.first + (stop - 1 - piece.first) / kGroup * kGroup;
+    double p = 0, q = 1, without[kGroup], times[kGroup], v[kGroup];  // y = without + times · the y of the group's right
+    for (int64_t t = stop - 1; t >= first; --t) {
+      const double ahead = gamma * state.ahead;
+      double delta = op.zero && state.seen ? ahead : 0, step = op.zero ? decay : 1;
+      v[t - first] = 0;
+      if (op.segments.keeps(t)) {
+        double r = rewards[t];
+        if (op.whiten_rewards.moments) whiten(&r, 1, by, op.whiten_rewards.shift);
+        const double value = values ? values[t] : 0;
+        delta = (r - value) + ahead, step = decay;
+        v[t - first] = state.ahead = value, state.seen = true;
+      } else if (op.zero && state.seen) {
+        state.ahead = 0;
+      }
+      without[t - first] = p = delta + step * p;
+      times[t - first] = q = step * q;
+    }
+    for (int64_t t = first; t < stop; ++t) {
+      const double y = without[t - first] + times[t - first] * state.y;
+      const bool valid = op.segments.keeps(t);
+      advantages[t] = static_cast<T>(valid ? y : 0);
+      returns[t] = static_cast<T>(valid ? y + v[t - first] : 0);
+    }
+    state.y = without[0] + times[0] * state.y;
+  }
+}
+
+// All sequences from first to last - 1, each of at most kCut tokens.
+template <typename T>
+FINEALIGN_INLINE void scan_sequences(const Advantages& op, int64_t first, int64_t last) {
+  const Standard by = standard_of(op.whiten_rewards);
+  for (int64_t s = first; s < last; ++s) {
+    const Piece all{s, op.segments.start(s), op.segments.start(s + 1)};
+    if (all.stop - all.first <= kFew) scan_few<T>(op, all, at_end<T>(op, s), by);
+    else scan_tokens<T>(op, all, at_end<T>(op, s), by, true);
+  }
 }
 
 // ---- pivots and the last whitening -----------------------------------------------------------------------------------
@@ -299,7 +354,10 @@ FINEALIGN_INLINE Moments finish(const Advantages& op, int64_t first, int64_t sto
     return moments_of(x, op.segments.mask ? op.segments.mask + first : nullptr, stop - first);               \
   }                                                                                                          \
   FINEALIGN_WIDE_UNFUSED Affine scan(const Advantages& op, const Piece& piece, State state, bool stores, T) { \
-    return scan_tokens<T>(op, piece, state, stores);                                                         \
+    return scan_tokens<T>(op, piece, state, standard_of(op.whiten_rewards), stores);                         \
+  }                                                                                                          \
+  FINEALIGN_WIDE_UNFUSED void scan_short(const Advantages& op, int64_t first, int64_t last, T) {             \
+    scan_sequences<T>(op, first, last);                                                                      \
   }                                                                                                          \
   FINEALIGN_WIDE_UNFUSED Moments finish_tokens(const Advantages& op, int64_t first, int64_t stop, T) {       \
     return finish<T>(op, first, stop);                                                                       \
@@ -346,14 +404,15 @@ void run(const Advantages& op, Parallel parallel) {
     if (shapes && (op.rewards || op.old_logp)) shape_tokens(op, first, stop, T());
     if (op.reward_moments) moments = moments + shaped_moments(op, first, stop, T());
   };
-  for_short(op.segments, parallel, [&](int64_t window, int64_t s, int64_t start, int64_t stop) {
+  for_short(op.segments, parallel, [&](int64_t window, int64_t first, int64_t last) {
+    const int64_t start = op.segments.start(first), stop = op.segments.start(last);
     if (places) {
       thread_local std::vector<Placed> placed;
       std::fill(shaped + start, shaped + stop, T(0));
-      place_all<T>(op, s, placed);
+      for (int64_t s = first; s < last; ++s) place_all<T>(op, s, placed);
     }
     shape_all(start, stop, of_rewards[window]);
-    if (scans) scan(op, {s, start, stop}, at_end<T>(op, s), true, T());
+    if (scans) scan_short(op, first, last, T());
     if (finishes) of_advantages[window] = of_advantages[window] + finish_tokens(op, start, stop, T());
   });
 

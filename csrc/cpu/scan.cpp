@@ -50,8 +50,9 @@ FINEALIGN_WIDE_UNFUSED Affine tokens(const Scan& op, Piece piece, double y, doub
 template <typename T>
 void scan(const Scan& op, Parallel parallel) {
   T *out = static_cast<T*>(op.out), *nowhere = nullptr;
-  for_short(op.segments, parallel,
-            [&](int64_t, int64_t s, int64_t start, int64_t stop) { tokens(op, {s, start, stop}, 0, out, false); });
+  for_short(op.segments, parallel, [&](int64_t, int64_t first, int64_t last) {
+    for (int64_t s = first; s < last; ++s) tokens(op, {s, op.segments.start(s), op.segments.start(s + 1)}, 0, out, false);
+  });
   const std::vector<Piece> pieces = cut(op.segments, op.longest);
   const int64_t many = static_cast<int64_t>(pieces.size());
   std::vector<Affine> maps(many);

@@ -57,6 +57,13 @@ FINEALIGN_INLINE double scan_ahead(double* __restrict d, const double* __restric
   return y;
 }
 
+// Asks for bytes that will be needed soon, so that they come while something else is computed.
+template <typename T>
+FINEALIGN_INLINE void prefetch(const T* first, int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(first + i);
+}
+
 // Product of n decays, a multiple of kGroup of them.
 FINEALIGN_INLINE double product(const double* a, int n) {
   double q[kGroup];
@@ -92,16 +99,19 @@ inline std::vector<Piece> cut(const Segments& segments, int64_t longest) {
   return pieces;
 }
 
-// each(window, s, start, stop) for every sequence of at most kCut tokens; those that start in tokens [window kBlock,
-// (window + 1) kBlock) come in order, on one thread.
+// each(window, first, last) for all runs of neighbours among the sequences of at most kCut tokens, sequences first to
+// last - 1, which have no more than that together. Those that start in tokens [window kBlock, (window + 1) kBlock) come
+// in order, on one thread.
 template <typename Each>
 void for_short(const Segments& segments, Parallel parallel, Each each) {
   parallel(segments.total / kBlock + 1, 1, [&](int64_t begin, int64_t end) {
     for (int64_t window = begin; window < end; ++window) {
-      const int64_t last = first_from(segments, (window + 1) * kBlock);
-      for (int64_t s = first_from(segments, window * kBlock); s < last; ++s) {
-        const int64_t start = segments.start(s), stop = segments.start(s + 1);
-        if (start < stop && stop - start <= kCut) each(window, s, start, stop);
+      const int64_t stop = first_from(segments, (window + 1) * kBlock);
+      for (int64_t first = first_from(segments, window * kBlock), last; first < stop; first = last) {
+        const int64_t limit = segments.start(first) + kCut;
+        for (last = first; last < stop && segments.start(last + 1) <= limit;) ++last;
+        if (last == first) ++last;  // a long one
+        else each(window, first, last);
       }
     }
   });

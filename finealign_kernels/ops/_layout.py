@@ -101,9 +101,11 @@ def flatten_like(y: TokenTensor, tokens: Tokens, name: str, dtypes=FLOATS) -> Te
 
 def unflatten(y: Tensor, shapes: tuple[torch.Size, ...]) -> TokenTensor:
     """(N,) -> the shapes that flatten was given."""
+    if len(shapes) == 1:
+        return y.view(shapes[0])
     parts = y.split([shape.numel() for shape in shapes])
     parts = tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
-    return parts[0] if len(parts) == 1 else parts
+    return parts
 
 
 def padded_cu_seqlens(shapes: tuple[torch.Size, ...], device: torch.device) -> Tensor:

@@ -424,3 +424,11 @@ def test_an_offset_below_0_is_refused_where_it_can_be_seen():
         with pytest.raises(ValueError, match="shift must be at least 0, got (-0.1|nan)"):
             fk.preference_loss("offset", logp, logp, shift=shift)
     assert fk.preference_loss("dpo", logp, logp, shift=-0.1).loss.isfinite()
+
+
+def test_a_second_derivative_is_refused_by_name(route):
+    logp = torch.randn(4, 3, requires_grad=True)
+    loss = fk.preference_loss("dpo", logp, torch.zeros(4, 3)).loss
+    (grad,) = torch.autograd.grad(loss, logp, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not implemented"):
+        grad.square().sum().backward()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..ops._check import check_number, check_tensor, fail
 from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like
+from ..ops._once import once
 from ..ops.segments import segment_sum
 from ..ops.sequence_loss import sequence_loss
 from .reduce import check_average, check_denominator, has_tokens, reduce, sequence_scores, sequence_weights
@@ -349,15 +350,17 @@ class FromScores(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, score, losses, slope):
-        ctx.save_for_backward(slope)
+        ctx.save_for_backward(score, slope)  # score is not read
         return losses.clone()
 
     @staticmethod
     def backward(ctx, upstream):
-        (slope,) = ctx.saved_tensors
+        score, slope = ctx.saved_tensors
         # an item that is not counted has upstream 0, whatever its slope
         each = upstream if upstream.shape == slope.shape else torch.cat([upstream, upstream])
-        return torch.where(each == 0, 0, each * slope), None, None
+        grad = torch.where(each == 0, 0, each * slope)
+        (grad,) = once("a loss of scores", (grad,), (score, upstream), instead="use torch's own arithmetic")
+        return grad, None, None
 
 
 def dpo(logp, ref_logp, **options) -> PreferenceLoss:

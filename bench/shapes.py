@@ -79,6 +79,7 @@ PACKED["full"] = PACKED["default"]
 SEQUENCES = {
     "small": (Packed("small", 6, 102),),
     "default": (
+        Packed("fixed cost", 2, 2 * 4),  # what every call pays: take it off before dividing by tokens
         Packed("20 of 512", 20, 20 * 512),
         Packed("64 of 512", 64, 64 * 512),
         Packed("a token each", 10**6, 10**6),

@@ -452,18 +452,48 @@ ScalarType wide_type(const Tensor& t, const char* name) {
   return t.scalar_type();
 }
 
+// On the device of `like`, queued on its current stream where that is a GPU.
+void run(const Scan& op, [[maybe_unused]] const Tensor& like) {
+#ifdef FINEALIGN_CUDA
+  if (!like.is_cpu()) {
+    const DeviceGuard guard(like.get_device_index());
+    const char* failure = scan_cuda(op, current_stream(like));
+    STD_TORCH_CHECK(failure == nullptr, "reverse_scan: ", failure);
+    return;
+  }
+#endif
+  scan_cpu(op, parallel);
+}
+
+void run(const Advantages& op, [[maybe_unused]] const Tensor& like) {
+#ifdef FINEALIGN_CUDA
+  if (!like.is_cpu()) {
+    const DeviceGuard guard(like.get_device_index());
+    const bool adds = op.reward_moments || op.advantage_moments;
+    Tensor parts = new_vector(adds ? 3 * moment_parts(op.segments.total) : 0, ScalarType::Double, like);
+    const char* failure = advantages_cuda(op, parts.mutable_data_ptr(), current_stream(like));
+    STD_TORCH_CHECK(failure == nullptr, "advantages: ", failure);
+    return;
+  }
+#endif
+  advantages_cpu(op, parallel);
+}
+
+// The longest sequence, of valid ones; on a GPU bounds are not read here.
+int64_t longest_of(const Segments& segments, const Tensor& like) { return like.is_cpu() ? check_ends(segments) : 0; }
+
 Tensor reverse_scan(const Tensor& x, const std::optional<Tensor>& decay, const std::optional<Tensor>& rates,
                     const std::optional<Tensor>& mask, const Tensor& cu_seqlens, bool forward) {
   const ScalarType type = wide_type(x, "x");
   STD_TORCH_CHECK(decay.has_value() != rates.has_value(), "reverse_scan takes decay or rates");
   Scan op{};
-  op.segments = make_segments(cu_seqlens, mask, x.size(0), x), op.longest = check_ends(op.segments);
+  op.segments = make_segments(cu_seqlens, mask, x.size(0), x), op.longest = longest_of(op.segments, x);
   op.forward = forward, op.dtype = dtype_of(x, "x"), op.x = x.const_data_ptr();
   op.decay = vector_of(decay, "decay", x.size(0), type, x);
   if (rates) op.rates = rates_of(*rates, "rates", op.segments.count, x, op.rate_stride);
   Tensor out = new_vector(x.size(0), type, x);
   op.out = out.mutable_data_ptr();
-  scan_cpu(op, parallel);
+  run(op, x);
   return out;
 }
 
@@ -515,8 +545,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> advantages(
     return vector_of(t, name, total, type, like);
   };
   const auto result = [&](bool wanted, int64_t size, ScalarType of) { return new_vector(wanted ? size : 0, of, like); };
+  STD_TORCH_CHECK(!model_reward || like.is_cpu(), "advantages: rewards of segments have no place on a GPU yet");
   Advantages op{};
-  op.segments = make_segments(cu_seqlens, mask, total, like), op.longest = check_ends(op.segments);
+  op.segments = make_segments(cu_seqlens, mask, total, like), op.longest = longest_of(op.segments, like);
   op.dtype = type == ScalarType::Double ? DType::f64 : DType::f32;
   op.rewards = tokens(rewards, "rewards");
   if (model_reward)
@@ -546,7 +577,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> advantages(
   }
   if (score) op.token_weight = weight.mutable_data_ptr();
   if (wants_advantage_moments) op.advantage_moments = of_advantages.mutable_data_ptr<double>();
-  advantages_cpu(op, parallel);
+  run(op, like);
   return {shaped, kl, of_rewards, out, returns, weight, of_advantages};
 }
 
@@ -568,7 +599,7 @@ Tensor moments(const Tensor& x, const std::optional<Tensor>& mask) {
   Advantages op = of_tokens(x, mask, bounds);
   Tensor out = new_vector(3, ScalarType::Double, x);
   op.advantage_moments = out.mutable_data_ptr<double>();
-  advantages_cpu(op, parallel);
+  run(op, x);
   return out;
 }
 
@@ -585,7 +616,7 @@ Tensor whiten_to(void* out, const Tensor& x, const std::optional<Tensor>& mask, 
   op.pivots_first = kept.has_value();
   op.token_weight = kept ? const_cast<void*>(vector_of(kept, "kept", x.size(0), ScalarType::Float, x))
                          : weight.mutable_data_ptr();
-  advantages_cpu(op, parallel);
+  run(op, x);
   return weight;
 }
 
@@ -669,6 +700,11 @@ STABLE_TORCH_LIBRARY_IMPL(finealign, CUDA, m) {
   m.impl("segment_spread", TORCH_BOX(&finealign::segment_spread_on_gpu));
   m.impl("sequence_loss_fwd", TORCH_BOX(&finealign::sequence_loss_fwd_on_gpu));
   m.impl("sequence_loss_bwd", TORCH_BOX(&finealign::sequence_loss_bwd_on_gpu));
+  m.impl("reverse_scan", TORCH_BOX(&finealign::reverse_scan));
+  m.impl("advantages", TORCH_BOX(&finealign::advantages));
+  m.impl("moments", TORCH_BOX(&finealign::moments));
+  m.impl("whiten", TORCH_BOX(&finealign::whiten));
+  m.impl("whiten_", TORCH_BOX(&finealign::whiten_));
 }
 #endif
 

@@ -244,6 +244,10 @@ struct Scan {
 
 void scan_cpu(const Scan& op, Parallel parallel);
 
+// Queued on the stream; null, or why not. A sequence with invalid bounds gives NaN and is not read. There lanes compose
+// a span of tokens each in a tree (kernels/cuda/scan.cuh): as near to exact as on a CPU, not bit for bit the same.
+const char* scan_cuda(const Scan& op, void* stream);
+
 // ---- advantages (csrc/cpu/advantages.cpp) --------------------------------------------------------------------------
 
 enum class Estimator : int32_t { k1 = 0, k2 = 1, k3 = 2 };
@@ -300,5 +304,12 @@ struct Advantages {
 };
 
 void advantages_cpu(const Advantages& op, Parallel parallel);
+
+// Moments are added up in parts of so many tokens each.
+constexpr int64_t kMomentTokens = 8192;
+FINEALIGN_BOTH inline int64_t moment_parts(int64_t total) { return (total + kMomentTokens - 1) / kMomentTokens; }
+
+// As scan_cuda. Rewards of segments are placed before: rewards is given. parts: room for moment_parts(total) Moments.
+const char* advantages_cuda(const Advantages& op, void* parts, void* stream);
 
 }  // namespace finealign

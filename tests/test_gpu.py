@@ -65,6 +65,9 @@ def tensors(device: str, seed: int = 0) -> dict[str, Tensor]:
         "cu_seqlens": torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)[:-1], torch.tensor([S * T])]),
         "per_sequence": normal(S),
         "target": torch.arange(S) % 2 == 0,
+        "segment_reward": normal(3 * S),
+        "end": torch.tensor([3, 9, 40] * S),
+        "cu_segments": torch.arange(S + 1) * 3,
     }
     return {name: value.to(device) for name, value in values.items()}
 
@@ -100,6 +103,28 @@ def head(dtype: torch.dtype | None = None, **options) -> Op:
         return out.logp, out.entropy
 
     return Op(call, ("hidden", "weight", "labels", "mask"), ("hidden", "weight"), meta=False)
+
+
+def _advantages(rewards, values, old_logp, ref_logp, token_score, mask):
+    found = fk.advantages(
+        rewards,
+        values,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        kl_coef=0.1,
+        mask=mask,
+        gamma=0.99,
+        whiten_rewards=True,
+        token_score=token_score,
+    )
+    return tuple(found)
+
+
+def _segment_advantages(reward, end, cu_segments, old_logp, ref_logp, token_score, mask):
+    rewards = [fk.SegmentRewards(reward, end, cu_segments, weight) for weight in (1.0, 0.3)]
+    options = dict(old_logp=old_logp, ref_logp=ref_logp, kl_coef=0.1, kl="k3", mask=mask, token_score=token_score)
+    found = fk.advantages(rewards, whiten_advantages=False, gamma=0.9, **options)
+    return tuple(x for x in found if x is not None)
 
 
 def _logits(logits, labels, mask):
@@ -150,6 +175,19 @@ OPS = {
     "kl_penalty": Op(
         lambda logp, ref_logp, mask: fk.kl_penalty(logp, ref_logp, mask=mask), ("logp", "ref_logp", "mask")
     ),
+    "reverse_scan": Op(
+        lambda packed, cu_seqlens: fk.reverse_scan(packed, 0.9, cu_seqlens), ("packed", "cu_seqlens"), ("packed",)
+    ),
+    "reverse_scan of decays": Op(
+        lambda value, token_weight, mask: fk.reverse_scan(value, token_weight, mask=mask),
+        ("value", "token_weight", "mask"),
+        ("value", "token_weight"),
+    ),
+    "advantages": Op(_advantages, ("reward", "value", "logp", "ref_logp", "token_score", "mask")),
+    "advantages of segments": Op(
+        _segment_advantages, ("segment_reward", "end", "cu_segments", "logp", "ref_logp", "token_score", "mask")
+    ),
+    "whiten a packed batch": Op(lambda packed: fk.whiten(packed, mode="clamp"), ("packed",)),
     "whiten": Op(lambda reward, mask: fk.whiten(reward, mask=mask), ("reward", "mask")),
     "group_advantages": Op(lambda per_sequence: fk.group_advantages(per_sequence, 3), ("per_sequence",)),
     "value_loss": Op(
@@ -178,7 +216,9 @@ class Run:
         source = tensors(device, seed)
         self.inputs = {key: source[key].requires_grad_(key in self.op.differentiable) for key in self.op.names}
         with torch.no_grad():
-            self.upstream = [torch.randn_like(x) for x in self.forward() if x.is_floating_point()]
+            out = [x for x in self.forward() if x.is_floating_point()]
+        random = torch.Generator().manual_seed(seed + 100)
+        self.upstream = [torch.randn(x.shape, generator=random).to(x) for x in out]
 
     def forward(self) -> tuple[Tensor, ...]:
         out = self.op.call(*self.inputs.values())
@@ -319,6 +359,37 @@ def test_sanitizer_runs_every_op(name, device):
 
 
 # ---- what needs one ------------------------------------------------------------------------------------------------
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("name", OPS)
+def test_a_gpu_agrees_with_a_cpu(name):
+    exact, found = Run(name, "cpu")(), Run(name, "cuda")()
+    bound = 3e-2 if "bfloat16" in name else 1e-4  # another order of additions; of products whose factors are rounded
+    for a, b in zip(found, exact, strict=True):
+        assert a.dtype == b.dtype
+        assert_close(a.cpu(), b, rtol=bound, atol=bound / 10)
+
+
+@pytest.mark.parametrize("device", REAL)
+def test_packed_scans_of_any_length_are_those_of_the_reference(device):
+    """A token, a warp's and a block's worth of them, and a long one, whose ends are read from both sides."""
+    random = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([1, 0, 31, 128, 1024, 1025, 100_000, 7, 0])
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+    x, values = (torch.randn(int(lengths.sum()), generator=random) for _ in range(2))
+    mask = torch.rand(x.shape, generator=random) < 0.8
+    x, values = (y.where(mask, torch.nan) for y in (x, values))
+    decay = 0.5 + 0.5 * torch.rand(x.shape, generator=random)
+    options = {"cu_seqlens": cu_seqlens, "mask": mask}
+    doubles = {"cu_seqlens": cu_seqlens, "mask": mask, "backend": "reference"}
+    exact = [fk.reverse_scan(x.double(), decay.double(), **doubles), *fk.gae(x.double(), values.double(), **doubles)]
+    there = {name: value.to(device) for name, value in options.items()}
+    x, values, decay = (y.to(device) for y in (x, values, decay))
+    found = [fk.reverse_scan(x, decay, **there), *fk.gae(x, values, **there)]
+    for a, b in zip(found, exact, strict=True):
+        assert_close(a.cpu().double(), b, rtol=2e-6, atol=2e-6)
 
 
 @gpu

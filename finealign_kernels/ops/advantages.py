@@ -1,7 +1,7 @@
 """Native ops of what comes before a policy loss, on flat, checked tokens; formulas/returns.py is their definition.
 
 Results are constants. They are the same bit for bit with any number of threads; those of a sequence, moments apart, are
-the same at any place in the batch and with any padding after its end.
+the same at any place in the batch and with any padding after its end. A GPU adds in another order than a CPU.
 """
 
 from typing import NamedTuple
@@ -12,6 +12,8 @@ from torch import Tensor
 from . import _native
 from ._check import fail
 from ._layout import Tokens
+
+_no_cuda = _native.cuda()  # why there are no CUDA kernels; asked once, because a graph being traced cannot ask
 
 MODES = {"std": 0, "clamp": 1, "compat": 2}  # Scale in csrc/launch.h
 ESTIMATORS = {"k1": 0, "k2": 1, "k3": 2}  # Estimator
@@ -53,7 +55,7 @@ class Results(NamedTuple):
 
 def runs(backend: str, device: torch.device) -> bool:
     """Whether the native ops run on a device: True, False for the reference; one asked for by name runs or raises."""
-    missing = _native.reason or (None if device.type == "cpu" else f"it has no kernels for {device.type}")
+    missing = {"cpu": _native.reason, "cuda": _no_cuda}.get(device.type, f"it has no kernels for {device.type}")
     if backend == "auto":
         return missing is None
     if backend not in ("reference", "native"):

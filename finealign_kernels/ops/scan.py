@@ -29,7 +29,7 @@ def reverse_scan(
                 of the last token of a sequence has no effect
     cu_seqlens  (S + 1,) int32 or int64, starts at 0, does not decrease, ends at N
     mask        bool, as x; a masked token passes on what comes from its right and gets 0. What stands there may be NaN
-    backend     "auto", "reference" (torch, any device) or "native" (CPU)
+    backend     "auto", "reference" (torch, any device) or "native" (the compiled extension, on a CPU or a CUDA GPU)
     Returns     float32 (float64 if x or decay is), differentiable in x and decay any number of times.
     Raises      ValueError, TypeError naming argument, expectation and finding.
 
@@ -56,7 +56,7 @@ def _decays(decay: float | Tensor, tokens: Tokens) -> tuple[Tensor | None, Tenso
     """Decays of tokens (N,), or rates: () one for all, float64, or (S,) one a sequence."""
     if not isinstance(decay, Tensor):
         check_number("decay", decay)
-        return None, torch.tensor(decay, dtype=torch.float64, device=tokens.x.device)
+        return None, torch.full((), decay, dtype=torch.float64, device=tokens.x.device)
     if decay.shape == (tokens.segments,) != tokens.shapes[0]:
         check_tensor("decay", decay, like=tokens.x)
         return None, decay

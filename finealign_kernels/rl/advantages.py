@@ -199,7 +199,9 @@ def _composed(plan: _Plan) -> Advantages:
 
 
 def _fused(plan: _Plan) -> Advantages:
-    """The same in one launch, or in two or three with moments between them."""
+    """The same in one launch, or in two or three with moments between them. On a GPU rewards are placed before."""
+    if plan.models and plan.tokens.x.device.type != "cpu":
+        plan = plan._replace(tokens=plan.tokens.with_x(_placed(plan)), models=None)
     tokens, by = plan.tokens, {"mode": plan.mode, "unbiased": plan.unbiased}
     shaping = {
         "models": _merged(plan) if plan.models else None,
@@ -284,21 +286,27 @@ def _shaped(plan: _Plan) -> tuple[Tensor, Tensor | None]:
     """Token rewards less the penalty, and the KL."""
     tokens, rewards = plan.tokens, plan.tokens.x
     if plan.models is not None:
-        mask = torch.ones_like(rewards, dtype=torch.bool) if tokens.mask is None else tokens.mask
-        placing = {"on_collision": plan.on_collision, "on_empty": plan.on_empty}
-        rewards = token_rewards(plan.models, mask=mask, cu_seqlens=tokens.cu_seqlens, **placing).detach()
-        rewards = rewards.to(tokens.x.dtype)
+        rewards = _placed(plan)
     if plan.old_logp is None:
         return _kept(rewards, tokens.mask), None
     kl = formula.divergence(plan.old_logp, plan.ref_logp, plan.kl, tokens.mask)
     return formula.shaped(rewards, kl, plan.kl_coef, tokens.mask), kl
 
 
+def _placed(plan: _Plan) -> Tensor:
+    """Rewards of all models at their tokens (N,)."""
+    tokens = plan.tokens
+    mask = torch.ones_like(tokens.x, dtype=torch.bool) if tokens.mask is None else tokens.mask
+    placing = {"on_collision": plan.on_collision, "on_empty": plan.on_empty}
+    rewards = token_rewards(plan.models, mask=mask, cu_seqlens=tokens.cu_seqlens, **placing).detach()
+    return rewards.to(tokens.x.dtype)
+
+
 def _pivots(plan: _Plan, signs: Tensor) -> Tensor | None:
     """(N,) bool."""
     if plan.score is None:
         return None
-    q, baseline = plan.score.float(), torch.tensor(plan.baseline, dtype=torch.float32, device=signs.device)
+    q, baseline = plan.score.float(), torch.full((), plan.baseline, device=signs.device)
     keep = ((signs >= 0) & (q > baseline)) | ((signs < 0) & (q < baseline))
     return keep if plan.tokens.mask is None else keep & plan.tokens.mask
 

@@ -85,7 +85,7 @@ def summed(triple: Tensor, sum_moments: Callable[[Tensor], Tensor] | None) -> Te
 def _one_sequence(x: Tensor) -> Tensor | None:
     """Bounds of flat tokens that are taken as one sequence; None for a padded batch."""
     flat = isinstance(x, Tensor) and x.dim() == 1
-    return torch.tensor([0, x.shape[0]], device=x.device) if flat else None
+    return torch.arange(2, device=x.device) * x.shape[0] if flat else None
 
 
 def check_mode(name: str, mode: str) -> None:

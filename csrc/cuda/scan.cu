@@ -1,0 +1,79 @@
+// Launches of kernels/cuda/scan.cuh.
+
+#include <cuda_runtime.h>
+
+#include "launch.h"
+#include "scan.cuh"
+
+namespace finealign {
+namespace {
+
+// Sequences a block takes: one where there are few, so that each has a whole block; as many as warps where many.
+int sequences_each(int64_t count) { return count <= 2048 ? 1 : kWarps; }
+
+const char* failure() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+template <typename Op>
+const char* launch(void (*kernel)(Op, int), const Op& op, cudaStream_t stream) {
+  if (op.segments.count == 0) return nullptr;
+  const int each = sequences_each(op.segments.count);
+  const int64_t blocks = (op.segments.count + each - 1) / each;
+  if (blocks > INT32_MAX) return "too many sequences for one launch";
+  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(op, each);
+  return failure();
+}
+
+// A kernel of one token a thread, whose blocks walk on where there are more.
+const char* launch_tokens(void (*kernel)(Advantages), const Advantages& op, cudaStream_t stream) {
+  const int64_t blocks = (op.segments.total + kThreads - 1) / kThreads, most = 1 << 16;
+  if (blocks == 0) return nullptr;
+  kernel<<<static_cast<unsigned>(blocks < most ? blocks : most), kThreads, 0, stream>>>(op);
+  return failure();
+}
+
+template <typename T>
+const char* moments(const void* x, const Segments& segments, const float* kept, Moments* parts, double* out,
+                    cudaStream_t stream) {
+  const int64_t blocks = moment_parts(segments.total);
+  if (blocks > INT32_MAX) return "too many tokens for one launch";
+  if (blocks > 0)
+    moments_kernel<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(static_cast<const T*>(x), segments.mask,
+                                                                              kept, segments.total, parts);
+  add_moments_kernel<<<1, kThreads, 0, stream>>>(parts, blocks, reinterpret_cast<Moments*>(out));
+  return failure();
+}
+
+template <typename T>
+const char* run(const Advantages& op, Moments* parts, cudaStream_t stream) {
+  const char* failed = nullptr;
+  const void* shaped = op.shaped ? op.shaped : op.rewards;
+  if (op.shaped) failed = launch_tokens(shape_kernel<T>, op, stream);
+  if (!failed && op.reward_moments) failed = moments<T>(shaped, op.segments, nullptr, parts, op.reward_moments, stream);
+  if (!failed && op.returns) failed = launch(gae_kernel<T>, op, stream);
+  const float* kept = op.pivots_first ? static_cast<const float*>(op.token_weight) : nullptr;
+  const bool pivots_before = op.pivots_first && op.score;  // the moments are those of the pivots
+  if (!failed && pivots_before) failed = launch_tokens(finish_kernel<T>, op, stream);
+  if (!failed && op.advantage_moments)
+    failed = moments<T>(op.advantages, op.segments, kept, parts, op.advantage_moments, stream);
+  if (!failed && !pivots_before && (op.whitened || op.score)) failed = launch_tokens(finish_kernel<T>, op, stream);
+  return failed;
+}
+
+}  // namespace
+
+const char* scan_cuda(const Scan& op, void* stream) {
+  const auto on = static_cast<cudaStream_t>(stream);
+  if (op.dtype == DType::f64) return launch(op.forward ? scan_kernel<double, true> : scan_kernel<double, false>, op, on);
+  return launch(op.forward ? scan_kernel<float, true> : scan_kernel<float, false>, op, on);
+}
+
+const char* advantages_cuda(const Advantages& op, void* parts, void* stream) {
+  const auto on = static_cast<cudaStream_t>(stream);
+  const auto room = static_cast<Moments*>(parts);
+  return op.dtype == DType::f64 ? run<double>(op, room, on) : run<float>(op, room, on);
+}
+
+}  // namespace finealign

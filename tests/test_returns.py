@@ -3,6 +3,7 @@
 import math
 import random
 
+import oracles
 import pytest
 import torch
 from torch import inf, nan, tensor
@@ -337,6 +338,40 @@ def test_narrow_dtypes_are_rounded_once(backend, dtype):
     mixed = gae(r.double(), v, backend=backend, **options)
     assert mixed.returns.dtype == F64
     assert_close(mixed.advantages, exact[0], rtol=1e-12, atol=1e-12)
+
+
+# ---- against the trainers' own code --------------------------------------------------------------------------------
+
+
+def rollout(rows=5, width=40, holes=True):
+    rng = torch.Generator().manual_seed(1)
+    r, v = (torch.randn(rows, width, generator=rng, dtype=F64) for _ in range(2))
+    mask = torch.arange(width) < torch.randint(2, width + 1, (rows, 1), generator=rng)
+    if holes:
+        mask &= torch.rand(rows, width, generator=rng) < 0.7
+        mask[:, 0] = True
+    return r, v, mask
+
+
+def test_carry_is_verls_rule(backend):
+    r, v, mask = rollout()
+    core = oracles.oracle(oracles.verl_core)
+    advantages, returns = core.compute_gae_advantage_return(r, v, mask.to(F64), 0.97, 0.9)
+    found = gae(r, v, mask=mask, gamma=0.97, lam=0.9, backend=backend)
+    assert_close(found.returns, torch.where(mask, returns, 0), rtol=0, atol=1e-12)
+    whitened = whiten(found.advantages, mask=mask, unbiased=True, backend=backend)
+    assert_close(whitened, torch.where(mask, advantages, 0), rtol=0, atol=1e-8)  # it adds 1e-8 to the count
+
+
+def test_zero_is_openrlhfs_rule(backend):
+    r, v, mask = rollout()
+    advantages, returns = oracles.oracle(oracles.openrlhf_gae)(v, r, mask, 0.97, 0.9)
+    found = gae(r, v, mask=mask, gamma=0.97, lam=0.9, masked="zero", backend=backend)
+    assert_close(found.advantages, torch.where(mask, advantages, 0), rtol=0, atol=1e-12)
+    assert_close(found.returns, torch.where(mask, returns, 0), rtol=0, atol=1e-12)
+    expected = oracles.oracle(oracles.openrlhf_returns)(r, mask, 0.97)
+    found = discounted_returns(r, gamma=0.97, masked="zero", mask=mask, backend=backend)
+    assert_close(found, torch.where(mask, expected, 0), rtol=0, atol=1e-12)
 
 
 # ---- what must not matter ------------------------------------------------------------------------------------------

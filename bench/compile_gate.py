@@ -1,6 +1,7 @@
 """Compiles every Triton kernel and csrc/cuda/*.cu for GPUs that need not be there, and reads what came out.
 
     python bench/compile_gate.py                     the table; exit status 1 where a rule is broken
+    python bench/compile_gate.py --full              more dtypes and options of the fused head, some minutes more
     python bench/compile_gate.py --kernels FILE.py   the cases() of another file instead
     python bench/compile_gate.py --cuda FILE.cu ...  these files instead
 
@@ -79,8 +80,8 @@ class Row(NamedTuple):
 # ---- what we ship --------------------------------------------------------------------------------------------------
 
 
-def cases() -> list[Case]:
-    return row_cases()
+def cases(full: bool = False) -> list[Case]:
+    return [*row_cases(), *head_cases(full)]
 
 
 def row_cases() -> list[Case]:
@@ -95,6 +96,7 @@ def row_cases() -> list[Case]:
     found += [_row_bwd(rows, largest, dtype, from_e=True) for dtype in ("bf16", "fp32", "fp16")]
     found += [_row_bwd(rows, largest, "bf16", from_e, full=False) for from_e in (False, True)]
     found += [_row_bwd(rows, largest, "bf16", from_e=False, aligned=False)]
+    found += [_row_bwd(rows, largest, "bf16", from_e=True, e_columns=128)]
     return found
 
 
@@ -118,22 +120,92 @@ def _row_fwd(rows, launch, dtype: str, full=True, aligned=True) -> Case:
     )
 
 
-def _row_bwd(rows, launch, dtype: str, from_e: bool, full=True, aligned=True) -> Case:
+def _row_bwd(rows, launch, dtype: str, from_e: bool, full=True, aligned=True, e_columns=0) -> Case:
     _, block, num_warps = launch
     signature = {"out_ptr": f"*{dtype}", "src_ptr": f"*{dtype}", "index_ptr": "*i64", "e_max_ptr": "*fp32"}
     signature |= {"bias_ptr": "*fp32", "target_ptr": "*i64", "coef_ptr": "*fp32"}
     signature |= dict.fromkeys(("out_stride", "src_stride", "e_max_stride", "coef_stride", "col0", "columns"), "i32")
     signature |= dict.fromkeys(("scale", "softcap", "inv_temperature"), "fp32")
     absent = ("bias_ptr",) if from_e else ("e_max_ptr",)
-    constexprs = {"CAPPED": full, "BLOCK": block} | dict.fromkeys(absent if full else (*absent, "index_ptr"))
+    constexprs = {"CAPPED": full, "E_COLUMNS": e_columns, "BLOCK": block} | dict.fromkeys(
+        absent if full else (*absent, "index_ptr")
+    )
     return Case(
-        f"row_bwd {dtype} {'from e ' if from_e else ''}{'full' if full else 'bare'}{'' if aligned else ' odd'} {block}",
+        f"row_bwd {dtype} {f'from e of {e_columns} ' if e_columns else 'from e ' if from_e else ''}"
+        f"{'full' if full else 'bare'}{'' if aligned else ' odd'} {block}",
         rows.row_bwd_kernel,
         signature,
         constexprs,
         {"num_warps": num_warps, **rows.OPTIONS},
         aligned=("out_stride", "src_stride", "columns") if aligned else (),
     )
+
+
+# Bytes of spilled registers allowed to a tile of the fused head, whose steps over the depth hold 64 float32 a thread.
+HEAD_SPILL = {"sm_80": 640, "sm_90": 128, "sm_100": 512, "sm_120": 1280}
+
+
+def head_cases(full: bool) -> list[Case]:
+    """The tiles of every GPU: with all options on, and the plain head; the rest with full=True."""
+    from finealign_kernels.kernels import linear_logprobs as head
+
+    found = [_combine(head, tiles, want) for tiles, want in ((512, 7), (2048, 0))]
+    for target in TARGETS:
+        found += [_head_fwd(head, target.name, dtype, capped=True) for dtype in ("bf16", "fp32")]
+        found += [_head_fwd(head, target.name, "bf16", capped=False)]
+        if full:
+            found += [_head_fwd(head, target.name, "fp16", capped) for capped in (False, True)]
+            found += [_head_fwd(head, target.name, "bf16", capped=False, aligned=False)]
+            found += [_head_fwd(head, target.name, "bf16", capped=False, e=False)]
+    return found
+
+
+def _head_fwd(head, target: str, dtype: str, capped: bool, aligned=True, e=True) -> Case:
+    tile = head.config(target, _torch_dtype(dtype), capped)
+    signature = dict.fromkeys(("x_ptr", "w_ptr", "e_ptr"), f"*{dtype}")
+    signature |= dict.fromkeys(("target_ptr", "index_ptr", "count_ptr", "first_ptr"), "*i64")
+    signature |= dict.fromkeys(("bias_ptr", "part_ptr", "label_ptr"), "*fp32")
+    signature |= dict.fromkeys(("x_stride_n", "w_stride_v", "room", "chunk", "n", "vocab", "depth"), "i32")
+    signature |= dict.fromkeys(("scale", "softcap", "inv_temperature"), "fp32")
+    constexprs = {
+        "x_stride_d": 1,
+        "w_stride_d": 1,
+        "CAPPED": capped,
+        "WANT": 7 if capped else 1,
+        **_blocks(tile, aligned),
+    }
+    constexprs |= {} if capped else {"bias_ptr": None}
+    constexprs |= {} if e else {"e_ptr": None}
+    return Case(
+        f"linear_fwd {dtype} {'full' if capped else 'plain'}{'' if e else ' without e'}{'' if aligned else ' odd'}"
+        f" {tile.rows} x {tile.columns} x {tile.depth}",
+        head.linear_fwd_kernel,
+        signature,
+        constexprs,
+        {"num_warps": tile.warps, "num_stages": tile.stages, **head.OPTIONS},
+        aligned=("x_stride_n", "w_stride_v", "depth", "chunk") if aligned else (),
+        spill=HEAD_SPILL.get(target, 0),
+        targets=(target,),
+    )
+
+
+def _combine(head, tiles: int, want: int) -> Case:
+    signature = dict.fromkeys(("target_ptr", "index_ptr", "count_ptr", "first_ptr"), "*i64") | {"top1_ptr": "*i8"}
+    floats = ("part", "label", "logp", "lse", "entropy", "squares", "mean", "m", "l", "slope")
+    signature |= {f"{name}_ptr": "*fp32" for name in floats} | {"tiles": "i32"}
+    constexprs = {"WANT": want, "BLOCK": tiles}
+    return Case(f"combine {tiles}", head.combine_kernel, signature, constexprs, {"num_warps": 4, **head.OPTIONS})
+
+
+def _blocks(tile, even: bool) -> dict[str, Any]:
+    blocks = {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth}
+    return {"EVEN": even, **blocks, "SLICE": tile.slice, "GROUP": tile.group}
+
+
+def _torch_dtype(name: str):
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
 # ---- products that reach an address --------------------------------------------------------------------------------
@@ -466,13 +538,20 @@ def _run(number: int):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--full", action="store_true", help="more dtypes and options of the fused head")
     parser.add_argument("--kernels", type=Path, help="a Python file with a function cases()")
     parser.add_argument("--cuda", type=Path, nargs="+", help=".cu files")
     options = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels do not compile
     start = time.monotonic()
     everything = options.kernels is None and options.cuda is None
-    found = runpy.run_path(str(options.kernels))["cases"]() if options.kernels else cases() if everything else []
+    found = (
+        runpy.run_path(str(options.kernels))["cases"]()
+        if options.kernels
+        else cases(options.full)
+        if everything
+        else []
+    )
     files = sorted((ROOT / "csrc/cuda").glob("*.cu")) if everything else options.cuda or []
     if files and not (shutil.which("nvcc") and shutil.which("ptxas")):
         print(f"no nvcc here: {len(files)} .cu files are not compiled")

@@ -82,7 +82,7 @@ MUTANTS = [
     Mutant("C++: entropy term's sign", ROWS, "dz -= c.h * p * (d + c.entropy)", "dz += c.h * p * (d + c.entropy)", LOGPROBS),
     Mutant("C++: T lost", ROWS, "if (kWantT) sums.t += sum(t);", "", LOGPROBS),
     # Triton
-    Mutant("Triton: sign of entropy's gradient", "kernels/row_logprobs.py", "p * ((k - g) - tl", "p * ((k - g) + tl", TRITON),
+    Mutant("Triton: sign of entropy's gradient", "kernels/_tiles.py", "p * ((k - g) - tl", "p * ((k - g) + tl", TRITON),
     Mutant("Triton: label column off by one", "kernels/row_logprobs.py", "is_label = cols == label", "is_label = cols == label + 1", TRITON),
     # losses
     Mutant("chosen and rejected exchanged", PREFERENCE, "torch.cat([slope, -slope])", "torch.cat([-slope, slope])", LOSSES),

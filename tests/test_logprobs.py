@@ -973,7 +973,7 @@ REFUSALS = {
         "workspace must be .* got -1",
     ),
     "compact": (lambda: call(compact="never"), ValueError, "compact must be .* got 'never'"),
-    "invariant": (lambda: call(batch_invariant=True), ValueError, "batch_invariant must be False"),
+    "invariant": (lambda: call(batch_invariant=True, backend="native"), ValueError, "batch_invariant=True runs on"),
     "group": (lambda: call(group=object()), ValueError, "group must be None"),
     "backend": (lambda: call(backend="cuda"), ValueError, "backend must be .* got 'cuda'"),
     "float64 native": (

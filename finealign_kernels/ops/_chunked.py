@@ -88,6 +88,11 @@ def e_slice(e: Tensor, room: int, c0: int, c1: int) -> Tensor:
     return e[room * c0 : room * c1].view(room, c1 - c0)
 
 
+def maxima(x: Tensor, vocab: int, head: formula.Head) -> int:
+    """Maxima of a row of E, one a chunk."""
+    return -(-vocab // tile_of(x.device.type).columns)
+
+
 def fwd(hidden, weight, bias, target, head, want, workspace, on_device, rows_name, static=False):
     """Rows (N,) each, E (room·V,) and its maxima (room, chunks).
 
@@ -131,10 +136,11 @@ def fwd(hidden, weight, bias, target, head, want, workspace, on_device, rows_nam
     return (*found, e, e_max)
 
 
-def bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, on_device, rows_name):
+def bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, on_device, rows_name, e_columns=0):
     """dhidden, dweight, dbias, None where not needed.
 
     coef: formulas.Coef, (N,) each in float32 (float64); curved: there is an upstream gradient of the entropy.
+    e_columns: columns under one maximum of E, 0 for a chunk's.
     """
     rows_of, tile = _choose.rows(rows_name), tile_of(hidden.device.type)
     vocab, room, dtype, out_dtype = weight.shape[0], e_max.shape[0], compute_dtype(hidden), wide(hidden.dtype)
@@ -155,6 +161,7 @@ def bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, on_de
     for t, (c0, c1) in enumerate(spans(vocab, tile.columns)):
         wc, b = w[c0, c1], None if bias is None else bias[c0:c1]
         chunk = e_slice(e, room, c0, c1)
+        tops = slice(c0 // e_columns, -(-c1 // e_columns)) if e_columns else t
         grads.open(c0, c1, empty=not blocks)
         for start, stop in blocks:
             shape = (stop - start, c1 - c0)
@@ -162,8 +169,11 @@ def bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, on_de
             block = at[start:stop], coef[:, start:stop].contiguous()
             if stop <= rows.stored:
                 place = None if rows.place is None else rows.place[start:stop]
-                src, top = (chunk[start:stop], e_max[start:stop, t]) if place is None else (chunk, e_max[place, t])
-                rows_of.tile_bwd(dz, src, place, top.contiguous(), b, *block, c0, head)
+                src, top = (
+                    (chunk[start:stop], e_max[start:stop, tops]) if place is None else (chunk, e_max[place, tops])
+                )
+                side = dict(e_columns=e_columns) if e_columns else {}
+                rows_of.tile_bwd(dz, src, place, top.contiguous(), b, *block, c0, head, **side)
             else:
                 z = z_buffer[: shape[0] * shape[1]].view(shape)
                 product(x[start, stop], wc.t(), z)

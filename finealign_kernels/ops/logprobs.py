@@ -68,8 +68,11 @@ def linear_logprobs(
                  "auto" = the size of weight. A function of the arguments alone, never of free memory
     compact      how rows that are not read, or have no gradient, are left out: "host" reads their number (one sync a
                  direction on a GPU), "device" does not and computes them, "auto" is host unless a graph is captured
-    batch_invariant  True asks for log-probs that do not depend on N; no backend here can promise that: raises
-    backend      "auto", "reference" (any order of derivative), "torch", "native", "triton"
+    batch_invariant  True takes "triton_fused" or raises. Then every output of a row has the same bits for any number
+                 of rows, place, mask and workspace, on one GPU with one version of Triton. Outputs only: gradients repeat
+                 bit for bit, but their products have shapes that follow the rows with a gradient
+    backend      "auto", "reference" (any order of derivative), "torch", "native", "triton", "triton_fused" (the product
+                 and its rows in one kernel; not part of "auto" until a GPU has measured it)
 
     Returns LogProbs, each (...). Differentiable once, in hidden, weight and bias; the gradient of an input comes back
     in its dtype, accumulated in float32. In backward, rows whose upstream gradient is exactly 0 are dropped before
@@ -96,15 +99,13 @@ def linear_logprobs(
         bias = bias.to(_chunked.wide(hidden.dtype))
     outputs = _outputs(outputs)
     check_head_options(temperature, softcap, logit_scale, outputs)
-    if batch_invariant:
-        fail("batch_invariant", "be False: no backend here keeps a row's log-prob the same for every N", "True")
     if group is not None:
         fail("group", "be None: a vocabulary-parallel head is not supported yet", f"a {type(group).__name__}")
     if compact not in ("auto", "host", "device"):
         fail("compact", "be 'auto', 'host' or 'device'", repr(compact))
     on_device = compact == "device" or (compact == "auto" and _capturing(hidden))
     head = Head(float(logit_scale), float(softcap or 0.0), 1.0 / float(temperature))
-    name = _choose.choose(backend, hidden)
+    name = _choose.choose_head(backend, hidden, batch_invariant)
 
     x = hidden.reshape(-1, hidden.shape[-1])
     target = targets(labels, mask, ignore_index, vocab, defer=compact == "device")
@@ -275,13 +276,14 @@ def _linear_fwd(
     if on_device or hidden.device.type != "cpu":
         note_errors(target, weight.shape[0])
     head = Head(scale, softcap, inv_temperature)
-    return list(_chunked.fwd(hidden, weight, bias, target, head, want, workspace, on_device, rows, static))
+    fwd = _choose.layer(rows).fwd
+    return list(fwd(hidden, weight, bias, target, head, want, workspace, on_device, rows, static))
 
 
 @_linear_fwd.register_fake
 def _(hidden, weight, bias, target, scale, softcap, inv_temperature, want, workspace, on_device, static, rows):
     n, vocab = hidden.shape[0], weight.shape[0]
-    columns = _chunked.tile_of(hidden.device.type).columns
+    maxima = _choose.layer(rows).maxima(hidden, vocab, Head(scale, softcap, inv_temperature))
     if workspace == 0 or on_device or static:
         room = _chunked.kept_rows(n, vocab, hidden.dtype, workspace)
     else:
@@ -289,7 +291,7 @@ def _(hidden, weight, bias, target, scale, softcap, inv_temperature, want, works
     stats = [hidden.new_empty(n, dtype=_chunked.wide(hidden.dtype)) for _ in range(8)]
     top1 = hidden.new_empty(n, dtype=torch.bool)
     e = hidden.new_empty(room * vocab)
-    e_max = hidden.new_empty((room, -(-vocab // columns)), dtype=_chunked.wide(hidden.dtype))
+    e_max = hidden.new_empty((room, maxima), dtype=_chunked.wide(hidden.dtype))
     return [*stats[:5], top1, *stats[5:], e, e_max]
 
 
@@ -327,7 +329,8 @@ def _linear_bwd(
     needs = (need_hidden, need_weight, need_bias)
     head = Head(scale, softcap, inv_temperature)
     curved = dentropy is not None
-    grads = _chunked.bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, on_device, rows)
+    bwd = _choose.layer(rows).bwd
+    grads = bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, on_device, rows)
     return [hidden.new_empty(0) if grad is None else grad for grad in grads]
 
 

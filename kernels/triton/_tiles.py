@@ -83,6 +83,20 @@ def block_state(z, WANT_T: tl.constexpr, WANT_Q: tl.constexpr):
 
 
 @triton.jit
+def label_gradient(g, k, h, logp, entropy):
+    """dL/dz of the label, -g expm1(logp) + k p - h p (logp + H): never from a rounded p, 0 for a banned label."""
+    p = tl.exp(logp)
+    dz = -g * expm1(logp) + k * p - tl.where(h != 0, h * p * (logp + entropy), 0.0)
+    return tl.where(logp == float("-inf"), 0.0, dz)
+
+
+@triton.jit
+def token_gradient(p, log_p, g, k, h, entropy):
+    """dL/dz of any other token, p (k - g) - h p (log p + H), 0 where p = 0."""
+    return tl.where(p == 0, 0.0, p * ((k - g) - tl.where(h != 0, h * (log_p + entropy), 0.0)))
+
+
+@triton.jit
 def combine_states(m1, r1, t1, q1, m2, r2, t2, q2):
     """Two states to one. With m1 >= m2, d = m2 - m1, w = e^d:
 

@@ -4,15 +4,14 @@ z = softcap(scale * (x + bias)) / temperature. The mathematics is in formulas/lo
 blocks whose size depends on the number of columns alone: a row's bits depend on no other row.
 """
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 
 import triton
 import triton.language as tl
 
-from ._tiles import block_state, combine_states, expm1, logit, shifted_exp, tanh_slope
+from ._launch import OPTIONS, head_arguments, on_device_of
+from ._tiles import block_state, combine_states, label_gradient, logit, shifted_exp, tanh_slope, token_gradient
 
 TILE = None  # a row of any length is one tile
 
@@ -21,8 +20,6 @@ ENTROPY, SQUARES, MEAN = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
 
 # Columns up to: BLOCK, num_warps. Compiled for every target of bench/compile_gate.py, not yet run on a GPU.
 LAUNCH = ((1024, 1024, 4), (8192, 2048, 8), (float("inf"), 4096, 8))
-# A product and the sum after it round apart: the z of one pass is bit for bit that of the next, so e is 1 at a maximum.
-OPTIONS = {"enable_fp_fusion": False}
 
 
 @triton.jit
@@ -123,7 +120,7 @@ def row_bwd_kernel(
     src_ptr,  # (rows, columns): x, or e where e_max is given; may be out
     src_stride,
     index_ptr,  # (n,) or None
-    e_max_ptr,  # (n,) or None
+    e_max_ptr,  # (n, maxima of a row) or None
     e_max_stride,
     bias_ptr,  # (columns,) or None
     target_ptr,  # (n,)
@@ -135,6 +132,7 @@ def row_bwd_kernel(
     softcap,
     inv_temperature,
     CAPPED: tl.constexpr,
+    E_COLUMNS: tl.constexpr,  # columns under one maximum of e; 0: all of them
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -152,17 +150,15 @@ def row_bwd_kernel(
         m, l = tl.load(coef_ptr + 3 * step), tl.load(coef_ptr + 4 * step)
         entropy, logp = tl.load(coef_ptr + 5 * step), tl.load(coef_ptr + 6 * step)
         label_slope = tl.load(coef_ptr + 7 * step)
-        p_label = tl.exp(logp)
-        dz_label = -g * expm1(logp) + k * p_label - tl.where(h != 0, h * p_label * (logp + entropy), 0.0)
-        dz_label = tl.where(logp == float("-inf"), 0.0, dz_label)
+        dz_label = label_gradient(g, k, h, logp, entropy)
         src_row = row
         if index_ptr is not None:
             src_row = tl.load(index_ptr + row)
         src_ptr += src_row * src_stride
         e_max = 0.0
         if e_max_ptr is not None:
-            e_max = tl.load(e_max_ptr + row * e_max_stride)
-        shift = e_max - m - l
+            e_max_ptr += row * e_max_stride
+            e_max = tl.load(e_max_ptr)
         for start in range(0, columns, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             is_label = cols == label
@@ -172,18 +168,21 @@ def row_bwd_kernel(
                 p = tl.exp(d)
             else:
                 e = tl.load(src_ptr + cols, mask=cols < columns, other=0.0).to(tl.float32)
+                top = e_max
+                if E_COLUMNS:
+                    top = tl.load(e_max_ptr + cols // E_COLUMNS, mask=cols < columns, other=0.0)
+                shift = top - m - l
                 log_e = e
                 if (h != 0) | CAPPED:  # costs more than the rest of the block
                     log_e = tl.log(e)
                 d = log_e + shift
                 p = e * tl.exp(shift)
-            dz = tl.where(p == 0, 0.0, p * ((k - g) - tl.where(h != 0, h * (d + entropy), 0.0)))
-            dz = tl.where(is_label, dz_label, dz)
+            dz = tl.where(is_label, dz_label, token_gradient(p, d, g, k, h, entropy))
             if CAPPED:
                 if e_max_ptr is None:
                     slope = tanh_slope(y / softcap)
                 else:
-                    u = (log_e + e_max) / inv_temperature / softcap
+                    u = (log_e + top) / inv_temperature / softcap
                     slope = (1.0 - u) * (1.0 + u)
                 # the label's does not come from e: a rounded one would weigh on the largest gradient
                 slope = tl.where(is_label, label_slope, slope)
@@ -205,19 +204,19 @@ def tile_fwd(x, bias, target, col0, head, want, part, first, label, e=None, in_p
     n, columns = x.shape
     if n == 0:
         return
-    with _device(x):
+    with on_device_of(x):
         row_fwd_kernel[(n,)](
             x, x.stride(0), bias, target, part, part.stride(0), first, first.stride(0), label,
-            label.stride(0), e, 0 if e is None else e.stride(0), col0, columns, *_head(head),
+            label.stride(0), e, 0 if e is None else e.stride(0), col0, columns, *head_arguments(head),
             WANT=want, **_launch(columns),
         )  # fmt: skip
 
 
-def tile_bwd(out, src, index, e_max, bias, target, coef: Tensor, col0, head) -> None:
+def tile_bwd(out, src, index, e_max, bias, target, coef: Tensor, col0, head, e_columns=0) -> None:
     """dL/dx of one tile into out (n, C), from raw products src (None: out itself) or exp(z - e_max).
 
-    Rows of out, src and coef may be strided, e_max too. Raises ValueError for any other stride, and for an index with
-    src=None.
+    e_max is (n,), or (n, maxima), one for each e_columns columns. Rows of out, src, coef and e_max may be strided.
+    Raises ValueError for any other stride, and for an index with src=None.
     """
     if src is None and index is not None:
         raise ValueError("index needs src: rows of out cannot be gathered from out itself")
@@ -226,26 +225,17 @@ def tile_bwd(out, src, index, e_max, bias, target, coef: Tensor, col0, head) -> 
     n, columns = out.shape
     if n == 0:
         return
-    with _device(out):
+    with on_device_of(out):
         row_bwd_kernel[(n,)](
             out, out.stride(0), src, src.stride(0), index, e_max, 0 if e_max is None else e_max.stride(0),
-            bias, target, coef, coef.stride(0), col0, columns, *_head(head), **_launch(columns),
+            bias, target, coef, coef.stride(0), col0, columns, *head_arguments(head),
+            E_COLUMNS=e_columns, **_launch(columns),
         )  # fmt: skip
-
-
-def _head(head) -> tuple:
-    scale, softcap, inv_temperature = head
-    return scale, softcap, inv_temperature, bool(softcap)
 
 
 def _launch(columns: int) -> dict:
     block, num_warps = next((block, warps) for limit, block, warps in LAUNCH if columns <= limit)
     return {"BLOCK": block, "num_warps": num_warps, **OPTIONS}
-
-
-def _device(x: Tensor):
-    """Triton launches on the current device: make it that of the tensor."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def _check_unit_stride(**tensors: Tensor | None) -> None:

@@ -1,0 +1,383 @@
+"""The fused head: a tile of the product hidden @ weightᵀ never leaves the registers, its state (m, R, T, Q) does.
+
+Forward, one program a tile: float32 accumulators, then the logits z, then what a row kernel would keep of that tile;
+one more program a row combines the tiles in fixed order. The mathematics is in formulas/logprobs.py.
+
+Every tile has the same size, no sum is split over programs, and a row's tiles are combined by a tree that the number of
+tiles alone decides: a row's outputs depend on no other row, on no row count and on no place among the rows.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
+
+from ._launch import OPTIONS, head_arguments, on_device_of
+from ._tiles import combine_states, log1p, logit, shifted_exp, tanh_slope
+
+BAD = tl.constexpr(-1)  # target of a row whose label is out of range
+ENTROPY, SQUARES, MEAN = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
+PARTS = tl.constexpr(6)  # of a row and a tile: m, R, T, Q, sum of z, number of tokens that are not banned
+INT_MAX = tl.constexpr(2**31 - 1)
+
+
+class Config(NamedTuple):
+    """A tile of the product, and how it is launched."""
+
+    rows: int
+    columns: int
+    depth: int  # of hidden's width, a step
+    warps: int
+    stages: int
+    slice: int  # columns of the tile that are looked at together: registers
+    group: int  # row tiles that share the columns of weight in the cache
+
+
+# What is launched, by GPU. Compiled only, for every line of bench/compile_gate.py: none has run on a GPU, and none was
+# chosen by a time. 8 warps, as 4 spill; 256 columns where they fit the registers, which a softcap fills.
+HALF = {
+    "sm_80": Config(128, 128, 64, 8, 3, 32, 8),
+    "sm_90": Config(128, 256, 64, 8, 3, 32, 8),
+    "sm_100": Config(128, 128, 64, 8, 3, 32, 8),
+    "sm_120": Config(128, 128, 32, 8, 3, 32, 8),  # 99 KB of shared memory
+    "gfx942": Config(128, 128, 64, 8, 2, 32, 8),
+    "interpreter": Config(64, 128, 64, 4, 1, 128, 8),
+}
+CAPPED = HALF | {"sm_90": Config(128, 128, 64, 8, 3, 32, 8)}
+FLOAT = dict.fromkeys(HALF, Config(64, 64, 32, 4, 2, 64, 8)) | {"interpreter": Config(64, 128, 64, 4, 1, 128, 8)}
+
+
+def config(arch: str, dtype: torch.dtype, capped: bool) -> Config:
+    """Depends on the GPU, the dtype and whether there is a softcap. Raises KeyError for an arch that has no line."""
+    return (FLOAT if dtype == torch.float32 else CAPPED if capped else HALF)[arch]
+
+
+@triton.jit
+def _place(program, row_tiles, column_tiles, GROUP: tl.constexpr):
+    """Row tile and column tile of a program, int64."""
+    group_size = GROUP * column_tiles
+    first = program // group_size * GROUP
+    height = tl.minimum(row_tiles - first, GROUP)
+    inside = program % group_size
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def _rows_at(index_ptr, rows, live):
+    """Where the rows of a tile stand among all rows; past the last live row, that row again."""
+    rows = tl.minimum(rows, live - 1)
+    if index_ptr is not None:
+        return tl.load(index_ptr + rows)
+    return rows
+
+
+@triton.jit
+def _product(
+    x_ptr, x_stride_n, x_stride_d, at, w_ptr, w_stride_v, w_stride_d, cols, depth,
+    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """x[at] @ w[cols]ᵀ over the first `depth` of the width; at, cols int64, in range. EVEN: depth has whole steps."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    x_rows = x_ptr + at[:, None] * x_stride_n
+    w_rows = w_ptr + cols[:, None] * w_stride_v
+    for k in range(0, depth, BLOCK_K):
+        ks = (k + tl.arange(0, BLOCK_K))[None, :]
+        if EVEN:
+            x = tl.load(x_rows + ks.to(tl.int64) * x_stride_d)
+            w = tl.load(w_rows + ks.to(tl.int64) * w_stride_d)
+        else:
+            x = tl.load(x_rows + ks.to(tl.int64) * x_stride_d, mask=ks < depth, other=0.0)
+            w = tl.load(w_rows + ks.to(tl.int64) * w_stride_d, mask=ks < depth, other=0.0)
+        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _halves(x):
+    """Left and right half of a tile's columns."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _biased(acc, bias_ptr, cols, vocab, scale):
+    """y = scale (x + bias) of a tile of products; phantom columns are -inf."""
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + cols, mask=cols < vocab, other=0.0).to(tl.float32)[None, :]
+    return tl.where((cols < vocab)[None, :], acc * scale, float("-inf"))
+
+
+@triton.jit
+def _state(z, start, label, WANT: tl.constexpr, SLICE: tl.constexpr):
+    """Of a tile of logits, (BLOCK_M,) each: the state m, R, T, Q, Σ z and number of tokens that are not banned, the
+    column of the first maximum, z of the label (0 where it is not here). Halved down to SLICE columns: registers.
+    """
+    if z.shape[1] > SLICE:
+        left, right = _halves(z)
+        m1, r1, t1, q1, total1, count1, first1, z1 = _state(left, start, label, WANT, SLICE)
+        m2, r2, t2, q2, total2, count2, first2, z2 = _state(right, start + z.shape[1] // 2, label, WANT, SLICE)
+        m, r, t, q = combine_states(m1, r1, t1, q1, m2, r2, t2, q2)
+        return m, r, t, q, total1 + total2, count1 + count2, tl.where(m2 > m1, first2, first1), z1 + z2
+    else:
+        cols = (start + tl.arange(0, z.shape[1]))[None, :]
+        m = tl.max(tl.where(z == z, z, float("-inf")), axis=1)
+        first = tl.min(tl.where(z == m[:, None], cols, INT_MAX), axis=1)
+        e = tl.where(cols == first[:, None], 0.0, shifted_exp(z, m[:, None]))
+        r = tl.where(m == float("inf"), float("nan"), tl.sum(e, axis=1))
+        t, q, total, count = tl.zeros_like(m), tl.zeros_like(m), tl.zeros_like(m), tl.zeros_like(m)
+        if ENTROPY & WANT:
+            t = tl.sum(tl.where(e == 0, 0.0, (z - m[:, None]) * e), axis=1)
+        if SQUARES & WANT:
+            q = tl.sum(e * e, axis=1)
+        if MEAN & WANT:
+            allowed = z != float("-inf")
+            total = tl.sum(tl.where(allowed, z, 0.0), axis=1)
+            count = tl.sum(allowed.to(tl.float32), axis=1)
+        # taken from the tile, so that the label's z is bitwise the maximum where it is the maximum
+        z_label = tl.sum(tl.where(cols == label[:, None], z, 0.0), axis=1)
+        return m, r, t, q, total, count, first, z_label
+
+
+@triton.jit
+def _store_e(z, m, e_rows, kept, columns, SLICE: tl.constexpr):
+    """exp(z - m) of a tile of logits behind e_rows (BLOCK_M,), where kept, the first `columns` of it."""
+    if z.shape[1] > SLICE:
+        left, right = _halves(z)
+        half: tl.constexpr = z.shape[1] // 2
+        _store_e(left, m, e_rows, kept, columns, SLICE)
+        _store_e(right, m, e_rows + half, kept, columns - half, SLICE)
+    else:
+        lanes = tl.arange(0, z.shape[1])[None, :]
+        e = shifted_exp(z, m[:, None]).to(e_rows.dtype.element_ty)
+        tl.store(e_rows[:, None] + lanes, e, mask=kept[:, None] & (lanes < columns))
+
+
+@triton.jit
+def _store_tile(
+    acc, rows, live, target, tile, tiles, vocab, bias_ptr, part_ptr, first_ptr, label_ptr, e_ptr, room, chunk, scale,
+    softcap, inv_temperature, CAPPED: tl.constexpr, WANT: tl.constexpr, BLOCK_N: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    """What is kept of a tile of products: the state of each row, the label's logit and slope, exp(z - m)."""
+    start = tile * BLOCK_N
+    cols = start.to(tl.int32) + tl.arange(0, BLOCK_N)
+    label = target.to(tl.int32)
+    is_live = rows < live
+    here = is_live & (target >= start) & (target < tl.minimum(start + BLOCK_N, vocab))
+
+    y = _biased(acc, bias_ptr, cols, vocab, scale)
+    slope = tl.full(label.shape, 1.0, tl.float32)
+    if CAPPED:
+        slope = tanh_slope(tl.sum(tl.where(cols[None, :] == label[:, None], y, 0.0), axis=1) / softcap)
+    tl.store(label_ptr + rows * 2 + 1, slope, mask=here)
+
+    z = logit(y, softcap, inv_temperature, CAPPED)
+    m, r, t, q, total, count, first, z_label = _state(z, start.to(tl.int32), label, WANT, SLICE)
+    tl.store(label_ptr + rows * 2, z_label, mask=here)
+    part = part_ptr + (rows * tiles + tile) * PARTS
+    tl.store(part, m, mask=is_live)
+    tl.store(part + 1, r, mask=is_live)
+    tl.store(part + 2, t, mask=is_live)
+    tl.store(part + 3, q, mask=is_live)
+    tl.store(part + 4, total, mask=is_live)
+    tl.store(part + 5, count, mask=is_live)
+    tl.store(first_ptr + rows * tiles + tile, first.to(tl.int64), mask=is_live)
+
+    if e_ptr is not None:
+        # (room, width) of each chunk of columns, one chunk behind the other
+        c0 = start // chunk * chunk
+        width = tl.minimum(chunk, vocab - c0)
+        e_rows = e_ptr + room * c0 + rows * width + (start - c0)
+        _store_e(z, m, e_rows, is_live & (rows < room), (vocab - start).to(tl.int32), SLICE)
+
+
+@triton.jit(do_not_specialize=["n", "room"])
+def linear_fwd_kernel(
+    x_ptr,  # (N, D)
+    x_stride_n,
+    x_stride_d,
+    w_ptr,  # (V, D)
+    w_stride_v,
+    w_stride_d,
+    bias_ptr,  # (V,) or None
+    target_ptr,  # (N,)
+    index_ptr,  # (n,) rows that are read, or None: the first n
+    count_ptr,  # how many of index are rows that are read, or None: n
+    part_ptr,  # (n, tiles, 6)
+    first_ptr,  # (n, tiles)
+    label_ptr,  # (n, 2)
+    e_ptr,  # (room·V,) or None
+    room,
+    chunk,
+    n,
+    vocab,
+    depth,
+    scale,
+    softcap,
+    inv_temperature,
+    CAPPED: tl.constexpr,
+    WANT: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    SLICE: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    live = tl.cast(n, tl.int64)
+    if count_ptr is not None:
+        live = tl.load(count_ptr)
+    tiles = tl.cdiv(vocab, BLOCK_N).to(tl.int64)
+    row_tiles = tl.cdiv(live, BLOCK_M)
+    if program < row_tiles * tiles:
+        row_tile, tile = _place(program, row_tiles, tiles, GROUP)
+        rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        at = _rows_at(index_ptr, rows, live)
+        cols = tl.minimum(tile * BLOCK_N + tl.arange(0, BLOCK_N), vocab - 1)
+        acc = _product(
+            x_ptr,
+            x_stride_n,
+            x_stride_d,
+            at,
+            w_ptr,
+            w_stride_v,
+            w_stride_d,
+            cols,
+            depth,
+            EVEN,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
+        _store_tile(
+            acc, rows, live, tl.load(target_ptr + at), tile, tiles, vocab, bias_ptr, part_ptr, first_ptr, label_ptr,
+            e_ptr, tl.cast(room, tl.int64), chunk, scale, softcap, inv_temperature, CAPPED, WANT, BLOCK_N, SLICE,
+        )  # fmt: skip
+
+
+@triton.jit
+def combine_kernel(
+    part_ptr,  # (n, tiles, 6)
+    first_ptr,  # (n, tiles)
+    label_ptr,  # (n, 2)
+    target_ptr,  # (N,)
+    index_ptr,  # (n,) or None
+    count_ptr,  # or None: n
+    logp_ptr,  # (N,) each; written where a row is read
+    lse_ptr,
+    entropy_ptr,
+    squares_ptr,
+    mean_ptr,
+    top1_ptr,
+    m_ptr,
+    l_ptr,
+    slope_ptr,
+    tiles,
+    WANT: tl.constexpr,
+    BLOCK: tl.constexpr,  # at least `tiles`
+):
+    """formulas.combine: the tiles of a row to its statistics. One program a row."""
+    row = tl.program_id(0).to(tl.int64)
+    live = True
+    if count_ptr is not None:
+        live = row < tl.load(count_ptr)
+    if live:
+        at = row
+        if index_ptr is not None:
+            at = tl.load(index_ptr + row)
+        target = tl.load(target_ptr + at)
+        t = tl.arange(0, BLOCK)
+        here = t < tiles
+        part = part_ptr + (row * tiles + t) * PARTS
+        m_tile = tl.load(part, mask=here, other=float("-inf"))
+        r_tile = tl.load(part + 1, mask=here, other=0.0)
+        m = tl.max(m_tile, axis=0)
+        holds = m_tile == m
+        owner = t == tl.min(tl.where(holds, t, BLOCK), axis=0)
+        # a tile of banned tokens adds nothing; one that holds a NaN is none
+        dead = (m_tile == float("-inf")) & (r_tile == 0)
+        d = tl.where(dead | owner, 0.0, m_tile - m)
+        w = tl.where(dead, 0.0, tl.exp(d))
+        one = tl.where(owner, 0.0, 1.0 + r_tile)
+        r = tl.sum(tl.where(owner, r_tile, one) * w, axis=0)
+        r = tl.where(tl.abs(m) == float("inf"), float("nan"), r)
+        l = log1p(r)
+        zero = tl.full((), 0, tl.float32)
+        bad = tl.where(target == BAD, float("nan"), 0.0)  # x + 0 is x: no other row's bits change
+        tl.store(logp_ptr + at, (tl.load(label_ptr + row * 2) - m) - l + bad)
+        tl.store(lse_ptr + at, m + l + bad)
+        tl.store(m_ptr + at, m + bad)
+        tl.store(l_ptr + at, l + bad)
+        tl.store(slope_ptr + at, tl.load(label_ptr + row * 2 + 1) + bad)
+        entropy, squares, mean = zero, zero, zero
+        if ENTROPY & WANT:
+            t_tile = tl.load(part + 2, mask=here, other=0.0)
+            t_sum = tl.sum(tl.where(w > 0, (t_tile + d * one) * w, 0.0), axis=0)
+            entropy = l - t_sum / (1.0 + r)
+        if SQUARES & WANT:
+            q_tile = tl.load(part + 3, mask=here, other=0.0)
+            q = tl.sum((q_tile + tl.where(owner, 0.0, 1.0)) * w * w, axis=0)
+            squares = log1p(q) - 2.0 * l
+        if MEAN & WANT:
+            total = tl.sum(tl.load(part + 4, mask=here, other=0.0), axis=0)
+            mean = total / tl.sum(tl.load(part + 5, mask=here, other=0.0), axis=0)
+        tl.store(entropy_ptr + at, entropy + bad)
+        tl.store(squares_ptr + at, squares + bad)
+        tl.store(mean_ptr + at, mean + bad)
+        first = tl.load(first_ptr + row * tiles + t, mask=here & holds, other=INT_MAX)
+        tl.store(top1_ptr + at, (tl.min(first, axis=0) == target).to(tl.int8))
+
+
+# ---- launches ------------------------------------------------------------------------------------------------------
+
+
+class Rows(NamedTuple):
+    """The rows that are read: the first `count` of `index`, n at most."""
+
+    n: int
+    index: Tensor | None = None  # (n,) int64; None: 0, 1, ...
+    count: Tensor | None = None  # int64 on the device; None: n
+
+
+def linear_fwd(hidden, weight, bias, target, rows: Rows, head, want, part, first, label, e, room, chunk, tile) -> None:
+    """States of all tiles into part (n, tiles, 6), first (n, tiles), label (n, 2); exp(z - m) into e (room·V,) or None.
+
+    e holds the first `room` rows that are read, chunk after chunk of `chunk` columns, a multiple of the tile's.
+    """
+    (vocab, depth), n = weight.shape, rows.n
+    if chunk % tile.columns:
+        raise ValueError(f"chunk must be a multiple of {tile.columns}, the columns of a tile, got {chunk}")
+    if n == 0:
+        return
+    programs = triton.cdiv(n, tile.rows) * triton.cdiv(vocab, tile.columns)
+    with on_device_of(hidden):
+        linear_fwd_kernel[(programs,)](
+            hidden, *hidden.stride(), weight, *weight.stride(), bias, target, rows.index, rows.count, part, first,
+            label, e, room, chunk, n, vocab, depth, *head_arguments(head), WANT=want, **_launch(tile, depth),
+        )  # fmt: skip
+
+
+def combine(part, first, label, target, rows: Rows, want, found) -> None:
+    """Statistics of each row that is read into found, formulas.Rows of tensors (N,)."""
+    if rows.n == 0:
+        return
+    tiles = part.shape[1]
+    found = [x.view(torch.int8) if x.dtype == torch.bool else x for x in found]
+    with on_device_of(part):
+        combine_kernel[(rows.n,)](
+            part, first, label, target, rows.index, rows.count, *found, tiles, WANT=want,
+            BLOCK=max(16, triton.next_power_of_2(tiles)), num_warps=4, **OPTIONS,
+        )  # fmt: skip
+
+
+def _launch(tile: Config, depth: int) -> dict:
+    blocks = {
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.columns,
+        "BLOCK_K": tile.depth,
+        "GROUP": tile.group,
+        "SLICE": tile.slice,
+    }
+    return {"EVEN": depth % tile.depth == 0, **blocks, "num_warps": tile.warps, "num_stages": tile.stages, **OPTIONS}

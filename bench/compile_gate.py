@@ -153,7 +153,13 @@ def head_cases(full: bool) -> list[Case]:
     for target in TARGETS:
         found += [_head_fwd(head, target.name, dtype, capped=True) for dtype in ("bf16", "fp32")]
         found += [_head_fwd(head, target.name, "bf16", capped=False)]
+        found += [_head_bwd(head, target.name, "bf16", capped) for capped in (False, True)]
+        found += [_bounded(head, target.name, "bf16", across) for across in (False, True)]
         if full:
+            found += [_head_bwd(head, target.name, dtype, capped=True) for dtype in ("fp16", "fp32")]
+            found += [
+                _bounded(head, target.name, dtype, across) for dtype in ("fp16", "fp32") for across in (False, True)
+            ]
             found += [_head_fwd(head, target.name, "fp16", capped) for capped in (False, True)]
             found += [_head_fwd(head, target.name, "bf16", capped=False, aligned=False)]
             found += [_head_fwd(head, target.name, "bf16", capped=False, e=False)]
@@ -185,6 +191,51 @@ def _head_fwd(head, target: str, dtype: str, capped: bool, aligned=True, e=True)
         {"num_warps": tile.warps, "num_stages": tile.stages, **head.OPTIONS},
         aligned=("x_stride_n", "w_stride_v", "depth", "chunk") if aligned else (),
         spill=HEAD_SPILL.get(target, 0),
+        targets=(target,),
+    )
+
+
+def _head_bwd(head, target: str, dtype: str, capped: bool) -> Case:
+    """With a softcap and counts on the device also from E."""
+    tile = head.config(target, _torch_dtype(dtype), capped)
+    signature = dict.fromkeys(("out_ptr", "x_ptr", "w_ptr", "e_ptr"), f"*{dtype}")
+    signature |= dict.fromkeys(("target_ptr", "index_ptr", "place_ptr", "counts_ptr"), "*i64")
+    signature |= dict.fromkeys(("bias_ptr", "coef_ptr", "e_max_ptr"), "*fp32")
+    strides = ("out_stride", "x_stride_n", "w_stride_v", "coef_stride", "e_max_stride")
+    sizes = ("stored", "count", "start", "height", "col0", "columns", "depth")
+    signature |= dict.fromkeys((*strides, *sizes), "i32") | dict.fromkeys(
+        ("scale", "softcap", "inv_temperature"), "fp32"
+    )
+    constexprs = {"x_stride_d": 1, "w_stride_d": 1, "CAPPED": capped, **_blocks(tile, True)}
+    constexprs |= {} if capped else dict.fromkeys(("bias_ptr", "e_ptr", "place_ptr", "e_max_ptr", "counts_ptr"))
+    return Case(
+        f"linear_bwd {dtype} {'full' if capped else 'plain'} {tile.rows} x {tile.columns} x {tile.depth}",
+        head.linear_bwd_kernel,
+        signature,
+        constexprs,
+        {"num_warps": tile.warps, "num_stages": tile.stages, **head.OPTIONS},
+        aligned=("out_stride", "x_stride_n", "w_stride_v", "columns", "depth"),
+        spill=HEAD_SPILL.get(target, 0),
+        targets=(target,),
+    )
+
+
+def _bounded(head, target: str, dtype: str, across: bool) -> Case:
+    """dX = dZ W, or across dW = dZᵀ X."""
+    tile = head.product_config(target, _torch_dtype(dtype))
+    signature = dict.fromkeys(("a_ptr", "b_ptr"), f"*{dtype}") | dict.fromkeys(("index_ptr", "counts_ptr"), "*i64")
+    signature |= {"out_ptr": "*fp32"}
+    strides = ("a_stride_k" if across else "a_stride_m", "b_stride_k", "out_stride")
+    signature |= dict.fromkeys((*strides, "start", "height", "rows", "inner", "columns"), "i32")
+    constexprs = {"a_stride_m" if across else "a_stride_k": 1, "b_stride_n": 1, "ACROSS": across, "ADD": True}
+    blocks = {name: value for name, value in _blocks(tile, True).items() if name not in ("EVEN", "SLICE")}
+    return Case(
+        f"bounded_product {dtype} {'dw' if across else 'dx'} {tile.rows} x {tile.columns} x {tile.depth}",
+        head.bounded_product_kernel,
+        signature,
+        constexprs | blocks,
+        {"num_warps": tile.warps, "num_stages": tile.stages, **head.OPTIONS},
+        aligned=(*strides, "rows", "inner", "columns"),
         targets=(target,),
     )
 

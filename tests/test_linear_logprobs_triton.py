@@ -12,7 +12,7 @@ from finealign_kernels.kernels import linear_logprobs as kernels  # noqa: E402
 
 import finealign_kernels as fk  # noqa: E402
 from finealign_kernels.formulas import logprobs as formula  # noqa: E402
-from finealign_kernels.ops import _choose, _chunked  # noqa: E402
+from finealign_kernels.ops import _choose, _chunked, _fused  # noqa: E402
 from finealign_kernels.testing import budgets, samples  # noqa: E402
 
 GPU = torch.cuda.is_available()
@@ -597,3 +597,109 @@ def test_every_line_has_a_tile():
     for arch in (*_choose.ARCHS, "interpreter"):
         for dtype in DTYPES:
             assert all(isinstance(kernels.config(arch, dtype, capped), kernels.Config) for capped in (False, True))
+
+
+@runs
+def test_compiles_without_a_graph_break(small_tiles):
+    def loss(hidden, weight, labels, mask):
+        out = fk.linear_logprobs(hidden, weight, labels, mask=mask, batch_invariant=True, workspace="full")
+        return out.logp.sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (4, 7):
+        s = linear(n, 40, 16)
+        inputs, mask = (s.hidden.requires_grad_(), s.weight.requires_grad_()), torch.arange(n, device=DEVICE) % 3 > 0
+        actual, expected = (f(*inputs, s.labels, mask) for f in (compiled, loss))
+        assert torch.equal(actual, expected)
+        pairs = zip(torch.autograd.grad(actual, inputs), torch.autograd.grad(expected, inputs), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+# ---- backward by counts on the device ------------------------------------------------------------------------------
+
+
+@runs
+@pytest.mark.parametrize(
+    "start, stored, live", [(0, 0, 21), (0, 5, 19), (0, 21, 21), (0, 3, 3), (0, 0, 0), (40, 45, 50)]
+)
+@pytest.mark.parametrize("softcap", (0.0, 9.0))
+def test_backward_stops_at_the_count(small_tiles, start, stored, live, softcap):
+    """Rows from E and rows by the product again in one tile; nothing past the count is written, whatever stands there."""
+    s, head = linear(N, CHUNK.columns, D, seed=2), formula.Head(1.0, softcap, 1.0)
+    z = formula.logits((s.hidden.double() @ s.weight.double().t()), None, head)
+    rows = formula.reference(s.hidden.double() @ s.weight.double().t(), None, s.labels, head)
+    coef = formula.Coef(*s.upstream.double(), rows.m, rows.l, rows.entropy, rows.logp, rows.label_slope)
+    x = s.hidden.double() @ s.weight.double().t()
+    expected = formula.tile_gradient(x, None, None, s.labels, coef, 0, head)
+
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    tops = torch.stack([z[:, :16].amax(-1), z[:, 16:].amax(-1)], 1)
+    e = torch.cat([(z[:, :16] - tops[:, :1]).exp(), (z[:, 16:] - tops[:, 1:]).exp()], 1).float()
+    here = min(max(live - start, 0), N)
+    kept = min(max(stored - start, 0), N)
+    hidden = s.hidden.clone()
+    hidden[order[here:]] = NAN  # what is past the count is not read
+    e[order[kept:]] = NAN
+    counts = torch.tensor([stored, live], device=DEVICE)
+    ordered = torch.stack([c[order] for c in coef]).float()
+    block = kernels.Block(start, s.labels[order], ordered, order, order, counts)
+    out, check = guarded(N * CHUNK.columns, torch.float32)
+    dz = out.view(N, CHUNK.columns)
+    kernels.linear_bwd(dz, hidden, s.weight, None, block, e, tops.float(), 0, head, TILE)
+    check()
+    assert_close(dz[:here].double(), expected[order[:here]], rtol=2e-5, atol=2e-6)
+    assert dz[here:].isnan().all()
+
+    dx, dw = torch.ones(N, D, device=DEVICE), torch.ones(CHUNK.columns, D, device=DEVICE)
+    kernels.bounded_product(dz, s.weight, dx, block, TILE, across=False, add=True)
+    kernels.bounded_product(dz.t(), hidden, dw, block, TILE, across=True, add=False)
+    true_dx = torch.ones(N, D, dtype=torch.float64, device=DEVICE)
+    true_dx[order[:here]] += expected[order[:here]] @ s.weight.double()
+    assert_close(dx.double(), true_dx, rtol=1e-5, atol=1e-5)
+    assert torch.equal(dx[order[here:]], torch.ones(N - here, D, device=DEVICE))
+    assert_close(dw.double(), expected[order[:here]].t() @ s.hidden[order[:here]].double(), rtol=1e-5, atol=1e-5)
+    again = torch.ones_like(dw)
+    kernels.bounded_product(dz.t(), hidden, again, block, TILE, across=True, add=True)
+    assert_close(again, dw + 1, rtol=1e-6, atol=1e-6)
+
+
+@runs
+def test_a_product_again_has_the_bits_it_had(small_tiles):
+    """fp32, large logits: with another product's z, p = exp(z - lse) would be off by the difference of the two."""
+    s = linear(24, 70, 48, spread="peaked")
+    hidden, weight = s.hidden.requires_grad_(), s.weight.requires_grad_()
+    grads = {}
+    for compact in ("host", "device"):
+        out = fk.linear_logprobs(hidden, weight, s.labels, workspace=0, compact=compact, backend=FUSED)
+        grads[compact] = torch.autograd.grad(out.lse.sum(), hidden)[0]
+    truth = torch.autograd.grad((s.hidden @ s.weight.t()).double().logsumexp(-1).sum(), hidden)[0]
+    assert_close(grads["host"], grads["device"], rtol=1e-6, atol=1e-6)
+    assert (grads["host"] - truth).norm() <= 1e-6 * truth.norm()
+
+
+@runs
+@pytest.mark.parametrize("dtype, workspace", [(torch.float32, 0), (torch.bfloat16, _chunked.FULL)])
+def test_no_count_is_read_on_the_host(small_tiles, monkeypatch, dtype, workspace):
+    s = linear(12, 40, 16, dtype)
+    target = s.labels.clone()
+    target[::5] = formula.SKIP
+    syncs = []
+    for name in ("item", "nonzero", "tolist", "__bool__", "__int__", "__index__"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda x, *a, real=real, name=name: syncs.append(name) or real(x, *a))
+    kernel_calls = []
+    for name in ("linear_fwd", "combine", "linear_bwd", "bounded_product"):  # the interpreter reads what a GPU does not
+        monkeypatch.setattr(kernels, name, lambda *a, name=name, **k: kernel_calls.append(name))
+    for on_device in (True, False):
+        syncs.clear()
+        options = (formula.Head(), formula.ENTROPY, workspace, on_device, FUSED)
+        *rows, e, e_max = _fused.fwd(s.hidden, s.weight, None, target, *options)
+        coef = formula.Coef(*s.upstream, *(torch.ones(12, device=DEVICE) for _ in range(5)))
+        if on_device:
+            _fused.bwd(
+                coef, True, s.hidden, s.weight, None, target, e, e_max, formula.Head(), (True, True, True), True, FUSED
+            )
+            assert syncs == [] and set(kernel_calls) == {"linear_fwd", "combine", "linear_bwd", "bounded_product"}
+        else:
+            assert "nonzero" in syncs  # one is seen where there is one

@@ -12,8 +12,8 @@ ROW_BACKENDS = ("reference", "torch", "native", "triton")  # of linear_logprobs 
 FUSED = "triton_fused"  # of linear_logprobs alone: the fused layer
 HEAD_BACKENDS = (*ROW_BACKENDS, FUSED)
 
-# GPUs whose "auto" is the fused layer: where it was measured to be the faster one, and nowhere has it been. On sm_100 and
-# gfx942 Triton's products are known to reach 60 to 75 % of the library's: there the chunked layer is the likely winner.
+# GPUs whose "auto" is the fused layer: those on which it was measured to be the faster one. It was measured on none.
+# On sm_100 and gfx942 Triton's products are known to reach 60 to 75 % of the library's: there the chunked one may stay.
 FUSED_BY_DEFAULT: frozenset[str] = frozenset()
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")  # GPUs for which the fused layer is compiled
 
@@ -100,8 +100,13 @@ def arch(x: torch.Tensor) -> str | None:
     """The line of ARCHS for a tensor's device; "interpreter" where Triton interprets; None where there is none."""
     if x.device.type != "cuda":
         return "interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else None
-    amd = torch.cuda.get_device_properties(x.device).gcnArchName if torch.version.hip else ""
-    return family(torch.cuda.get_device_capability(x.device), amd)
+    return _gpu(x.device.index)
+
+
+@torch.compiler.assume_constant_result
+def _gpu(index: int) -> str | None:
+    properties = torch.cuda.get_device_properties(index)
+    return family((properties.major, properties.minor), properties.gcnArchName if torch.version.hip else "")
 
 
 def choose_head(backend: str, x: torch.Tensor, batch_invariant: bool) -> str:

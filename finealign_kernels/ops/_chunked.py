@@ -136,11 +136,14 @@ def fwd(hidden, weight, bias, target, head, want, workspace, on_device, rows_nam
     return (*found, e, e_max)
 
 
-def bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, on_device, rows_name, e_columns=0):
+def bwd(
+    coef, curved, hidden, weight, bias, target, e, e_max, head, needs, on_device, rows_name, e_columns=0, again=None
+):
     """dhidden, dweight, dbias, None where not needed.
 
     coef: formulas.Coef, (N,) each in float32 (float64); curved: there is an upstream gradient of the entropy.
-    e_columns: columns under one maximum of E, 0 for a chunk's.
+    e_columns: columns under one maximum of E, 0 for a chunk's. again: how a layer whose products are not the library's
+    writes dZ of rows without E, again(dz, start, stop, index, target, coef, c0, c1).
     """
     rows_of, tile = _choose.rows(rows_name), tile_of(hidden.device.type)
     vocab, room, dtype, out_dtype = weight.shape[0], e_max.shape[0], compute_dtype(hidden), wide(hidden.dtype)
@@ -155,8 +158,9 @@ def bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, on_de
     at, coef = rows.take(target), torch.stack([rows.take(c) for c in coef])
 
     blocks, columns = spans(rows.count, tile.rows, rows.stored), min(vocab, tile.columns)
-    z_buffer = torch.empty(min(rows.count, tile.rows) * columns, dtype=out_dtype, device=hidden.device)
-    dz_buffer = z_buffer if dtype == out_dtype else torch.empty_like(z_buffer, dtype=dtype)
+    dz_buffer = torch.empty(min(rows.count, tile.rows) * columns, dtype=dtype, device=hidden.device)
+    wider = dtype != out_dtype and again is None
+    z_buffer = torch.empty_like(dz_buffer, dtype=out_dtype) if wider else dz_buffer
     grads = Gradients(needs, rows.count, hidden, weight, out_dtype, columns)
     for t, (c0, c1) in enumerate(spans(vocab, tile.columns)):
         wc, b = w[c0, c1], None if bias is None else bias[c0:c1]
@@ -174,6 +178,8 @@ def bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, on_de
                 )
                 side = dict(e_columns=e_columns) if e_columns else {}
                 rows_of.tile_bwd(dz, src, place, top.contiguous(), b, *block, c0, head, **side)
+            elif again is not None:
+                again(dz, start, stop, rows.index, *block, c0, c1)
             else:
                 z = z_buffer[: shape[0] * shape[1]].view(shape)
                 product(x[start, stop], wc.t(), z)

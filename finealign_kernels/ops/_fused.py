@@ -2,7 +2,8 @@
 
 fwd    states of all tiles, then one program a row that combines them; the first rows that are read, as many as the
        workspace holds, keep E = exp(z - m_tile), laid out as the chunked layer's with one maximum a tile.
-bwd    the chunked layer's.
+bwd    the chunked layer's where counts are read on the host, but the products of rows without E by the forward's tiles;
+       else the same steps by products that stop at a count on the device.
 """
 
 from typing import NamedTuple
@@ -29,9 +30,10 @@ def order(read: Tensor, on_device: bool) -> Order:
     return Order(read.shape[0] if index is None else index.shape[0], index, None)
 
 
-def front(flags: Tensor) -> Tensor:
-    """All indices, those of true flags first: no count is read on the host."""
-    return (~flags).to(torch.uint8).argsort(stable=True)
+def front(flags: Tensor, first: Tensor | None = None) -> Tensor:
+    """All indices: those of `first` first, then those of flags. No count is read on the host."""
+    rank = (~flags).to(torch.uint8)
+    return (rank if first is None else rank + (~first)).argsort(stable=True)
 
 
 def tile_of(x: Tensor, head: formula.Head):
@@ -69,9 +71,78 @@ def fwd(hidden, weight, bias, target, head, want, workspace, on_device, _, stati
 
 def bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, on_device, _):
     """dhidden, dweight, dbias, None where not needed. Arguments as of _chunked.bwd."""
+    kernels, tile = _choose.fused(), tile_of(hidden, head)
     if on_device:
-        e, e_max = e[:0], e_max[:0]
-    width = tile_of(hidden, head).columns
+        return _bounded_bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, tile)
+
+    def again(dz, start, stop, index, at, coef, c0, c1):
+        """By the forward's tiles: p = exp(z - lse) wants the z whose lse it is, to the bit where z is large."""
+        x, index = (hidden[start:stop], None) if index is None else (hidden, index[start:stop])
+        block, b = kernels.Block(0, at, coef, index), None if bias is None else bias[c0:c1]
+        kernels.linear_bwd(dz, x, weight[c0:c1], b, block, None, None, c0, head, tile)
+
     return _chunked.bwd(
-        coef, curved, hidden, weight, bias, target, e, e_max, head, needs, on_device, "triton", e_columns=width
+        coef,
+        curved,
+        hidden,
+        weight,
+        bias,
+        target,
+        e,
+        e_max,
+        head,
+        needs,
+        False,
+        "triton",
+        e_columns=tile.columns,
+        again=again,
     )
+
+
+def _bounded_bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, tile):
+    """No count is read on the host: each launch is for all rows, its programs stop where those with a gradient do."""
+    kernels, area = _choose.fused(), _chunked.tile_of(hidden.device.type)
+    (n, _), vocab, room = hidden.shape, weight.shape[0], e_max.shape[0]
+    read = target != formula.SKIP
+    active = read & coef.active()
+    place = read.cumsum(0) - 1  # E has the rows that were read
+    from_e = active & (place < room)
+    if curved and e.dtype != torch.float32:
+        from_e &= ~_chunked.near_uniform(coef, bias, vocab)
+    index = front(active, from_e)
+    counts = torch.stack([from_e.sum(), active.sum()])
+    at, place, coef = target[index], place[index], torch.stack([c[index] for c in coef])
+
+    chunks, blocks = _chunked.spans(vocab, area.columns), _chunked.spans(n, area.rows)
+    columns = min(vocab, area.columns)
+    buffer = hidden.new_empty(min(n, area.rows) * columns)
+    grads = BoundedGradients(needs, n, hidden, weight, torch.float32, columns)
+    for c0, c1 in chunks:
+        wc, b = weight[c0:c1], None if bias is None else bias[c0:c1]
+        chunk, top = None, None
+        if room:
+            chunk, top = _chunked.e_slice(e, room, c0, c1), e_max[:, c0 // tile.columns :]
+        grads.open(c0, c1, empty=not blocks)
+        for start, stop in blocks:
+            rows = slice(start, stop)
+            block = kernels.Block(start, at[rows], coef[:, rows].contiguous(), index[rows], place[rows], counts)
+            dz = buffer[: (stop - start) * (c1 - c0)].view(stop - start, c1 - c0)
+            kernels.linear_bwd(dz, hidden, wc, b, block, chunk, top, c0, head, tile)
+            grads.add_bounded(dz, wc, block)
+        grads.close()
+    return grads.result(None)
+
+
+class BoundedGradients(_chunked.Gradients):
+    """The same sums, by products that stop at a count on the device. dX has all rows, in their own places."""
+
+    def add_bounded(self, dz: Tensor, w: Tensor, block) -> None:
+        kernels = _choose.fused()
+        tile = kernels.product_config(_choose.arch(dz), dz.dtype)
+        if self.dx is not None:
+            kernels.bounded_product(dz, w, self.dx, block, tile, across=False, add=True)
+        if self.dw is not None:
+            kernels.bounded_product(dz.t(), self.hidden, self.slice, block, tile, across=True, add=block.start > 0)
+        if self.db is not None:
+            live = torch.arange(block.start, block.start + dz.shape[0], device=dz.device) < block.counts[1]
+            self.db[self.span] += torch.where(live[:, None], dz, 0).sum(0, dtype=self.db.dtype)

@@ -69,8 +69,8 @@ def linear_logprobs(
     compact      how rows that are not read, or have no gradient, are left out: "host" reads their number (one sync a
                  direction on a GPU), "device" does not and computes them, "auto" is host unless a graph is captured
     batch_invariant  True takes "triton_fused" or raises. Then every output of a row has the same bits for any number
-                 of rows, place, mask and workspace, on one GPU with one version of Triton. Outputs only: gradients repeat
-                 bit for bit, but their products have shapes that follow the rows with a gradient
+                 of rows, place, mask and workspace, on one GPU with one version of Triton. Outputs only: gradients
+                 repeat bit for bit, but the shapes of their products follow the rows with a gradient
     backend      "auto", "reference" (any order of derivative), "torch", "native", "triton", "triton_fused" (the product
                  and its rows in one kernel; not part of "auto" until a GPU has measured it)
 

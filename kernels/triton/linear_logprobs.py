@@ -3,6 +3,10 @@
 Forward, one program a tile: float32 accumulators, then the logits z, then what a row kernel would keep of that tile;
 one more program a row combines the tiles in fixed order. The mathematics is in formulas/logprobs.py.
 
+Backward, the same tiles again: the product has the bits it had, so that p is exp(z - lse) of one and the same z, then
+the gradient of the products; or that gradient from the exponentials that were kept. Then products of the gradient that
+stop at a count which only the device knows.
+
 Every tile has the same size, no sum is split over programs, and a row's tiles are combined by a tree that the number of
 tiles alone decides: a row's outputs depend on no other row, on no row count and on no place among the rows.
 """
@@ -16,7 +20,15 @@ import triton
 import triton.language as tl
 
 from ._launch import OPTIONS, head_arguments, on_device_of
-from ._tiles import combine_states, log1p, logit, shifted_exp, tanh_slope
+from ._tiles import (
+    combine_states,
+    label_gradient,
+    log1p,
+    logit,
+    shifted_exp,
+    tanh_slope,
+    token_gradient,
+)
 
 BAD = tl.constexpr(-1)  # target of a row whose label is out of range
 ENTROPY, SQUARES, MEAN = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
@@ -53,6 +65,11 @@ FLOAT = dict.fromkeys(HALF, Config(64, 64, 32, 4, 2, 64, 8)) | {"interpreter": C
 def config(arch: str, dtype: torch.dtype, capped: bool) -> Config:
     """Depends on the GPU, the dtype and whether there is a softcap. Raises KeyError for an arch that has no line."""
     return (FLOAT if dtype == torch.float32 else CAPPED if capped else HALF)[arch]
+
+
+def product_config(arch: str, dtype: torch.dtype) -> Config:
+    """Of the products of a gradient."""
+    return config(arch, dtype, capped=True)._replace(**({"depth": 32} if arch == "gfx942" else {}))
 
 
 @triton.jit
@@ -330,6 +347,197 @@ def combine_kernel(
         tl.store(top1_ptr + at, (tl.min(first, axis=0) == target).to(tl.int8))
 
 
+@triton.jit
+def _store_gradient(
+    acc, start, columns, out_rows, e_rows, top, is_live, from_e, label, dz_label, label_slope, g, k, h, m, l, entropy,
+    bias_ptr, scale, softcap, inv_temperature, CAPPED: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    """dL/dx of a tile, behind out_rows, from its products, or from exp(z - top) behind e_rows where from_e."""
+    if acc.shape[1] > SLICE:
+        left, right = _halves(acc)
+        half: tl.constexpr = acc.shape[1] // 2
+        _store_gradient(
+            left, start, columns, out_rows, e_rows, top, is_live, from_e, label, dz_label, label_slope, g, k, h, m, l,
+            entropy, bias_ptr, scale, softcap, inv_temperature, CAPPED, SLICE,
+        )  # fmt: skip
+        _store_gradient(
+            right, start + half, columns, out_rows, e_rows, top, is_live, from_e, label, dz_label, label_slope, g, k, h,
+            m, l, entropy, bias_ptr, scale, softcap, inv_temperature, CAPPED, SLICE,
+        )  # fmt: skip
+    else:
+        cols = start + tl.arange(0, acc.shape[1])
+        inside = is_live[:, None] & (cols < columns)[None, :]
+        y = _biased(acc, bias_ptr, cols, columns, scale)
+        d = (logit(y, softcap, inv_temperature, CAPPED) - m[:, None]) - l[:, None]
+        p = tl.exp(d)
+        slope = tl.full(p.shape, 1.0, tl.float32)
+        if CAPPED:
+            slope = tanh_slope(y / softcap)
+        if e_rows is not None:
+            e = tl.load(e_rows[:, None] + cols[None, :], mask=inside & from_e[:, None], other=0.0).to(tl.float32)
+            log_e = tl.log(e)
+            shift = (top - m - l)[:, None]
+            d = tl.where(from_e[:, None], log_e + shift, d)
+            p = tl.where(from_e[:, None], e * tl.exp(shift), p)
+            if CAPPED:
+                u = (log_e + top[:, None]) / inv_temperature / softcap
+                slope = tl.where(from_e[:, None], (1.0 - u) * (1.0 + u), slope)
+        is_label = cols[None, :] == label[:, None]
+        dz = token_gradient(p, d, g[:, None], k[:, None], h[:, None], entropy[:, None])
+        dz = tl.where(is_label, dz_label[:, None], dz)
+        if CAPPED:
+            # the label's does not come from e: a rounded one would weigh on the largest gradient
+            dz = tl.where(dz == 0, 0.0, dz * tl.where(is_label, label_slope[:, None], slope))
+        dx = (dz * scale * inv_temperature).to(out_rows.dtype.element_ty)
+        tl.store(out_rows[:, None] + cols[None, :], dx, mask=inside)
+
+
+@triton.jit
+def _count(count_ptr, at: tl.constexpr, known, start, height):
+    """How many of the `height` rows from `start` on are below a count: one on the device, or a known one."""
+    count = tl.cast(known, tl.int64)
+    if count_ptr is not None:
+        count = tl.load(count_ptr + at)
+    return tl.maximum(tl.minimum(count - start, height), 0)
+
+
+@triton.jit(do_not_specialize=["stored", "count", "start", "height", "coef_stride", "col0", "e_max_stride"])
+def linear_bwd_kernel(
+    out_ptr,  # (height, columns): dL/dx of the rows from `start` on
+    out_stride,
+    x_ptr,  # (N, D)
+    x_stride_n,
+    x_stride_d,
+    w_ptr,  # (columns, D), of the vocabulary's columns from col0 on
+    w_stride_v,
+    w_stride_d,
+    bias_ptr,  # (columns,) or None
+    index_ptr,  # (height,) where a row's x is, or None: 0, 1, ...
+    target_ptr,  # (height,)
+    coef_ptr,  # (8, height)
+    coef_stride,
+    e_ptr,  # (room, columns) or None
+    place_ptr,  # (height,) where a row's e is
+    e_max_ptr,  # (room, maxima), one a tile, from col0 on
+    e_max_stride,
+    counts_ptr,  # how many rows come from e, and how many there are; or None: stored and count
+    stored,
+    count,
+    start,
+    height,
+    col0,
+    columns,
+    depth,
+    scale,
+    softcap,
+    inv_temperature,
+    CAPPED: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    SLICE: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    live = _count(counts_ptr, 1, count, start, height)
+    tiles = tl.cdiv(columns, BLOCK_N).to(tl.int64)
+    row_tiles = tl.cdiv(live, BLOCK_M)
+    if program < row_tiles * tiles:
+        row_tile, tile = _place(program, row_tiles, tiles, GROUP)
+        first = row_tile * BLOCK_M
+        rows = first + tl.arange(0, BLOCK_M)
+        is_live = rows < live
+        rows = tl.minimum(rows, live - 1)
+        e_rows = None
+        top = tl.zeros((BLOCK_M,), tl.float32)
+        from_e = tl.zeros((BLOCK_M,), tl.int1)
+        if e_ptr is not None:
+            kept = _count(counts_ptr, 0, stored, start, height)
+            from_e = rows < kept
+            place = tl.load(place_ptr + rows, mask=from_e, other=0)
+            e_rows = e_ptr + place * columns
+            top = tl.load(e_max_ptr + place * e_max_stride + tile, mask=from_e, other=0.0)
+            # the product of a tile whose rows all come from e is not looked at
+            depth = tl.where(first + BLOCK_M <= kept, 0, depth)
+        cols = tl.minimum(tile * BLOCK_N + tl.arange(0, BLOCK_N), columns - 1)
+        acc = _product(
+            x_ptr, x_stride_n, x_stride_d, _rows_at(index_ptr, rows, live), w_ptr, w_stride_v, w_stride_d, cols, depth,
+            EVEN, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        coef = coef_ptr + rows
+        step = tl.cast(coef_stride, tl.int64)
+        g, k, h = tl.load(coef), tl.load(coef + step), tl.load(coef + 2 * step)
+        m, l = tl.load(coef + 3 * step), tl.load(coef + 4 * step)
+        entropy, logp, label_slope = tl.load(coef + 5 * step), tl.load(coef + 6 * step), tl.load(coef + 7 * step)
+        label = (tl.load(target_ptr + rows) - col0).to(tl.int32)
+        _store_gradient(
+            acc, (tile * BLOCK_N).to(tl.int32), columns, out_ptr + rows * out_stride, e_rows, top, is_live, from_e,
+            label, label_gradient(g, k, h, logp, entropy), label_slope, g, k, h, m, l, entropy, bias_ptr, scale,
+            softcap, inv_temperature, CAPPED, SLICE,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["start", "height"])
+def bounded_product_kernel(
+    a_ptr,  # (rows, inner)
+    a_stride_m,
+    a_stride_k,
+    b_ptr,  # (inner, columns)
+    b_stride_k,
+    b_stride_n,
+    out_ptr,  # (rows, columns) float32
+    out_stride,
+    index_ptr,  # (height,) where a row of out, or with ACROSS of b, stands
+    counts_ptr,
+    start,
+    height,
+    rows,
+    inner,
+    columns,
+    ACROSS: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """out (+)= a @ b for the rows from `start` on that are below the count: rows of a, or with ACROSS rows of b."""
+    program = tl.program_id(0).to(tl.int64)
+    live = _count(counts_ptr, 1, 0, start, height)
+    if ACROSS:
+        row_tiles = tl.cdiv(rows, BLOCK_M).to(tl.int64)
+        height_of_out, stop = tl.cast(rows, tl.int64), live.to(tl.int32)
+    else:
+        row_tiles = tl.cdiv(live, BLOCK_M)
+        height_of_out, stop = live, tl.cast(inner, tl.int32)
+    column_tiles = tl.cdiv(columns, BLOCK_N).to(tl.int64)
+    if program < row_tiles * column_tiles:
+        row_tile, column_tile = _place(program, row_tiles, column_tiles, GROUP)
+        ms = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        ns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        a_rows = a_ptr + tl.minimum(ms, height_of_out - 1)[:, None] * a_stride_m
+        b_columns = b_ptr + tl.minimum(ns, columns - 1)[None, :] * b_stride_n
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start_k in range(0, stop, BLOCK_K):
+            ks = start_k + tl.arange(0, BLOCK_K)
+            here = ks < stop
+            at = ks.to(tl.int64)
+            a = tl.load(a_rows + at[None, :] * a_stride_k, mask=here[None, :], other=0.0)
+            if ACROSS:
+                at = tl.load(index_ptr + ks, mask=here, other=0)
+            b = tl.load(b_columns + at[:, None] * b_stride_k, mask=here[:, None], other=0.0)
+            acc = tl.dot(a, b, acc, input_precision="ieee")
+        is_live = ms < height_of_out
+        if not ACROSS:
+            ms = tl.load(index_ptr + ms, mask=is_live, other=0)
+        to = out_ptr + ms[:, None] * out_stride + ns[None, :]
+        inside = is_live[:, None] & (ns < columns)[None, :]
+        if ADD:
+            acc += tl.load(to, mask=inside, other=0.0)
+        tl.store(to, acc, mask=inside)
+
+
 # ---- launches ------------------------------------------------------------------------------------------------------
 
 
@@ -356,6 +564,47 @@ def linear_fwd(hidden, weight, bias, target, rows: Rows, head, want, part, first
         linear_fwd_kernel[(programs,)](
             hidden, *hidden.stride(), weight, *weight.stride(), bias, target, rows.index, rows.count, part, first,
             label, e, room, chunk, n, vocab, depth, *head_arguments(head), WANT=want, **_launch(tile, depth),
+        )  # fmt: skip
+
+
+class Block(NamedTuple):
+    """Rows with a gradient, `start` and on, in the order of the call."""
+
+    start: int
+    target: Tensor  # (height,)
+    coef: Tensor  # (8, height), stride 1
+    index: Tensor | None = None  # (height,) where a row's x is; None: 0, 1, ...
+    place: Tensor | None = None  # (height,) where a row's e is
+    counts: Tensor | None = None  # on the device: rows from e, rows; None: none from e, all rows
+
+
+def linear_bwd(out, hidden, weight, bias, block: Block, e, e_max, col0, head, tile) -> None:
+    """dL/dx of a block into out (height, columns), the vocabulary from col0 on: weight, bias, e, e_max are that slice.
+
+    e (room, columns) and e_max (room, maxima) may be None: then every row is a product again.
+    """
+    (columns, depth), height = weight.shape, block.target.shape[0]
+    if height == 0:
+        return
+    programs = triton.cdiv(height, tile.rows) * triton.cdiv(columns, tile.columns)
+    with on_device_of(hidden):
+        linear_bwd_kernel[(programs,)](
+            out, out.stride(0), hidden, *hidden.stride(), weight, *weight.stride(), bias, block.index, block.target,
+            block.coef, block.coef.stride(0), e, block.place, e_max, 0 if e_max is None else e_max.stride(0),
+            block.counts, 0, block.start + height, block.start, height, col0, columns, depth, *head_arguments(head),
+            **_launch(tile, depth),
+        )  # fmt: skip
+
+
+def bounded_product(a, b, out, block: Block, tile, across: bool, add: bool) -> None:
+    """out[index] (+)= a @ b for the rows that are below the count; across: out (+)= a @ b[index], summed over them."""
+    (rows, inner), columns, height = a.shape, b.shape[1], block.target.shape[0]
+    blocks = {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth, "GROUP": tile.group}
+    programs = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
+    with on_device_of(a):
+        bounded_product_kernel[(programs,)](
+            a, *a.stride(), b, *b.stride(), out, out.stride(0), block.index, block.counts, block.start, height, rows,
+            inner, columns, ACROSS=across, ADD=add, **blocks, num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
         )  # fmt: skip
 
 

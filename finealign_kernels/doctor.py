@@ -45,7 +45,7 @@ def run(json=False):
     found = {
         "versions": versions(),
         "devices": devices(),
-        "backends": {name: reason or "runs" for name, reason in _choose.backends().items()},
+        "backends": backends(),
     }
     checks = self_test()
     passed = all(check.passed for check in checks)
@@ -75,6 +75,13 @@ def devices():
     }
 
 
+def backends():
+    """Backend of the row ops, or of the head alone -> "runs" or why not."""
+    found = {name: reason or "runs" for name, reason in _choose.backends().items()}
+    reason = _fused_reason("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
+    return found | {_choose.FUSED: reason or "runs by name and for batch_invariant=True; auto waits for a measurement"}
+
+
 def self_test():
     """All checks of all backends that run here."""
     places = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -84,6 +91,8 @@ def self_test():
             for backend in _row_backends(device, dtype):
                 checks += _guarded(_check_linear, "linear_logprobs", backend, device, dtype)
                 checks += _guarded(_check_token, "token_logprobs", backend, device, dtype)
+            if not _fused_reason(device, dtype):
+                checks += _guarded(_check_linear, "linear_logprobs", _choose.FUSED, device, dtype)
         for backend in _segment_backends(device):
             checks += _guarded(_check_segments, "segments", backend, device, torch.float32)
         for name in LOSSES:
@@ -194,6 +203,10 @@ def _row_backends(device, dtype):
     return [name for name in _choose.ROW_BACKENDS if _runs(name, device, dtype)]
 
 
+def _fused_reason(device, dtype):
+    return _choose.fused_reason(dtype, _choose.arch(torch.empty(0, device=device)), _choose.backends())
+
+
 def _runs(backend, device, dtype):
     try:
         _choose.pick(backend, device, dtype, _choose.backends())
@@ -239,7 +252,7 @@ def _lines(checks):
     for where, group in groups.items():
         mark = "ok   " if all(check.passed for check in group) else "WRONG"
         numbers = "  ".join(check.note or f"{check.quantity} {check.error:.1e}" for check in group)
-        yield f"  {mark} {where[0]:<15} {where[1]:<9} {where[2]:<4} {where[3]:<8}  {numbers}"
+        yield f"  {mark} {where[0]:<15} {where[1]:<12} {where[2]:<4} {where[3]:<8}  {numbers}"
 
 
 def _verdict(checks):

@@ -562,6 +562,14 @@ def test_the_fused_layer_runs_or_raises_with_its_reason(dtype, missing, arch, wh
         _choose.pick_head("auto", "cuda", dtype, {**HERE, **missing}, arch, batch_invariant=True)
 
 
+def test_an_interpreter_that_is_wrong_about_bfloat16_is_not_used(monkeypatch):
+    builder = pytest.importorskip("triton.runtime.interpreter").InterpreterBuilder
+    monkeypatch.setattr(builder, "bfloat16_is_right", False, raising=False)
+    assert _choose.fused_reason(torch.float16, "interpreter", HERE) is None
+    with pytest.raises(RuntimeError, match="interpreter multiplies bfloat16 as if"):
+        _choose.pick_head(FUSED, "cpu", torch.bfloat16, HERE, "interpreter")
+
+
 @pytest.mark.parametrize("name", ("reference", "torch", "native", "triton"))
 def test_batch_invariance_is_promised_by_no_other_backend(name):
     with pytest.raises(ValueError, match=f"batch_invariant=True runs on backend 'auto' or 'triton_fused'.*{name}"):
@@ -625,7 +633,7 @@ def test_compiles_without_a_graph_break(small_tiles):
 )
 @pytest.mark.parametrize("softcap", (0.0, 9.0))
 def test_backward_stops_at_the_count(small_tiles, start, stored, live, softcap):
-    """Rows from E and rows by the product again in one tile; nothing past the count is written, whatever stands there."""
+    """Rows from E and rows by the product again in one tile; nothing past the count is read or written."""
     s, head = linear(N, CHUNK.columns, D, seed=2), formula.Head(1.0, softcap, 1.0)
     z = formula.logits((s.hidden.double() @ s.weight.double().t()), None, head)
     rows = formula.reference(s.hidden.double() @ s.weight.double().t(), None, s.labels, head)

@@ -61,7 +61,15 @@ def fused_reason(dtype: torch.dtype, arch: str | None, missing: dict[str, str | 
         return "it has no float64 kernels"
     if arch is None:
         return f"its tiles are compiled for {', '.join(ARCHS)} and their kin"
+    if arch == "interpreter" and dtype == torch.bfloat16 and not _interprets_bfloat16():
+        return "Triton's interpreter multiplies bfloat16 as if it were integers"
     return None
+
+
+def _interprets_bfloat16() -> bool:
+    """Whether this process has put the interpreter right, as the tests do."""
+    builder = importlib.import_module("triton.runtime.interpreter").InterpreterBuilder
+    return getattr(builder, "bfloat16_is_right", False)
 
 
 def pick_head(

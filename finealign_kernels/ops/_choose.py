@@ -108,12 +108,7 @@ def arch(x: torch.Tensor) -> str | None:
     """The line of ARCHS for a tensor's device; "interpreter" where Triton interprets; None where there is none."""
     if x.device.type != "cuda":
         return "interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else None
-    return _gpu(x.device.index)
-
-
-@torch.compiler.assume_constant_result
-def _gpu(index: int) -> str | None:
-    properties = torch.cuda.get_device_properties(index)
+    properties = torch.cuda.get_device_properties(x.device)
     return family((properties.major, properties.minor), properties.gcnArchName if torch.version.hip else "")
 
 

@@ -62,7 +62,7 @@ MUTANTS = [
     Mutant("dropped rows by logp's gradient alone", FORMULA, "(self.dlogp != 0) | (self.dlse != 0) | (self.dentropy != 0)", "self.dlogp != 0", LOGPROBS),
     Mutant("workspace one row too large", CHUNKED, "min(rows, workspace // (vocab * dtype.itemsize))", "min(rows, -(-workspace // (vocab * dtype.itemsize)))", LOGPROBS),
     Mutant("E of another row", CHUNKED, "(read.cumsum(0) - 1)[index]", "index", LOGPROBS),
-    Mutant("maxima of the first tile", CHUNKED, "(chunk, e_max[place, t])", "(chunk, e_max[place, 0])", LOGPROBS),
+    Mutant("maxima of the first tile", CHUNKED, "(chunk, e_max[place, tops])", "(chunk, e_max[place, 0])", LOGPROBS),
     Mutant("near-uniform rows from bf16 E", CHUNKED, "tokens.log() - coef.entropy < 0.5", "tokens.log() - coef.entropy < -1", LOGPROBS),
     Mutant("no active row leaves dW unwritten", CHUNKED, "self.slice.zero_()", "pass", LOGPROBS),
     Mutant("dW for a frozen head", OP, "ctx.needs_input_grad[:3]", "(True, True, False)", LOGPROBS),

@@ -22,7 +22,13 @@ CUTS, POINTWISE, TABLE = (
     "tests/test_losses_pointwise.py",
     "tests/test_losses_table.py",
 )
-TRL = "tests/test_trl.py"
+TRL, SEQUENCE, POLICY, VALUE = (
+    "tests/test_trl.py",
+    "tests/test_sequence_loss.py",
+    "tests/test_policy.py",
+    "tests/test_value.py",
+)
+DIVERGENCE = "tests/test_divergence.py"
 FORMULA, CHUNKED, OP = "formulas/logprobs.py", "ops/_chunked.py", "ops/logprobs.py"
 ROWS, PREFERENCE, REDUCE = "csrc/cpu/row_kernels.h", "losses/preference.py", "losses/reduce.py"
 
@@ -108,6 +114,25 @@ MUTANTS = [
     Mutant("a slope beyond the exponent's bound", "formulas/margin.py", "torch.where(beyond, 0, exponent.exp())", "exponent.exp()", TABLE),
     Mutant("WPO divides by the rejected", "losses/weights.py", "(chosen + rejected).exp()", "(chosen - rejected).exp()", TABLE),
     Mutant("TRL's temperature lost", "integrations/trl.py", "temperature=temperature,", "temperature=1.0,", TRL),
+    # the fused sequence loss
+    Mutant("soft labels exchanged", "losses/pointwise.py", "smoothing=1 - target", "smoothing=target", POINTWISE),
+    Mutant("a label's sign", "losses/pointwise.py", "torch.where(positive, 1.0, -1.0)", "torch.where(positive, -1.0, 1.0)", POINTWISE),
+    Mutant("EXO's center negated", "ops/sequence_loss.py", "return math.log1p(-smoothing) - math.log(smoothing)", "return math.log(smoothing) - math.log1p(-smoothing)", SEQUENCE),
+    Mutant("C++: no reference", "csrc/cpu/sequence_loss.cpp", "if (H::ref) x -= load(at.ref[i]);", "", SEQUENCE),
+    Mutant("C++: a slope that nobody counts", "csrc/cpu/sequence_loss.cpp", "upstream[i] == 0 ? 0 : upstream[i] * slope[i] / under", "upstream[i] * slope[i] / under", SEQUENCE),
+    Mutant("C++: the chosen beside the chosen", "csrc/cpu/sequence_loss.cpp", "scores_of<T>(op, parts, items + from, n, at.rejected)", "scores_of<T>(op, parts, from, n, at.rejected)", SEQUENCE),
+    Mutant("C++: 0 / 0 of an empty sequence", "csrc/cpu/sequence_loss.cpp", "weight[i] = weight[i] == 0 ? 1 : weight[i];", "", SEQUENCE),
+    Mutant("a NaN offset", PREFERENCE, "not least >= row.least_shift", "least < row.least_shift", LOSSES),
+    # policy losses
+    Mutant("gradient beyond the clamp", "formulas/surrogate.py", "(held > free) | is_beyond(log_ratio)", "held > free", POLICY),
+    Mutant("dual clip on both sides", "formulas/surrogate.py", "flat | ((advantage < 0) & (ratio > dual))", "flat | (ratio > dual)", POLICY),
+    Mutant("no half in the value loss", "formulas/surrogate.py", "torch.maximum(free, held) / 2", "torch.maximum(free, held)", VALUE),
+    Mutant("what a clamp holds moves", "formulas/divergence.py", "moving = torch.where(is_beyond(d), value, d)", "moving = d", DIVERGENCE),
+    Mutant("a product's gradient of one token", "losses/policy.py", "slope = slope * _lengths(tokens)", "slope = slope * 1", POLICY),
+    Mutant("an advantage of 0 hides a NaN", "losses/policy.py", "none = (advantage == 0) & (log_ratio == log_ratio)", "none = advantage == 0", POLICY),
+    Mutant("KL by the kept tokens", "losses/policy.py", "kl_coef * (share * push)", "kl_coef * (kept * push)", POLICY),
+    Mutant("upstream of a policy loss lost", REDUCE, "torch.where(d != 0, d * upstream, 0)", "torch.where(d != 0, d, 0)", POLICY),
+    Mutant("the trainer's NaN hidden", "losses/sampler.py", "sampler.isnan() & ~old.isnan()", "sampler.isnan()", POLICY),
     # segments and spans
     Mutant("C++: mean over masked tokens too", "csrc/cpu/segments.cpp", "total /= std::max<int64_t>(1, kept(segments, start, stop))", "total /= std::max<int64_t>(1, stop - start)", SEGMENTS),
     Mutant("C++: the rest of a segment lost", "csrc/cpu/segments.cpp", "total += chunk_sum(x + token, segments.mask ? segments.mask + token : nullptr, stop - token);", "", SEGMENTS),

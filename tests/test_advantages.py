@@ -215,8 +215,10 @@ def batch(lengths, dtype=F64, seed=0):
     cu_seqlens = tensor([0, *lengths]).cumsum(0)
     n = int(cu_seqlens[-1])
     mask = torch.rand(n, generator=rng) < 0.8
-    mask |= torch.rand(n // 700 + 1, generator=rng).repeat_interleave(700)[:n] < 0.5
-    mask &= torch.rand(n // 300 + 1, generator=rng).repeat_interleave(300)[:n] < 0.8
+    if n > 1000:
+        mask |= torch.rand(n // 700 + 1, generator=rng).repeat_interleave(700)[:n] < 0.5
+        mask &= torch.rand(n // 300 + 1, generator=rng).repeat_interleave(300)[:n] < 0.8
+    assert n / 4 < mask.sum() < n
     draw = [torch.randn(n, generator=rng, dtype=F64).to(dtype) for _ in range(5)]
     r, v, old, ref, q = (torch.where(mask, x, nan) for x in draw)
     boot = torch.randn(len(lengths), generator=rng, dtype=F64)

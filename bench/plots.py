@@ -164,7 +164,8 @@ def over_floors(device: str, groups: dict[Key, list[dict]], folder: Path) -> Pat
         if key.device == device and floors:
             largest = max(floors, key=lambda shape: floors[shape])
             chosen = [row for row in rows if tuple(row["shape"]) == largest and row["impl"] not in FLOOR_NAMES]
-            bars += [(f"{key.suite} {key.case} {key.dtype}: {r['impl']}", time_of(r) / floors[largest]) for r in chosen]
+            race = f"{key.suite} {key.case} {key.dtype} {' x '.join(map(str, largest))}"
+            bars += [(f"{race}: {row['impl']}", time_of(row) / floors[largest]) for row in chosen]
     if not bars:
         return None
     names, values = zip(*bars, strict=True)
@@ -173,7 +174,9 @@ def over_floors(device: str, groups: dict[Key, list[dict]], folder: Path) -> Pat
     axes.axvline(1, **FLOOR_STYLE)
     axes.tick_params(axis="y", labelsize=7)
     axes.invert_yaxis()
-    axes.set(xscale="log", xlabel="time / floor")
+    axes.set(xlabel="time / floor")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     return save(figure, folder / f"floors-{device}.svg")
 
 

@@ -153,6 +153,8 @@ def head_cases(full: bool) -> list[Case]:
     for target in TARGETS:
         found += [_head_fwd(head, target.name, dtype, capped=True) for dtype in ("bf16", "fp32")]
         found += [_head_fwd(head, target.name, "bf16", capped=False)]
+        if target.name in head.TMA:
+            found += [_by_tma(head, _head_fwd(head, target.name, "bf16", capped)) for capped in (False, True)]
         found += [_head_bwd(head, target.name, "bf16", capped) for capped in (False, True)]
         found += [_bounded(head, target.name, "bf16", across) for across in (False, True)]
         if full:
@@ -193,6 +195,21 @@ def _head_fwd(head, target: str, dtype: str, capped: bool, aligned=True, e=True)
         spill=HEAD_SPILL.get(target, 0),
         targets=(target,),
     )
+
+
+def _by_tma(head, case: Case) -> Case:
+    """The same tile by descriptors of hidden and weight."""
+    c = case.constexprs
+    strides = ("x_stride_n", "x_stride_d", "w_stride_v", "w_stride_d")
+    constexprs = {name: value for name, value in c.items() if name not in strides}
+    signature = {name: kind for name, kind in case.signature.items() if name not in (*strides, "x_ptr", "w_ptr")}
+    dtype = case.signature["x_ptr"][1:]
+    signature["x"] = f"tensordesc<{dtype}[{c['BLOCK_M']},{c['BLOCK_K']}]>"
+    signature["w"] = f"tensordesc<{dtype}[{c['BLOCK_N']},{c['BLOCK_K']}]>"
+    aligned = tuple(name for name in case.aligned if name not in strides)
+    kernel = head.linear_fwd_tma_kernel
+    name = case.name.replace("linear_fwd", "linear_fwd_tma")
+    return case._replace(name=name, kernel=kernel, signature=signature, constexprs=constexprs, aligned=aligned)
 
 
 def _head_bwd(head, target: str, dtype: str, capped: bool) -> Case:

@@ -372,6 +372,43 @@ def test_forward_stays_within_its_buffers(small_tiles, dtype, live, room):
         assert stored[live:].isnan().all(), "rows past the count were written"
 
 
+@runs
+@pytest.mark.skipif(GPU, reason="another tile's product rounds as it likes on a GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("on_device", (False, True))
+def test_copied_blocks_give_the_bits_of_pointers(small_tiles, monkeypatch, dtype, on_device):
+    """The variant for sm_90 and later, more tiles than programs; rows that are not read hold NaN."""
+    s = exact(40, 56, 24, dtype)
+    s.hidden[3:9] = NAN
+    target = s.labels.clone()
+    target[3:9] = formula.SKIP
+    found = []
+    for by_tma in (False, True):
+        monkeypatch.setattr(kernels, "TMA", ("interpreter",) if by_tma else ())
+        assert kernels.takes_tma(s.weight, "interpreter") == by_tma
+        options = (formula.Head(1.1, 8.0, 0.7), 7, 11 * 56 * dtype.itemsize, on_device, FUSED)
+        *rows, e, e_max = _fused.fwd(s.hidden, s.weight, None, target, *options)
+        found.append((*rows, e, e_max))
+    assert same_bits(*found) and found[0][0].any()
+
+
+@pytest.mark.parametrize(
+    "arch, weight, fits",
+    [
+        ("sm_90", torch.zeros(8, 64, dtype=torch.bfloat16), True),
+        ("sm_80", torch.zeros(8, 64, dtype=torch.bfloat16), False),
+        ("gfx942", torch.zeros(8, 64, dtype=torch.bfloat16), False),
+        ("sm_100", torch.zeros(8, 60, dtype=torch.bfloat16), False),  # rows of 120 bytes
+        ("sm_100", torch.zeros(8, 60), True),
+        ("sm_90", torch.zeros(64, 8).t(), False),  # no stride of 1
+        ("sm_90", torch.zeros(8 * 64 + 1)[1:].view(8, 64), False),  # starts at 4 bytes
+        ("sm_90", torch.zeros(1, 64).expand(8, 64), False),  # rows one over the other
+    ],
+)
+def test_which_heads_are_copied_by_blocks(arch, weight, fits):
+    assert kernels.takes_tma(weight, arch) == fits
+
+
 # ---- limits --------------------------------------------------------------------------------------------------------
 
 

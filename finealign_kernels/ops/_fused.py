@@ -60,7 +60,8 @@ def fwd(hidden, weight, bias, target, head, want, workspace, on_device, _, stati
     label = torch.full((rows.n, 2), torch.nan, device=hidden.device)
     e = torch.empty(room * vocab, dtype=hidden.dtype, device=hidden.device)
     kept = e if room else None
-    kernels.linear_fwd(hidden, weight, bias, target, rows, head, want, part, first, label, kept, room, chunk, tile)
+    launch = kernels.linear_fwd_tma if kernels.takes_tma(weight, _choose.arch(hidden)) else kernels.linear_fwd
+    launch(hidden, weight, bias, target, rows, head, want, part, first, label, kept, room, chunk, tile)
     floats = [part.new_zeros(n_all) for _ in range(8)]
     found = formula.Rows(*floats[:5], torch.zeros(n_all, dtype=torch.bool, device=hidden.device), *floats[5:])
     kernels.combine(part, first, label, target, rows, want, found)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._launch import OPTIONS, head_arguments, on_device_of
 from ._tiles import (
@@ -60,6 +61,9 @@ HALF = {
 }
 CAPPED = HALF | {"sm_90": Config(128, 128, 64, 8, 3, 32, 8)}
 FLOAT = dict.fromkeys(HALF, Config(64, 64, 32, 4, 2, 64, 8)) | {"interpreter": Config(64, 128, 64, 4, 1, 128, 8)}
+
+
+TMA = ("sm_90", "sm_100", "sm_120")  # GPUs that copy whole blocks by a descriptor
 
 
 def config(arch: str, dtype: torch.dtype, capped: bool) -> Config:
@@ -271,6 +275,56 @@ def linear_fwd_kernel(
         _store_tile(
             acc, rows, live, tl.load(target_ptr + at), tile, tiles, vocab, bias_ptr, part_ptr, first_ptr, label_ptr,
             e_ptr, tl.cast(room, tl.int64), chunk, scale, softcap, inv_temperature, CAPPED, WANT, BLOCK_N, SLICE,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n", "room"])
+def linear_fwd_tma_kernel(
+    x,  # descriptor of (rows, D), blocks of (BLOCK_M, BLOCK_K): row i is the i-th that is read
+    w,  # descriptor of (V, D), blocks of (BLOCK_N, BLOCK_K)
+    bias_ptr,
+    target_ptr,
+    index_ptr,
+    count_ptr,
+    part_ptr,
+    first_ptr,
+    label_ptr,
+    e_ptr,
+    room,
+    chunk,
+    n,
+    vocab,
+    depth,
+    scale,
+    softcap,
+    inv_temperature,
+    CAPPED: tl.constexpr,
+    WANT: tl.constexpr,
+    EVEN: tl.constexpr,  # not looked at: what is outside of a descriptor is 0
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    SLICE: tl.constexpr,
+):
+    """linear_fwd_kernel by copies of whole blocks; a program takes every num_programs-th tile."""
+    live = tl.cast(n, tl.int64)
+    if count_ptr is not None:
+        live = tl.load(count_ptr)
+    tiles = tl.cdiv(vocab, BLOCK_N).to(tl.int64)
+    row_tiles = tl.cdiv(live, BLOCK_M)
+    for program in tl.range(tl.program_id(0), (row_tiles * tiles).to(tl.int32), tl.num_programs(0)):
+        row_tile, tile = _place(tl.cast(program, tl.int64), row_tiles, tiles, GROUP)
+        row_start, column_start = (row_tile * BLOCK_M).to(tl.int32), (tile * BLOCK_N).to(tl.int32)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, depth, BLOCK_K):
+            a, b = x.load([row_start, k]), w.load([column_start, k])
+            acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
+        rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        target = tl.load(target_ptr + _rows_at(index_ptr, rows, live))
+        _store_tile(
+            acc, rows, live, target, tile, tiles, vocab, bias_ptr, part_ptr, first_ptr, label_ptr, e_ptr,
+            tl.cast(room, tl.int64), chunk, scale, softcap, inv_temperature, CAPPED, WANT, BLOCK_N, SLICE,
         )  # fmt: skip
 
 
@@ -565,6 +619,40 @@ def linear_fwd(hidden, weight, bias, target, rows: Rows, head, want, part, first
             hidden, *hidden.stride(), weight, *weight.stride(), bias, target, rows.index, rows.count, part, first,
             label, e, room, chunk, n, vocab, depth, *head_arguments(head), WANT=want, **_launch(tile, depth),
         )  # fmt: skip
+
+
+def takes_tma(weight: Tensor, arch: str) -> bool:
+    """Whether whole blocks are copied: sm_90 and later, rows at multiples of 16 bytes. A matter of the head alone, so
+    that the number of rows decides nothing."""
+    aligned = weight.data_ptr() % 16 == 0 and weight.stride(0) * weight.element_size() % 16 == 0
+    return arch in TMA and weight.stride(1) == 1 and weight.stride(0) >= weight.shape[1] and aligned
+
+
+def linear_fwd_tma(
+    hidden, weight, bias, target, rows: Rows, head, want, part, first, label, e, room, chunk, tile
+) -> None:
+    """linear_fwd for a weight that takes_tma; the rows that are read are copied next to each other first."""
+    (vocab, depth), n = weight.shape, rows.n
+    if chunk % tile.columns:
+        raise ValueError(f"chunk must be a multiple of {tile.columns}, the columns of a tile, got {chunk}")
+    if n == 0:
+        return
+    x = hidden if rows.index is None else hidden.index_select(0, rows.index)
+    if x.stride(1) != 1 or x.stride(0) * x.element_size() % 16 or x.data_ptr() % 16 or x.stride(0) < depth:
+        aligned = -(-depth * x.element_size() // 16) * 16 // x.element_size()
+        x = x.new_empty(n, aligned)[:, :depth].copy_(x)
+    programs = triton.cdiv(n, tile.rows) * triton.cdiv(vocab, tile.columns)
+    with on_device_of(hidden):
+        linear_fwd_tma_kernel[(min(programs, _processors(hidden)),)](
+            TensorDescriptor.from_tensor(x, [tile.rows, tile.depth]),
+            TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]),
+            bias, target, rows.index, rows.count, part, first, label, e, room, chunk, n, vocab, depth,
+            *head_arguments(head), WANT=want, **_launch(tile, depth),
+        )  # fmt: skip
+
+
+def _processors(x: Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
 
 
 class Block(NamedTuple):

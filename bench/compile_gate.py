@@ -142,7 +142,7 @@ def _row_bwd(rows, launch, dtype: str, from_e: bool, full=True, aligned=True, e_
 
 
 # Bytes of spilled registers allowed to a tile of the fused head, whose steps over the depth hold 64 float32 a thread.
-HEAD_SPILL = {"sm_80": 640, "sm_90": 128, "sm_100": 512, "sm_120": 1280}
+HEAD_SPILL = {"sm_80": 640, "sm_90": 128, "sm_100": 512, "sm_120": 1280, "gfx942": 16}
 
 
 def head_cases(full: bool) -> list[Case]:

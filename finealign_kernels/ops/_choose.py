@@ -67,7 +67,9 @@ def fused_reason(dtype: torch.dtype, arch: str | None, missing: dict[str, str | 
 
 
 def _interprets_bfloat16() -> bool:
-    """Whether this process has put the interpreter right, as the tests do."""
+    """Whether this process has put the interpreter right, as the tests do; not told while a graph is traced."""
+    if torch.compiler.is_compiling():
+        return False
     builder = importlib.import_module("triton.runtime.interpreter").InterpreterBuilder
     return getattr(builder, "bfloat16_is_right", False)
 

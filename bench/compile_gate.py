@@ -10,6 +10,7 @@ Rules, for each kernel and GPU:
     spills      no more bytes of registers spilled (stores and loads) than the case allows, by default none
     shared      no more shared memory than a block may have on that GPU
     atomics     none, so that every run repeats
+    precision   no product of float32 by tf32 or its like: a Triton dot says input_precision="ieee"
     addresses   no product of two 32-bit integers that may leave 32 bits reaches an address. Read from Triton's IR,
                 where nothing is optimised away yet, and from PTX for .cu files. What has a bound: constants, thread
                 ids, tl.arange, and what is made of them. An index that a loop counts up is no product.
@@ -532,6 +533,8 @@ def compile_case(case: Case, target: Target) -> Row:
         return Row(case.name, target.name, broken=(f"compiles: {type(error).__name__}: {_line(str(error))}",))
     row = Row(case.name, target.name, registers, spill, compiled.metadata.shared)
     ir = compiled.asm["ttir"]
+    rounded = sorted(set(re.findall(r"inputPrecision = (?!ieee)(\w+)", ir)))
+    row = row._replace(broken=(f"precision: {', '.join(rounded)}",)) if rounded else row
     return judge(row, case.spill, target, atomics(ir + compiled.asm.get("ptx", "")), ttir_products(ir))
 
 
@@ -570,7 +573,7 @@ def _plain(mangled: str) -> str:
 
 def judge(row: Row, spill: int, target: Target, atomic: list[str], products: list[str]) -> Row:
     """The row with the rules it breaks."""
-    broken = []
+    broken = [*row.broken]
     if row.spill > spill:
         broken.append(f"spills: {row.spill}, allowed {spill}")
     if row.shared > target.shared:

@@ -98,6 +98,12 @@ def sharing(x_ptr, y_ptr, stride, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def rounding(x_ptr, y_ptr, stride, n, BLOCK: tl.constexpr):
+    cell = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tl.store(y_ptr + cell, tl.dot(tl.load(x_ptr + cell), tl.load(x_ptr + cell)))
+
+
+@triton.jit
 def refused(x_ptr, y_ptr, stride, n, BLOCK: tl.constexpr):
     tl.static_assert(BLOCK == 3)
 
@@ -117,6 +123,7 @@ def cases():
         case(spilling, **many),
         case(spilling, targets=("sm_90",), spill=10**6, name="allowed", **many),
         case(sharing, block=64, targets=("sm_120",), num_stages=5),
+        case(rounding, block=32, targets=("sm_90",)),
         case(refused),
     ]
 """
@@ -151,7 +158,13 @@ __global__ void __launch_bounds__(1024) spilling(const float* x, float* y) {
 }
 """
 
-BREAKS = {"atomic": "atomics", "spilling": "spills", "sharing": "shared", "refused": "compiles"}
+BREAKS = {
+    "atomic": "atomics",
+    "spilling": "spills",
+    "sharing": "shared",
+    "refused": "compiles",
+    "rounding": "precision",
+}
 
 
 def broken_rules(*arguments):
@@ -179,7 +192,7 @@ def test_triton_rules_trip(tmp_path):
     found, status = broken_rules("--kernels", tmp_path / "planted.py")
     assert found.pop("clean") == set() and found.pop("allowed") == set()
     assert found == expected(found)
-    assert len(found) == 10 and status == 1
+    assert len(found) == 11 and status == 1
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")

@@ -183,8 +183,9 @@ def test_errors_are_within_eagers(spread, dtype):
     (exact, exact_grads), (rounded, rounded_grads) = found
     wide = dtype == torch.float32
     hidden, weight = s.hidden.requires_grad_(), s.weight.requires_grad_()
-    for workspace in (0, "full"):
-        out = fk.linear_logprobs(hidden, weight, s.labels, outputs="entropy", workspace=workspace, backend=FUSED)
+    for workspace, compact in ((0, "host"), ("full", "host"), ("full", "device")):
+        how = dict(workspace=workspace, compact=compact, backend=FUSED)
+        out = fk.linear_logprobs(hidden, weight, s.labels, outputs="entropy", **how)
         for actual, truth, theirs in zip((out.logp, out.lse, out.entropy), exact, rounded, strict=True):
             if wide or spread != "uniform":  # near-uniform rows are log V however a half rounds their logits
                 budgets.assert_within(actual, truth, theirs, rms_ratio=1.5 if wide else 0.05, max_ratio=2, ulps=1)

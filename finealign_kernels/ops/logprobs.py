@@ -67,12 +67,14 @@ def linear_logprobs(
     workspace    bytes kept between forward and backward so that rows need no second product: a number, 0, "full", or
                  "auto" = the size of weight. A function of the arguments alone, never of free memory
     compact      how rows that are not read, or have no gradient, are left out: "host" reads their number (one sync a
-                 direction on a GPU), "device" does not and computes them, "auto" is host unless a graph is captured
+                 direction on a GPU), "device" does not and computes them ("triton_fused": its products stop at the
+                 number, which stays on the device), "auto" is host unless a graph is captured
     batch_invariant  True takes "triton_fused" or raises. Then every output of a row has the same bits for any number
                  of rows, place, mask and workspace, on one GPU with one version of Triton. Outputs only: gradients
                  repeat bit for bit, but the shapes of their products follow the rows with a gradient
     backend      "auto", "reference" (any order of derivative), "torch", "native", "triton", "triton_fused" (the product
-                 and its rows in one kernel; not part of "auto" until a GPU has measured it)
+                 and its rows in one kernel). No GPU has measured the last: "auto" is "triton" on every GPU, which
+                 multiplies by the vendor's library, and "triton_fused" only for batch_invariant=True
 
     Returns LogProbs, each (...). Differentiable once, in hidden, weight and bias; the gradient of an input comes back
     in its dtype, accumulated in float32. In backward, rows whose upstream gradient is exactly 0 are dropped before

@@ -226,7 +226,7 @@ const char* sequence_loss_backward_cuda(const SequenceLossBackward& op, void* st
 // tokens are counted from the sequence's start; so are cuts at every kCut tokens, where two pieces are composed.
 constexpr int kGroup = 8;
 constexpr int kTile = 512;
-constexpr int64_t kCut = 16 * kTile;
+constexpr int64_t kCut = 64 * kTile;
 
 // y_t = x_t + a_t y_(t+1); a masked token is the identity, and 0 is stored for it. forward is the transpose of that,
 // y_t = x_t + a_(t-1) y_(t-1).

@@ -192,7 +192,7 @@ def test_an_advantage_of_zero_counts_as_positive(backend):
 LENGTHS = {
     "short": [5, 0, 1, 17, 8, 33, 2, 0],
     "tiles": [511, 513, 0, 1025, 40],
-    "cut": [8192, 8193, 20_000, 3],
+    "cut": [32_768, 32_769, 80_000, 3],
     "ones": [1] * 200,
 }
 OPTIONS = {

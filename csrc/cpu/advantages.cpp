@@ -284,13 +284,38 @@ FINEALIGN_INLINE void scan_few(const Advantages& op, const Piece& piece, State s
   }
 }
 
+// The same, bit for bit, of a sequence of one group: nothing comes from its right.
+template <typename T>
+FINEALIGN_INLINE void scan_group(const Advantages& op, const Piece& piece, State state, Standard by) {
+  const T* rewards = static_cast<const T*>(op.shaped ? op.shaped : op.rewards);
+  const T* values = static_cast<const T*>(op.values);
+  T *advantages = static_cast<T*>(op.advantages), *returns = static_cast<T*>(op.returns);
+  const double gamma = op.gamma[piece.s * op.gamma_stride], decay = gamma * op.lam[piece.s * op.lam_stride];
+  double y = 0;
+  for (int64_t t = piece.stop - 1; t >= piece.first; --t) {
+    const double ahead = gamma * state.ahead;
+    if (op.segments.keeps(t)) {
+      double r = rewards[t];
+      if (op.whiten_rewards.moments) whiten(&r, 1, by, op.whiten_rewards.shift);
+      const double value = values ? values[t] : 0;
+      y = ((r - value) + ahead) + decay * y;
+      state.ahead = value, state.seen = true;
+      advantages[t] = static_cast<T>(y + 0.0), returns[t] = static_cast<T>((y + 0.0) + value);  // -0 becomes 0
+    } else {
+      if (op.zero) y = (state.seen ? ahead : 0) + decay * y, state.ahead = state.seen ? 0 : state.ahead;
+      advantages[t] = returns[t] = 0;
+    }
+  }
+}
+
 // All sequences from first to last - 1, each of at most kCut tokens.
 template <typename T>
 FINEALIGN_INLINE void scan_sequences(const Advantages& op, int64_t first, int64_t last) {
   const Standard by = standard_of(op.whiten_rewards);
   for (int64_t s = first; s < last; ++s) {
     const Piece all{s, op.segments.start(s), op.segments.start(s + 1)};
-    if (all.stop - all.first <= kFew) scan_few<T>(op, all, at_end<T>(op, s), by);
+    if (all.stop - all.first <= kGroup) scan_group<T>(op, all, at_end<T>(op, s), by);
+    else if (all.stop - all.first <= kFew) scan_few<T>(op, all, at_end<T>(op, s), by);
     else scan_tokens<T>(op, all, at_end<T>(op, s), by, true);
   }
 }

@@ -12,7 +12,7 @@ FINEALIGN_INLINE Affine scan_tokens(const Scan& op, Piece piece, double y, T* __
   const T *x = static_cast<const T*>(op.x), *decay = static_cast<const T*>(op.decay);
   const uint8_t* mask = op.segments.mask;
   const int64_t start = op.segments.start(piece.s);
-  const double rate = decay ? 0 : op.rates[piece.s * op.rate_stride];
+  const double rate = op.rates ? op.rates[piece.s * op.rate_stride] : 0;  // no tokens: decay is null as well
   const int back = op.forward ? 1 : 0;  // whose decay stands before y
   double d[kTile], a[kTile], all = 1;
   const int64_t tiles = (piece.stop - piece.first + kTile - 1) / kTile;

@@ -171,7 +171,7 @@ template <typename T, bool kForward, int kTeam>
 __device__ __forceinline__ void scan_sequence(const Scan& op, int64_t s, Bounds b, Map* shared) {
   const T *x = static_cast<const T*>(op.x), *decay = static_cast<const T*>(op.decay);
   if (b.start == b.stop) return;  // with no token at all, decay is null too
-  const double rate = decay ? 0 : op.rates[s * op.rate_stride];
+  const double rate = op.rates ? op.rates[s * op.rate_stride] : 0;  // no tokens: decay is null as well
   double carry = 0;
   for_spans<kForward, kTeam>(b.start, b.stop, [&](Place place) {
     double d[kEach], a[kEach];

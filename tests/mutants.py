@@ -28,7 +28,8 @@ TRL, SEQUENCE, POLICY, VALUE = (
     "tests/test_policy.py",
     "tests/test_value.py",
 )
-DIVERGENCE = "tests/test_divergence.py"
+DIVERGENCE, RETURNS, SCAN = "tests/test_divergence.py", "tests/test_returns.py", "tests/test_scan.py"
+ADVANTAGES, HEAD = "tests/test_advantages.py", "tests/test_linear_logprobs_triton.py"
 FORMULA, CHUNKED, OP = "formulas/logprobs.py", "ops/_chunked.py", "ops/logprobs.py"
 ROWS, PREFERENCE, REDUCE = "csrc/cpu/row_kernels.h", "losses/preference.py", "losses/reduce.py"
 
@@ -157,6 +158,31 @@ MUTANTS = [
     Mutant("the token before is another row's", "formulas/pivots.py", "torch.where(place >= start, place, -1)", "place", PIVOTS),
     Mutant("a short last part", "feedback/segments.py", "i + least >= len(words)", "i + least > len(words)", CUTS),
     Mutant("a segment ends at its first token", "feedback/segments.py", "max(at, own[-1])", "max(at, own[0])", CUTS),
+    # returns and advantages
+    Mutant("bootstrap lost", "formulas/returns.py", "value[after], beyond)", "value[after], 0)", RETURNS),
+    Mutant("a step too many through masked tokens", "formulas/returns.py", "decay ** (_gap(after, found) - 1), 1)", "decay ** _gap(after, found), 1)", RETURNS),
+    Mutant("a sequence runs into the next", "formulas/returns.py", "inside = place[step:] < stop[:-step]", "inside = place[step:] <= stop[:-step]", RETURNS),
+    Mutant("variance of a sample is that of the population", "formulas/returns.py", "v = v * (n / (n - 1).clamp(min=1))", "v = v * (n / n)", RETURNS),
+    Mutant("C++: values beyond masked tokens", "csrc/cpu/advantages.cpp", "op.zero && !beside ? 0", "op.zero ? 0", RETURNS),
+    Mutant("C++: pieces of two sequences joined", "csrc/cpu/advantages.cpp", "if (pieces[i - 1].s == pieces[i].s) right", "if (true) right", RETURNS),
+    Mutant("C++: an advantage of one group without its decay", "csrc/cpu/advantages.cpp", "y = ((r - value) + ahead) + decay * y;", "y = (r - value) + ahead;", RETURNS),
+    Mutant("the transpose of a scan is the scan", "ops/scan.py", "cu_seqlens, not ctx.forward)", "cu_seqlens, ctx.forward)", SCAN),
+    Mutant("the gradient of a decay from the other side", "ops/scan.py", "(y, dx) if ctx.forward else (dx, y)", "(dx, y) if ctx.forward else (y, dx)", SCAN),
+    Mutant("segments of the first model for all", "rl/advantages.py", "[sum(counts[:k]) for k in range(len(counts))]", "[0 for k in range(len(counts))]", ADVANTAGES),
+    Mutant("an advantage of 0 makes no pivot", "rl/advantages.py", "keep = ((signs >= 0)", "keep = ((signs > 0)", ADVANTAGES),
+    Mutant("pivots first, but whitened with all", "rl/advantages.py", "weight = _pivots(plan, raw) if plan.pivots_first else None", "weight = None", ADVANTAGES),
+    # the fused head
+    Mutant("fused head: first maximum summed", "kernels/linear_logprobs.py", "cols == first[:, None], 0.0", "cols == first[:, None] - 1, 0.0", HEAD),
+    Mutant("fused head: phantom columns", "kernels/linear_logprobs.py", 'return tl.where((cols < vocab)[None, :], acc * scale, float("-inf"))', "return acc * scale", HEAD),
+    Mutant("fused head: T without its shift", "kernels/linear_logprobs.py", "(t_tile + d * one) * w", "t_tile * w", HEAD),
+    Mutant("fused head: E at another column", "kernels/linear_logprobs.py", "rows * width + (start - c0)", "rows * width", HEAD),
+    Mutant("fused head: last of ties", "kernels/linear_logprobs.py", "tl.where(m2 > m1, first2, first1)", "tl.where(m2 >= m1, first2, first1)", HEAD),
+    Mutant("fused head: start lost from the count", "kernels/linear_logprobs.py", "tl.minimum(count - start, height)", "tl.minimum(count, height)", HEAD),
+    Mutant("fused head: one row more from E", "kernels/linear_logprobs.py", "from_e = rows < kept", "from_e = rows <= kept", HEAD),
+    Mutant("fused head: label's slope from E", "kernels/linear_logprobs.py", "is_label, label_slope[:, None], slope", "is_label, slope, slope", HEAD),
+    Mutant("fused head: products again by the library", "ops/_fused.py", "again=again", "again=None", HEAD),
+    Mutant("fused head: every block overwrites dW", "ops/_fused.py", "add=block.start > 0", "add=False", HEAD),
+    Mutant("fused head: near-uniform rows from E", "ops/_fused.py", "from_e &= ~_chunked.near_uniform(coef, bias, vocab)", "pass", HEAD),
 ]  # fmt: skip
 
 
@@ -196,7 +222,7 @@ def caught(mutant: Mutant, site: Path, sources: Path) -> bool:
         env = {**os.environ, "PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1", "FINEALIGN_REQUIRE_NATIVE": "1"}
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutant.tests]
         command += (
-            [] if mutant.tests == TRITON else ["-k", "not triton"]
+            [] if mutant.tests in (TRITON, HEAD) else ["-k", "not triton"]
         )  # its interpreter is slow, and its rows are there
         run = sh(*command, cwd=ROOT, env=env, timeout=1200)
         if run.returncode not in (0, 1, 2):

@@ -65,6 +65,7 @@ class Suite:
     gemm_flops: Callable | None = None  # shape -> FLOPs of one matrix product of the op
     fits: Callable = lambda shape, case: True  # whether a case is raced at a shape
     passes: str = "forward+backward"
+    least: float = 0.0  # seconds of a turn: shorter calls are repeated in it
 
     def shapes_of(self, size: str) -> tuple:
         """Those of a size that only some suites have are its full ones elsewhere."""
@@ -322,6 +323,8 @@ def _generator(device: torch.device) -> torch.Generator:
 BOTH = (torch.float32, torch.bfloat16)
 KINDS = ("prompt50", "grpo30", "pivots20")
 
+TURN = 0.02  # of ops that take microseconds: neither a cold cache nor a sleeping thread is theirs
+
 SUITES = {
     suite.name: suite
     for suite in (
@@ -372,7 +375,8 @@ SUITES = {
             sample=segments,
             rivals=rivals.SEGMENTS,
             truth=rivals.segments_eager,
-            rounds=51,
+            rounds=15,
+            least=TURN,
         ),
         Suite(
             name="sequence",
@@ -381,7 +385,8 @@ SUITES = {
             sample=sequence,
             rivals=rivals.SEQUENCE,
             truth=rivals.sequence_eager,
-            rounds=51,
+            rounds=15,
+            least=TURN,
         ),
         Suite(
             name="policy",
@@ -390,7 +395,8 @@ SUITES = {
             sample=policy,
             rivals=rivals.POLICY,
             truth=rivals.policy_eager,
-            rounds=31,
+            rounds=15,
+            least=TURN,
         ),
         Suite(
             name="rl",
@@ -400,6 +406,7 @@ SUITES = {
             rivals=rivals.RL,
             truth=rivals.rl_truth,
             rounds=9,
+            least=TURN,
             compare=(("ours", "copy"),),
             fits=lambda shape, case: shape.batch == "small" or case in shapes.RL_CASES[shape.batch],
             passes="forward",

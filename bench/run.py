@@ -5,7 +5,8 @@
     python bench/run.py head --case active20 --dtype float32 --rounds 7
     python bench/run.py head --device cuda --size models --dtype bfloat16 --case grpo30 --case grpo30-compact
 
-Times are medians; the ratio beside them is the median over the rounds of time / ours in the same round. On a GPU
+Times are medians; the ratio beside them is the median over the rounds of time / ours in the same round. Calls of some
+microseconds are repeated for 20 ms in each of their turns, whoever's they are. On a GPU
 "queued" is the time there alone, from a cold cache, while the host runs ahead, and the rate is that of the work nobody
 can leave out (cases.Sample) in that time. Extra memory is measured over the same process before the call and less the
 tensors returned, on a CPU in a fresh process for each implementation. GEMMs are the matrix products that torch ran, in
@@ -91,7 +92,7 @@ def race(line: Line, rounds: int, *, memory: bool = True) -> tuple[list[dict], d
     checks, absent = checked(line, able, x)
     absent.update(reasons)
     calls = {rival.name: lambda call=rival.call: call(x) for rival in able if rival.name in checks}
-    times = interleaved(calls, rounds, warmup=0, device=line.device)
+    times = interleaved(calls, rounds, warmup=0, least=line.suite.least, device=line.device)
     middle, on_device = medians(times), medians(queued(calls, rounds, line.device))
     peaks = peaks_of(line, calls) if memory else {}
     rows = [

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,15 @@ def test_rounds_rotate_their_order_and_time_every_call():
     assert "".join(order) == "abc" + "abc" + "bca" + "cab" + "abc"
     assert {name: len(each) for name, each in times.items()} == {"a": 4, "b": 4, "c": 4}
     assert all(second >= 0 for each in times.values() for second in each)
+
+
+def test_a_short_call_is_repeated_in_its_turn():
+    order = []
+    calls = {"long": lambda: (order.append("l"), time.sleep(0.05)), "short": lambda: order.append("s")}
+    times = measure.interleaved(calls, 2, warmup=0, least=0.01)
+    assert order[:2] == ["l", "s"] and order.count("l") == 3  # the first of both is what says how often
+    assert order.count("s") > 100 and order[2] == "l" and order[-1] == "l"
+    assert all(second < 0.005 for second in times["short"]) and all(second >= 0.05 for second in times["long"])
 
 
 def test_ratio_is_the_median_of_the_ratios_within_a_round():

@@ -16,27 +16,44 @@ MIB = 2**20
 
 
 def interleaved(
-    calls: dict[str, Callable], rounds: int, *, warmup: int = 1, device: str | torch.device = "cpu"
+    calls: dict[str, Callable],
+    rounds: int,
+    *,
+    warmup: int = 1,
+    least: float = 0.0,
+    device: str | torch.device = "cpu",
 ) -> dict[str, list[float]]:
     """Seconds of each call in each round, {name: [one per round]}.
 
-    A round runs every call once, and the first of a round is the second of the one before, so that a slow minute of the
-    machine or a cache that a neighbour left warm falls on all alike. `warmup` rounds run first, untimed. What a call
-    returns is freed after its clock has stopped.
+    In a round every call has its turn, and the first of a round is the second of the one before, so that a slow minute
+    of the machine or a cache that a neighbour left warm falls on all alike. `warmup` rounds run first, untimed. A turn
+    is one call; of a call that took less than `least` seconds in one more untimed round, the mean of as many as fill
+    them. What a call returns is freed after its clock has stopped, or before the next of its turn.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     names, synchronize = list(calls), _synchronize(device)
     for name in names * warmup:
         calls[name]()
-    times = {name: [] for name in names}
-    for name in _turns(names, rounds):
+
+    def turn(name: str, count: int) -> float:
+        result = None
         synchronize()
         start = time.perf_counter()
-        result = calls[name]()
+        for _ in range(count):
+            result = None
+            result = calls[name]()
         synchronize()
-        times[name].append(time.perf_counter() - start)
+        seconds = (time.perf_counter() - start) / count
         del result
+        return seconds
+
+    counts = dict.fromkeys(names, 1)
+    if least:
+        counts = {name: max(1, round(least / turn(name, 1))) for name in names}
+    times = {name: [] for name in names}
+    for name in _turns(names, rounds):
+        times[name].append(turn(name, counts[name]))
     return times
 
 

@@ -57,16 +57,6 @@ def test_gae_steps_through_masked_tokens_as_openrlhf_does(batch):
     close(one.advantages, theirs(values, rewards, mask.double(), 1.0, 1.0)[0], mask)
 
 
-def test_returns_step_through_masked_tokens_as_openrlhf_does(batch):
-    theirs = oracles.oracle(oracles.openrlhf_returns)
-    rewards, _, mask = batch
-    close(
-        fk.discounted_returns(rewards, mask=mask, gamma=GAMMA, masked="zero"),
-        theirs(rewards, mask.double(), GAMMA),
-        mask,
-    )
-
-
 def test_returns_carry_masked_tokens_as_verls_reinforce_plus_plus_does_since_0_9(batch):
     core = oracles.oracle(oracles.verl_core)
     rewards, _, mask = batch

@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -588,15 +589,15 @@ def judge(row: Row, spill: int, target: Target, atomic: list[str], products: lis
 # ---- the table -----------------------------------------------------------------------------------------------------
 
 
-def check(triton_cases: list[Case], cuda_files: list[Path]) -> list[Row]:
-    """All rows, compiled in as many processes as there are cores."""
+def check(triton_cases: list[Case], cuda_files: list[Path]) -> Iterator[Row]:
+    """All rows in their order, each as soon as it is there, compiled in as many processes as there are cores."""
     targets = {target.name: target for target in TARGETS}
     work = [(compile_cuda, (file, arch)) for file in cuda_files for arch in CUDA_ARCHS]
     work += [(compile_case, (case, targets[name])) for case in triton_cases for name in case.targets]
     _work[:] = work  # a kernel does not pickle: the processes inherit it
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-        results = pool.map(_run, range(len(work)), chunksize=1)
-    return [row for result in results for row in (result if isinstance(result, list) else [result])]
+        for result in pool.imap(_run, range(len(work))):
+            yield from result if isinstance(result, list) else [result]
 
 
 _work: list = []
@@ -627,13 +628,23 @@ def main() -> int:
     if files and not (shutil.which("nvcc") and shutil.which("ptxas")):
         print(f"no nvcc here: {len(files)} .cu files are not compiled")
         files = []
-    rows = check(found, files)
-    width = max((len(row.case) for row in rows), default=0)
-    print(f"{'kernel':{width}} {'GPU':7} {'registers':>9} {'spill':>6} {'shared':>7}")
-    for row in rows:
+    width = max((len(case.name) for case in found), default=40)
+    if found:
+        import triton
+
+        print(f"Triton {triton.__version__}")
+    print(f"{'kernel':{width}} {'GPU':7} {'registers':>9} {'spill':>6} {'shared':>7}", flush=True)
+    rows = []
+    for row in check(found, files):
+        rows.append(row)
         numbers = ("-" if number is None else number for number in (row.registers, row.spill, row.shared))
         line = "{:>9} {:>6} {:>7}".format(*numbers)
-        print(f"{row.case:{width}} {row.target:7} {line}", *(f"    BROKEN {rule}" for rule in row.broken), sep="\n")
+        print(
+            f"{row.case:{width}} {row.target:7} {line}",
+            *(f"    BROKEN {rule}" for rule in row.broken),
+            sep="\n",
+            flush=True,
+        )
     broken = sum(bool(row.broken) for row in rows)
     print(f"{len(rows)} compiled in {time.monotonic() - start:.0f} s, {broken} broken")
     return 1 if broken else 0

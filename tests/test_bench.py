@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import cases  # noqa: E402
 import rivals  # noqa: E402
 import run  # noqa: E402
+import shapes  # noqa: E402
 
 FIELDS = ["suite", "case", "impl", "device", "dtype", "shape", "pass", "median_s", "ratio_to_ours"]
 FIELDS += ["queued_s", "useful_flops", "useful_bytes", "peak_extra_mib"]
@@ -330,39 +332,131 @@ def sweep(usable):
     return sweep
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted here, swept there")
-@pytest.mark.parametrize("kernel", ["row_fwd", "row_bwd"])
+swept_here = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted here, swept there")
+SMALL_TILES = (32, 64, 32, 4, 1, 32, 2), (16, 128, 16, 4, 1, 128, 8)
+
+
+def sample_of(sweep, kernel, n=3, columns=3001, dtype=torch.float32):
+    if sweep.KERNELS[kernel].sample is sweep.tile:
+        return sweep.tile(n, columns, dtype, torch.device("cpu"))
+    return sweep.products(n, shapes.Head("small", n, 40, columns), dtype, torch.device("cpu"))
+
+
+@swept_here
+@pytest.mark.parametrize("kernel", ["row_fwd", "row_bwd", "head_fwd", "head_fwd_tma", "head_capped", "head_bwd"])
 def test_a_sweep_checks_every_launch_and_times_none_without_a_gpu(kernel, sweep, monkeypatch):
-    def refused(launch):
+    def call(t, launch):
         if launch == "refused":
-            raise RuntimeError("out of shared memory")
-        return sweep.row_launch(launch)
+            raise RuntimeError("out of shared\nmemory")
+        swept.call(t, launch)
 
-    launches = ((1024, 4), (2048, 8), "refused")
-    monkeypatch.setitem(sweep.KERNELS, kernel, sweep.KERNELS[kernel]._replace(launches=launches, using=refused))
-    found = sweep.sweep(kernel, sweep.tile(3, 3001, torch.float32, torch.device("cpu")), rounds=1)
-    assert [row["launch"] for row in found] == [(2048, 8), (1024, 4), "copy", "refused"]
-    assert [row.get("shipped") for row in found] == [True, False, False, None]
+    swept = sweep.KERNELS[kernel]
+    two = ((1024, 4), (2048, 8)) if swept.sample is sweep.tile else SMALL_TILES
+    planted = swept._replace(launches=(*two, "refused", (1, 1)), shipped=lambda t: two[1], call=call)
+    monkeypatch.setitem(sweep.KERNELS, kernel, planted)
+    x = sample_of(sweep, kernel) if swept.sample is sweep.tile else sample_of(sweep, kernel, 35, 333)
+    found = sweep.sweep(kernel, x, 1, refused={(1, 1): "it hung"})
+    assert [row["launch"] for row in found] == [two[1], two[0], "bare", "refused", (1, 1)]
+    assert [row["shipped"] for row in found] == [True, False, False, False, False]
     assert all(row["queued_s"] is None for row in found[:3]) and all(row["error"] < 1e-6 for row in found[:2])
-    assert found[3]["failed"] == "RuntimeError: out of shared memory"
-    assert "2048x8       no time" in sweep.table(found) and "<- ships" in sweep.table(found)
+    assert [row["failed"] for row in found[3:]] == ["RuntimeError: out of shared memory", "RuntimeError: it hung"]
+    first, *_ = sweep.table(found).partition("\n  bare")
+    assert re.search(rf"  {sweep.named(two[1])} +no time  .* off  <- ships", first)
+    assert sweep.sweep(kernel, x, 1, launches=two[:1])[0]["launch"] == two[0]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted here, swept there")
-@pytest.mark.parametrize("kernel, written", [("row_fwd", "part"), ("row_bwd", "dx")])
-def test_a_sweep_times_no_wrong_answer(kernel, written, sweep, monkeypatch):
-    def half(t):
-        whole.call(t)
-        getattr(t, written)[0] *= 1.5
+@swept_here
+@pytest.mark.parametrize("kernel", ["head_dx", "head_dw"])
+def test_products_of_a_gradient_are_swept(kernel, sweep, monkeypatch):
+    monkeypatch.setitem(sweep.KERNELS, kernel, sweep.KERNELS[kernel]._replace(launches=SMALL_TILES))
+    *right, bare = sweep.sweep(kernel, sample_of(sweep, kernel, 35, 333, torch.bfloat16), 1, launches=SMALL_TILES)
+    assert [row["launch"] for row in right] == list(SMALL_TILES) and bare["launch"] == "bare"
+    assert all(row["error"] < 1e-6 for row in right)
+
+
+@swept_here
+@pytest.mark.parametrize(
+    "kernel, written, at",
+    [
+        ("row_fwd", "part", 0),
+        ("row_bwd", "dx", 0),
+        ("head_fwd", "part", 0),
+        ("head_fwd", "label", 0),
+        ("head_fwd", "e", 0),
+        ("head_bwd", "dz", 0),
+        ("head_dx", "dx", -1),
+        ("head_dw", "dw", -1),
+    ],
+)
+def test_a_sweep_times_no_wrong_answer(kernel, written, at, sweep, monkeypatch):
+    def half(t, launch):
+        whole.call(t, launch)
+        getattr(t, written)[at] *= 1.5
 
     whole = sweep.KERNELS[kernel]
-    monkeypatch.setitem(sweep.KERNELS, kernel, whole._replace(call=half, launches=()))
-    found = sweep.sweep(kernel, sweep.tile(3, 257, torch.float32, torch.device("cpu")), rounds=1)
-    assert [row["launch"] for row in found] == ["copy", (1024, 4)] and "wrong answer" in found[1]["failed"]
-    forgets = whole._replace(call=lambda t: None, launches=())
+    x, launches = sample_of(sweep, kernel, 3, 257), ((1024, 4),) if whole.sample is sweep.tile else SMALL_TILES[:1]
+    monkeypatch.setitem(sweep.KERNELS, kernel, whole._replace(call=half))
+    found = sweep.sweep(kernel, x, 1, launches)
+    assert [row["launch"] for row in found] == ["bare", launches[0]] and "wrong answer" in found[1]["failed"]
+    forgets = whole._replace(call=lambda t, launch: None)
     monkeypatch.setitem(sweep.KERNELS, kernel, forgets)
-    found = sweep.sweep(kernel, sweep.tile(3, 257, torch.float32, torch.device("cpu")), rounds=1)
+    found = sweep.sweep(kernel, x, 1, launches)
     assert "wrong answer: nan" in found[1]["failed"]
+
+
+def test_every_tile_that_is_swept_fits_a_chunk(sweep):
+    for kernel in sweep.KERNELS.values():
+        if kernel.sample is sweep.products:
+            tiles = [sweep.heads.Config(*launch) for launch in kernel.launches]
+            assert all(sweep.CHUNK % tile.columns == 0 and tile.columns >= sweep.SMALLEST for tile in tiles)
+            assert all(len(tile) == len(sweep.heads.Config._fields) for tile in tiles)
+
+
+def test_the_best_of_a_sweep_are_lines_of_the_tables(sweep, tmp_path, capsys):
+    """A launch counts that was timed at every size: by its mean share of the bare work, in each table's own form."""
+    common = {"gpu": "Some GPU", "arch": "sm_90", "triton": "3.6.0", "dtype": "bfloat16"}
+
+    def timed(kernel, shape, launch, share, shipped=False):
+        return {
+            **common,
+            "kernel": kernel,
+            "shape": shape,
+            "launch": launch,
+            "shipped": shipped,
+            "share_of_bare": share,
+        }
+
+    tiles = [[128, 256, 64, 8, 3, 32, 8], [128, 128, 64, 8, 3, 32, 8], [64, 256, 64, 8, 3, 32, 8]]
+    rows = [timed("head_fwd", [4096, 4096, v], tiles[0], share, True) for v, share in ((49152, 0.9), (128256, 0.4))]
+    rows += [timed("head_fwd", [4096, 4096, v], tiles[1], 0.7) for v in (49152, 128256)]
+    rows += [
+        timed("head_fwd", [4096, 4096, 49152], tiles[2], 0.99),
+        timed("head_fwd", [4096, 4096, 49152], "bare", 1.0),
+    ]
+    rows += [{**common, "kernel": "row_fwd", "shape": [4, 9], "launch": [1024, 4], "shipped": False, "failed": "no"}]
+    rows += [timed("row_fwd", [4, 9], [4096, 8], 0.8, True)]
+    file = tmp_path / "sweep.json"
+    file.write_text(json.dumps(rows))
+    assert sweep.main(["--best", str(file)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "",
+        "HALF, by head_fwd in bfloat16 at 2 sizes; Some GPU, Triton 3.6.0",
+        '    "sm_90": Config(128, 128, 64, 8, 3, 32, 8),  # 0.70 of the bare work',
+        '    "sm_90": Config(128, 256, 64, 8, 3, 32, 8),  # 0.60 of the bare work <- ships',
+        "",
+        "LAUNCH, by row_fwd in bfloat16 at 1 sizes; Some GPU, Triton 3.6.0",
+        '    (float("inf"), 4096, 8),  # 0.80 of the bare work <- ships',
+    ]
+
+
+@swept_here
+def test_a_launch_that_fails_in_a_process_of_its_own_is_named(sweep, monkeypatch):
+    """What a GPU's context would not survive happens elsewhere first: here with launches that no GPU could run."""
+    kernel = sweep.KERNELS["row_fwd"]._replace(launches=((1000, 4), (1024, 4)), shipped=lambda t: None)
+    monkeypatch.setitem(sweep.KERNELS, "row_fwd", kernel)
+    monkeypatch.setattr(sweep, "AHEAD_ROWS", 2)
+    reasons = sweep.compiled_ahead("row_fwd", 257, "float32", sample_of(sweep, "row_fwd", 2, 257))
+    assert list(reasons) == [(1000, 4)] and "1000x4" in reasons[1000, 4]
 
 
 # the call on a machine with a GPU: its steps by a python that only says what it was asked for

@@ -12,7 +12,20 @@ from .losses.pivots import (
 )
 from .losses.pointwise import PointwiseLoss, kto, pdpo, pointwise_loss, ulma, unlikelihood
 from .losses.policy import PolicyLoss, policy_loss
-from .losses.preference import PreferenceLoss, cdpo, cpo, dpo, ipo, orpo, preference_loss, robust, simpo, slic
+from .losses.preference import (
+    Hyper,
+    PreferenceLoss,
+    Row,
+    cdpo,
+    cpo,
+    dpo,
+    ipo,
+    orpo,
+    preference_loss,
+    robust,
+    simpo,
+    slic,
+)
 from .losses.sampler import sampler_weights
 from .losses.value import ValueLoss, value_loss
 from .losses.weights import ld_weights, wpo_weights
@@ -32,11 +45,13 @@ __all__ = [
     "AdaptiveMask",
     "Advantages",
     "GAE",
+    "Hyper",
     "LogProbs",
     "NLLLoss",
     "PointwiseLoss",
     "PolicyLoss",
     "PreferenceLoss",
+    "Row",
     "SegmentEnds",
     "SegmentRewards",
     "ValueLoss",

@@ -59,4 +59,5 @@ def route(request, monkeypatch):
     if request.param == "composed":
         for module in ("preference", "pointwise"):
             monkeypatch.setattr(f"finealign_kernels.losses.{module}.is_fused", lambda row, device: False)
+        monkeypatch.setattr("finealign_kernels.losses.nll.missing", lambda phi, device: "composed")
     return request.param

@@ -262,6 +262,71 @@ def test_a_loss_of_ones_own_is_one_row(monkeypatch):
     out = fk.preference_loss("mine", logp, ref, mask=mask, rate=2.0)
     assert_close(out.loss, (-0.6 * (chosen - rejected)).exp().mean())
 
+
+def test_a_row_in_place_of_a_name(route):
+    """The same numbers as under its name; by the fused op where its formula is one of ours."""
+    logp, ref, mask, weight = batch()
+    options = dict(mask=mask, token_weight=weight, average="kept", beta=0.4, nll_weight=0.2)
+    for name in ("robust", "orpo", "apo_down", "nca_pair", "kto"):
+        references = ref if PREFERENCE[name].reference else None
+        named, grad = run(name, logp, ref, **options)
+        x = logp.clone().requires_grad_()
+        own = fk.preference_loss(PREFERENCE[name]._replace(source="here"), x, references, **options)
+        assert all(torch.equal(a, b) for a, b in zip(own, named, strict=True))
+        assert torch.equal(torch.autograd.grad(own.loss, x)[0], grad)
+
+    def steep(m, *, rate):
+        return (-rate * m).exp(), -rate * (-rate * m).exp()
+
+    mine = fk.Row(steep, "e^(-rate m)", "here", hyper={"rate": fk.Hyper(0.5, lambda r: r > 0, "be above 0")})
+    chosen, rejected = torch.where(mask, logp - ref, 0).sum(1).chunk(2)
+    out = fk.preference_loss(mine, logp, ref, mask=mask, beta=0.3, rate=2.0)
+    assert_close(out.losses, (-0.6 * (chosen - rejected)).exp())
+    single = mine._replace(pair=False, label="class")
+    sign = torch.tensor([1, -1, 1, -1, 1, -1], dtype=F64)
+    out = fk.pointwise_loss(single, logp, ref, target=sign == 1, mask=mask, beta=0.3)
+    assert_close(out.losses, (-0.15 * sign * torch.where(mask, logp - ref, 0).sum(1)).exp())
+    for call, message in (
+        (lambda: fk.preference_loss(mine, logp, ref, rate=-1.0), "rate must be above 0, got -1.0"),
+        (lambda: fk.preference_loss(mine, logp), r"ref_logp must be given for the row 'e\^\(-rate m\)'"),
+        (lambda: fk.preference_loss(single, logp, ref, divergence="js"), "'reverse_kl' for the row"),
+        (lambda: fk.pointwise_loss(mine, logp, ref, target=sign), "name must be a Row with pair=False"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+WRONG = {  # formulas of one's own, and what is said of them
+    "sign": (
+        lambda m: ((-m).exp(), (-m).exp()),
+        "phi must return the derivative of its value, -109.947 at -4.7, got",
+    ),
+    "half": (
+        lambda m: (m.square(), m),
+        "phi must return the derivative of its value, -9.4 at -4.7, got the slope -4",
+    ),
+    "left": (lambda m: (m.square(), 2 * m.clamp(min=-3)), "-9.4 at -4.7, got the slope -6"),
+    "no slope": (lambda m: m.square(), r"phi must return \(value, slope\).* got a Tensor"),
+    "sum": (lambda m: (m.square().sum(), 2 * m), r"in the shape of the margin \(7,\), got \[\(\), \(7,\)\]"),
+    "NaN": (lambda m: (m.square(), 2 * m * torch.nan), "got the slope nan"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_formula_of_ones_own_is_refused(case):
+    logp = torch.zeros(2, 3)
+    formula, message = WRONG[case]
+    with torch.inference_mode(case == "sign"), pytest.raises(ValueError, match=message):
+        fk.preference_loss(fk.Row(formula, "mine", "here"), logp, logp)
+    with pytest.raises(ValueError, match=message.replace("phi", "transform")):
+        fk.preference_loss(fk.Row(torch_hinge, "mine", "here", transform=formula), logp, logp)
+
+
+def torch_hinge(m):
+    return (1 - m).clamp(min=0), torch.where(m < 1, -1.0, 0.0).to(m.dtype)
+
+
+def test_a_wrong_row_of_the_table_is_seen(monkeypatch):
     wrong = Row(lambda m: (m.exp(), -m.exp()), "wrong slope", "here")
     monkeypatch.setitem(PREFERENCE, "wrong", wrong)
     with pytest.raises(AssertionError):
@@ -366,7 +431,7 @@ def test_trl_averages_ipo_where_others_sum():
 
 L = torch.zeros(2, 3)
 REFUSALS = {
-    "name": (lambda: fk.preference_loss("dop", L, L), ValueError, "name must be one of .* got 'dop'"),
+    "name": (lambda: fk.preference_loss("dop", L, L), ValueError, "name must be a Row or one of .* got 'dop'"),
     "beta": (lambda: fk.dpo(L, L, beta=0.0), ValueError, "beta must be a finite number > 0, got 0.0"),
     "beta nan": (lambda: fk.dpo(L, L, beta=math.nan), ValueError, "beta must be .* got nan"),
     "shift": (lambda: fk.dpo(L, L, shift=math.inf), ValueError, "shift must be a finite number, got inf"),

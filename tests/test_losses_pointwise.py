@@ -270,8 +270,12 @@ def test_liger_has_kto_without_weights():
 
 L, Z = torch.zeros(2, 3), torch.zeros(2)
 REFUSALS = {
-    "pair row": (lambda: fk.pointwise_loss("dpo", L, L, target=Z), ValueError, "name must be one of .*kto.* got 'dpo'"),
-    "unknown": (lambda: fk.pointwise_loss("kot", L, L, target=Z), ValueError, "name must be one of"),
+    "pair row": (
+        lambda: fk.pointwise_loss("dpo", L, L, target=Z),
+        ValueError,
+        "name must be a Row with pair=False or .*kto.* got 'dpo'",
+    ),
+    "unknown": (lambda: fk.pointwise_loss("kot", L, L, target=Z), ValueError, "name must be a Row or one of"),
     "target shape": (lambda: fk.kto(L, L, torch.zeros(3)), ValueError, r"target must have shape \(2,\), got \(3,\)"),
     "target dtype": (lambda: fk.kto(L, L, Z.long()), TypeError, "target must have dtype bool or"),
     "reduction": (lambda: fk.kto(L, L, Z, reduction="token"), ValueError, "reduction must be one of .*class_mean"),

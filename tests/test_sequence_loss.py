@@ -13,7 +13,7 @@ from finealign_kernels.losses.reduce import sequence_weights
 from finealign_kernels.losses.table import fused_functions, is_fused
 from finealign_kernels.ops import _native
 from finealign_kernels.ops._layout import flatten, flatten_like
-from finealign_kernels.ops.sequence_loss import CODES, missing, sequence_loss
+from finealign_kernels.ops.sequence_loss import CODES, batch_loss, missing, sequence_loss
 from finealign_kernels.testing.budgets import assert_within
 
 pytestmark = pytest.mark.skipif(not _native.available(), reason=str(_native.reason))
@@ -59,6 +59,7 @@ def composed(
 # Around the 32 lanes, the chunk of 1024 tokens and the block of 32768; empty sequences.
 LENGTHS = {
     "short": [0, 1, 2, 31, 32, 33, 0, 63, 65, 1],
+    "few": [3, 0, 1, 4, 2, 5, 16, 17, 15, 0] * 1100,
     "chunks": [1023, 1024, 1025, 0, 2047, 2048],
     "long": [40_000, 3],
     "ones": [1] * 2000,
@@ -310,6 +311,27 @@ def test_any_upstream_and_a_second_backward():
     assert_close(dlogp, torch.where(of_first, 2 * first, 0), rtol=1e-15, atol=0)
 
 
+@pytest.mark.parametrize("denominator", (3, 0.7, torch.tensor(5), torch.tensor(0.3, dtype=F64)), ids=repr)
+def test_batch_loss_is_the_sum_over_a_denominator(denominator):
+    logp, ref, weight, mask, cu_seqlens = batch([3, 6, 5, 2], torch.float32)
+    tokens = flatten(logp.requires_grad_(), mask, cu_seqlens)
+    options = dict(beta=0.7, token_weight=weight, average="kept")
+    each = sequence_loss(tokens, ref, **options)
+    out = batch_loss(tokens, ref, denominator=denominator, **options)
+    expected = each.losses.sum() / denominator
+    assert torch.equal(out.loss, expected) and all(torch.equal(a, b) for a, b in zip(out[1:], each, strict=True))
+    assert out.loss.requires_grad and not any(x.requires_grad for x in out[1:])
+    upstream = torch.tensor(-1.7, dtype=expected.dtype)
+    first, second = (torch.autograd.grad(out.loss, logp, upstream, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, torch.autograd.grad(expected, logp, upstream)[0]) and torch.equal(first, second)
+    (dlogp,) = torch.autograd.grad(out.loss, logp, upstream, create_graph=True)
+    with pytest.raises(RuntimeError, match="sequence_loss: double backward"):
+        torch.autograd.grad(dlogp.sum(), logp)
+    with torch.no_grad():
+        alone = batch_loss(tokens, ref, denominator=denominator, **options)
+    assert torch.equal(alone.loss, expected) and not alone.loss.requires_grad
+
+
 def test_upstream_of_zero_gives_zero_whatever_the_slope():
     logp = torch.tensor([-torch.inf, -torch.inf, -1.0, -1.0], requires_grad=True)
     losses = sequence_loss(
@@ -390,6 +412,23 @@ def test_bits_are_a_matter_of_the_sequence_alone():
                     assert all(torch.equal(a[1:], b) for a, b in zip(out, alone, strict=True))
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", ("few", "ones", "long"))
+def test_bits_do_not_depend_on_threads(name):
+    logp, ref, weight, mask, cu_seqlens = batch(LENGTHS[name] * (40 if name == "ones" else 1))
+    upstream, threads, seen = torch.randn((len(cu_seqlens) - 1) // 2, dtype=F64), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            ours, _ = both(
+                flatten(logp, mask, cu_seqlens), ref, upstream, phi=margin.logistic, beta=0.1, average="kept",
+                pairs="interleaved", token_weight=weight,
+            )  # fmt: skip
+            seen.append(ours)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other, strict=True))
 
 
 def test_everything_is_written():

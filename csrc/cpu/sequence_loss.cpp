@@ -13,17 +13,18 @@ template <typename T>
 using WideOf = typename Wide<T>::type;
 
 constexpr int64_t kItems = 256;  // whose numbers are held at once, between the two halves of the work
+constexpr int64_t kShort = 16;   // tokens a sequence up to which a slope is written out for each of them
 
-// What a stretch of tokens is read from, at its first token; all but logp may be null.
+// What tokens are read from; all but logp may be null.
 template <typename T>
-struct Stretch {
+struct Sources {
   const T *logp, *ref;
   const WideOf<T>* weight;
   const uint8_t* mask;
 };
 
 template <typename T>
-Stretch<T> stretch_of(const SequenceLossForward& op, int64_t first) {
+Sources<T> sources_of(const SequenceLossForward& op, int64_t first = 0) {
   const auto from = [first](const auto* p) { return p == nullptr ? p : p + first; };
   return {static_cast<const T*>(op.logp) + first, from(static_cast<const T*>(op.ref_logp)),
           from(static_cast<const WideOf<T>*>(op.tokens.weight)), from(op.tokens.segments.mask)};
@@ -36,7 +37,7 @@ struct Has {
 };
 
 template <typename T, typename F>
-FINEALIGN_INLINE void by_inputs(const Stretch<T>& at, F f) {
+FINEALIGN_INLINE void by_inputs(const Sources<T>& at, F f) {
   const int which = (at.ref != nullptr) * 4 + (at.mask != nullptr) * 2 + (at.weight != nullptr);
   if (which == 0) f(Has<false, false, false>());
   if (which == 1) f(Has<false, false, true>());
@@ -51,7 +52,7 @@ FINEALIGN_INLINE void by_inputs(const Stretch<T>& at, F f) {
 // sum + w (logp - ref) of token i. One that the mask leaves out or that weighs 0 may hold NaN, its weight too where the
 // mask leaves it out: select, do not multiply.
 template <typename H, typename T>
-FINEALIGN_INLINE double add_score(H, const Stretch<T>& at, int64_t i, double sum) {
+FINEALIGN_INLINE double add_score(H, const Sources<T>& at, int64_t i, double sum) {
   using A = WideOf<T>;
   A x = load(at.logp[i]);
   if (H::ref) x -= load(at.ref[i]);
@@ -63,16 +64,16 @@ FINEALIGN_INLINE double add_score(H, const Stretch<T>& at, int64_t i, double sum
 
 // sum + w of token i, or + 1 where tokens are counted; 0 of one that the mask leaves out.
 template <typename H, typename T>
-FINEALIGN_INLINE double add_weight(H, const Stretch<T>& at, int64_t i, double sum, bool counts) {
+FINEALIGN_INLINE double add_weight(H, const Sources<T>& at, int64_t i, double sum, bool counts) {
   using A = WideOf<T>;
   A weight = H::weight && !counts ? at.weight[i] : 1;
   if (H::mask) weight = at.mask[i] ? weight : 0;
   return sum + weight;
 }
 
-// The same of kLanes tokens from i on, in one loop a step: each has numbers of one width, and so whole vectors.
+// add_score of kLanes tokens from i on, in one loop a step: each has numbers of one width, and so whole vectors.
 template <typename H, typename T>
-FINEALIGN_INLINE void add_scores(H, const Stretch<T>& at, int64_t i, double* __restrict sum) {
+FINEALIGN_INLINE void add_scores(H, const Sources<T>& at, int64_t i, double* __restrict sum) {
   using A = WideOf<T>;
   using Word = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
   A x[kLanes], weight[kLanes];
@@ -95,55 +96,99 @@ FINEALIGN_INLINE void add_scores(H, const Stretch<T>& at, int64_t i, double* __r
 }
 
 template <typename H, typename T>
-FINEALIGN_INLINE void add_weights(H has, const Stretch<T>& at, int64_t i, double* __restrict sum, bool counts) {
-  for (int j = 0; j < kLanes; ++j) sum[j] = add_weight(has, at, i + j, sum[j], counts);
+FINEALIGN_INLINE void add_weights(H has, const Sources<T>& at, int64_t i, double* __restrict sum) {
+  for (int j = 0; j < kLanes; ++j) sum[j] = add_weight(has, at, i + j, sum[j], false);
+}
+
+// A lane each for n <= kWidth tokens; lanes from n on hold 0.
+template <int kWidth, typename Add>
+FINEALIGN_INLINE double sum_of_few(int64_t n, Add add) {
+  double lane[kWidth] = {};
+  for (int64_t j = 0; j < n; ++j) lane[j] = add(j, 0.0);
+  for (int half = kWidth / 2; half > 0; half /= 2)
+    for (int j = 0; j < half; ++j) lane[j] += lane[j + half];
+  return lane[0];
 }
 
 // Sum over at most kChunk tokens in the order that launch.h fixes: add_all(i, sums) of kLanes, add(i, sum) of one.
 template <typename AddAll, typename Add>
 FINEALIGN_INLINE double sum_by_lanes(int64_t n, AddAll add_all, Add add) {
-  double lane[kLanes];
-  int width = 1;  // lanes from n on would hold 0
-  while (width < kLanes && width < n) width *= 2;
-  for (int j = 0; j < width; ++j) lane[j] = 0;
+  if (n == 1) return add(0, 0.0);
+  if (n <= 4) return sum_of_few<4>(n, add);
+  if (n <= 16) return sum_of_few<16>(n, add);
+  double lane[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) add_all(i, lane);
   for (int j = 0; i + j < n; ++j) lane[j] = add(i + j, lane[j]);
-  for (int half = width / 2; half > 0; half /= 2)
+  for (int half = kLanes / 2; half > 0; half /= 2)
     for (int j = 0; j < half; ++j) lane[j] += lane[j + half];
   return lane[0];
 }
 
-template <typename T>
-FINEALIGN_INLINE double score_by_lanes(const Stretch<T>& at, int64_t n) {
-  double sum = 0;
-  by_inputs(at, [&](auto has) __attribute__((always_inline)) {
-    sum = sum_by_lanes(
-        n, [&](int64_t i, double* lanes) __attribute__((always_inline)) { add_scores(has, at, i, lanes); },
-        [&](int64_t i, double lane) __attribute__((always_inline)) { return add_score(has, at, i, lane); });
-  });
-  return sum;
+template <typename H, typename T>
+FINEALIGN_INLINE double score_by_lanes(H has, const Sources<T>& at, int64_t first, int64_t n) {
+  return sum_by_lanes(
+      n,
+      [&](int64_t i, double* sums) __attribute__((always_inline)) { add_scores(has, at, first + i, sums); },
+      [&](int64_t i, double sum) __attribute__((always_inline)) { return add_score(has, at, first + i, sum); });
 }
 
+// Σ w of n tokens, or the number of those that the mask keeps, which is exact in any order.
 template <typename T>
-FINEALIGN_INLINE double weight_by_lanes(const Stretch<T>& at, int64_t n, bool counts) {
-  double sum = 0;
-  by_inputs(at, [&](auto has) __attribute__((always_inline)) {
-    sum = sum_by_lanes(
-        n, [&](int64_t i, double* lanes) __attribute__((always_inline)) { add_weights(has, at, i, lanes, counts); },
-        [&](int64_t i, double lane) __attribute__((always_inline)) { return add_weight(has, at, i, lane, counts); });
-  });
-  return sum;
+FINEALIGN_INLINE double weight_of(const Sources<T>& at, int64_t first, int64_t n, bool counts) {
+  if (counts && at.mask == nullptr) return n;
+  if (counts) {
+    int32_t count = 0;
+    for (int64_t i = first; i < first + n; ++i) count += at.mask[i] != 0;
+    return count;
+  }
+  const auto sum = [&](auto has) __attribute__((always_inline)) {
+    return sum_by_lanes(
+        n,
+        [&](int64_t i, double* sums) __attribute__((always_inline)) { add_weights(has, at, first + i, sums); },
+        [&](int64_t i, double one) __attribute__((always_inline)) { return add_weight(has, at, first + i, one, false); });
+  };
+  return at.mask == nullptr ? sum(Has<false, false, true>()) : sum(Has<false, true, true>());
 }
 
-// Scores, and weights where wanted, of n sequences of a token each.
+// Sums of a chunk: Σ w (logp - ref), and what an average divides by.
+struct Part {
+  double score = 0, weight = 0;
+};
+
+// Sums of the sequences [s, s + n); of their whole chunks they are in parts, where there are parts. weight may be null.
 template <typename T>
-FINEALIGN_INLINE void ones(const Stretch<T>& at, int64_t n, bool counts, double* __restrict score,
+FINEALIGN_INLINE void sums_of(const Sources<T>& at, const Segments& segments, const Part* parts, int64_t s, int64_t n,
+                              bool counts, double* __restrict score, double* __restrict weight) {
+  by_inputs(at, [&](auto has) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < n; ++i) {
+      int64_t token = segments.start(s + i);
+      const int64_t stop = segments.start(s + i + 1);
+      double sum = 0;
+      if (parts != nullptr)
+        for (; token + kChunk <= stop; token += kChunk) sum += parts[token / kChunk].score;
+      score[i] = token < stop ? sum + score_by_lanes(has, at, token, stop - token) : sum;
+    }
+  });
+  if (weight == nullptr) return;
+  for (int64_t i = 0; i < n; ++i) {
+    int64_t token = segments.start(s + i);
+    const int64_t stop = segments.start(s + i + 1);
+    double sum = 0;
+    if (parts != nullptr)
+      for (; token + kChunk <= stop; token += kChunk) sum += parts[token / kChunk].weight;
+    weight[i] = token < stop ? sum + weight_of(at, token, stop - token, counts) : sum;
+  }
+}
+
+// The same of sequences of a token each, the first of them token s.
+template <typename T>
+FINEALIGN_INLINE void ones(const Sources<T>& at, int64_t s, int64_t n, bool counts, double* __restrict score,
                            double* __restrict weight) {
   by_inputs(at, [&](auto has) __attribute__((always_inline)) {
-    for (int64_t i = 0; i < n; ++i) score[i] = add_score(has, at, i, 0);
+    for (int64_t i = 0; i < n; ++i) score[i] = add_score(has, at, s + i, 0);
     if (weight != nullptr)
-      for (int64_t i = 0; i < n; ++i) weight[i] = add_weight(has, at, i, 0, counts);
+      for (int64_t i = 0; i < n; ++i) weight[i] = add_weight(has, at, s + i, 0, counts);
   });
 }
 
@@ -181,12 +226,18 @@ FINEALIGN_INLINE void spread(A value, const A* __restrict weight, const uint8_t*
   }
 }
 
-// The same for n sequences of a token each, without weights.
+// The same with a value of each token's own.
 template <typename T, typename A>
-FINEALIGN_INLINE void spread_ones(const A* __restrict value, const uint8_t* __restrict mask, int64_t n,
-                                  T* __restrict out) {
+FINEALIGN_INLINE void spread_each(const A* __restrict value, const A* __restrict weight,
+                                  const uint8_t* __restrict mask, int64_t n, T* __restrict out) {
   const T zero = store<T>(A(0));
-  for (int64_t i = 0; i < n; ++i) out[i] = store<T>(value[i]);
+  if (weight == nullptr)
+    for (int64_t i = 0; i < n; ++i) out[i] = store<T>(value[i]);
+  else
+    for (int64_t i = 0; i < n; ++i) {
+      const A each = weight[i] != 0 ? value[i] : 0;
+      out[i] = store<T>(each * weight[i]);
+    }
   if (mask != nullptr)
     for (int64_t i = 0; i < n; ++i) out[i] = mask[i] ? out[i] : zero;
 }
@@ -195,27 +246,29 @@ FINEALIGN_INLINE void spread_ones(const A* __restrict value, const uint8_t* __re
 template <typename A>
 FINEALIGN_INLINE void scale_slopes(const double* __restrict upstream, const A* __restrict slope,
                                    const A* __restrict denominator, int64_t n, A* __restrict each) {
-  for (int64_t i = 0; i < n; ++i) {
-    const double under = denominator == nullptr ? 1 : denominator[i];
-    each[i] = static_cast<A>(upstream[i] == 0 ? 0 : upstream[i] * slope[i] / under);
-  }
+  if (denominator == nullptr)
+    for (int64_t i = 0; i < n; ++i) each[i] = static_cast<A>(upstream[i] == 0 ? 0 : upstream[i] * slope[i]);
+  else
+    for (int64_t i = 0; i < n; ++i)
+      each[i] = static_cast<A>(upstream[i] == 0 ? 0 : upstream[i] * slope[i] / denominator[i]);
 }
 
 // target_clones takes no templates: one wide function a type.
 namespace wide {
 #define FINEALIGN_OF_TOKENS(T, A)                                                                                      \
-  FINEALIGN_WIDE double score_of(const Stretch<T>& at, int64_t n) { return score_by_lanes(at, n); }                    \
-  FINEALIGN_WIDE double weight_of(const Stretch<T>& at, int64_t n, bool counts) {                                      \
-    return weight_by_lanes(at, n, counts);                                                                             \
+  FINEALIGN_WIDE void of_sequences(const Sources<T>& at, const Segments& segments, const Part* parts, int64_t s,       \
+                                   int64_t n, bool counts, double* score, double* weight) {                            \
+    sums_of(at, segments, parts, s, n, counts, score, weight);                                                         \
   }                                                                                                                    \
-  FINEALIGN_WIDE void of_ones(const Stretch<T>& at, int64_t n, bool counts, double* score, double* weight) {           \
-    ones(at, n, counts, score, weight);                                                                                \
+  FINEALIGN_WIDE void of_ones(const Sources<T>& at, int64_t s, int64_t n, bool counts, double* score,                  \
+                              double* weight) {                                                                        \
+    ones(at, s, n, counts, score, weight);                                                                             \
   }                                                                                                                    \
   FINEALIGN_WIDE void to_tokens(A value, const A* weight, const uint8_t* mask, int64_t n, T* out) {                    \
     spread(value, weight, mask, n, out);                                                                               \
   }                                                                                                                    \
-  FINEALIGN_WIDE void to_ones(const A* value, const uint8_t* mask, int64_t n, T* out) {                                \
-    spread_ones(value, mask, n, out);                                                                                  \
+  FINEALIGN_WIDE void to_each(const A* value, const A* weight, const uint8_t* mask, int64_t n, T* out) {               \
+    spread_each(value, weight, mask, n, out);                                                                          \
   }
 FINEALIGN_OF_TOKENS(float, float)
 FINEALIGN_OF_TOKENS(double, double)
@@ -286,40 +339,18 @@ FINEALIGN_WIDE void losses_of(const SequenceLossForward& op, int64_t n, Items& a
   return paired ? losses_of<Form::sides, true>(op, n, at) : losses_of<Form::sides, false>(op, n, at);
 }
 
-// Sums of a chunk: Σ w (logp - ref), and what an average divides by.
-struct Part {
-  double score = 0, weight = 0;
-};
-
-template <typename T>
-Part part_of(const SequenceLossForward& op, int64_t first, int64_t n) {
-  const Stretch<T> at = stretch_of<T>(op, first);
-  return {wide::score_of(at, n), op.denominator ? wide::weight_of(at, n, op.tokens.counts()) : 0};
-}
-
 // Scores of the sequences [s, s + n), not rounded, into h, and rounded into the results.
 template <typename T>
-void scores_of(const SequenceLossForward& op, const std::vector<Part>& parts, int64_t s, int64_t n, double* h) {
+void scores_of(const SequenceLossForward& op, const Part* parts, int64_t s, int64_t n, double* h) {
   using A = WideOf<T>;
   const Segments& segments = op.tokens.segments;
-  double weight[2 * kItems];
-  const bool averaged = op.denominator != nullptr;
+  double sums[2 * kItems], *weight = op.denominator != nullptr ? sums : nullptr;
   if (segments.cu_seqlens == nullptr && segments.width == 1)
-    wide::of_ones(stretch_of<T>(op, s), n, op.tokens.counts(), h, averaged ? weight : nullptr);
+    wide::of_ones(sources_of<T>(op), s, n, op.tokens.counts(), h, weight);
   else
-    for (int64_t i = 0; i < n; ++i) {
-      int64_t token = segments.start(s + i);
-      const int64_t stop = segments.start(s + i + 1);
-      Part total;
-      const auto add = [&](const Part& part) { total.score += part.score, total.weight += part.weight; };
-      for (; token + kChunk <= stop; token += kChunk) add(parts[token / kChunk]);
-      if (token < stop) add(part_of<T>(op, token, stop - token));
-      h[i] = total.score, weight[i] = total.weight;
-    }
-  A* score = static_cast<A*>(op.score) + s;
-  A* denominator = averaged ? static_cast<A*>(op.denominator) + s : nullptr;
-  wide::finish(n, op.ref_sum ? static_cast<const A*>(op.ref_sum) + s : nullptr, h, averaged ? weight : nullptr, score,
-               denominator);
+    wide::of_sequences(sources_of<T>(op), segments, parts, s, n, op.tokens.counts(), h, weight);
+  wide::finish(n, op.ref_sum ? static_cast<const A*>(op.ref_sum) + s : nullptr, h, weight,
+               static_cast<A*>(op.score) + s, weight ? static_cast<A*>(op.denominator) + s : nullptr);
 }
 
 template <typename T>
@@ -330,7 +361,13 @@ void forward(const SequenceLossForward& op, Parallel parallel) {
   const bool long_ones = segments.cu_seqlens != nullptr || segments.width >= kChunk;
   std::vector<Part> parts(long_ones ? segments.total / kChunk : 0);
   if (long_ones)
-    for_whole_chunks(segments, parallel, [&](int64_t k, int64_t first) { parts[k] = part_of<T>(op, first, kChunk); });
+    for_whole_chunks(segments, parallel, [&](int64_t k, int64_t first) {
+      const Segments chunk{nullptr, false, 1, kChunk, nullptr, kChunk};
+      Part& part = parts[k];
+      wide::of_sequences(sources_of<T>(op, first), chunk, nullptr, 0, 1, op.tokens.counts(), &part.score,
+                         op.denominator ? &part.weight : nullptr);
+    });
+  const Part* sums = parts.empty() ? nullptr : parts.data();
   const int64_t items = op.items(), each = std::max<int64_t>(1, segments.total / std::max<int64_t>(1, items));
   parallel(items, std::max<int64_t>(1, kBlock / std::min<int64_t>(each, 2 * kChunk)), [&](int64_t begin, int64_t end) {
     Items at;
@@ -338,11 +375,11 @@ void forward(const SequenceLossForward& op, Parallel parallel) {
     for (int64_t from = begin; from < end; from += kItems) {
       const int64_t n = std::min(kItems, end - from);
       if (op.pairs == Pairs::interleaved) {
-        scores_of<T>(op, parts, 2 * from, 2 * n, h);
+        scores_of<T>(op, sums, 2 * from, 2 * n, h);
         for (int64_t i = 0; i < n; ++i) at.chosen[i] = h[2 * i], at.rejected[i] = h[2 * i + 1];
       } else {
-        scores_of<T>(op, parts, from, n, at.chosen);
-        if (op.pairs == Pairs::halves) scores_of<T>(op, parts, items + from, n, at.rejected);
+        scores_of<T>(op, sums, from, n, at.chosen);
+        if (op.pairs == Pairs::halves) scores_of<T>(op, sums, items + from, n, at.rejected);
       }
       for (int64_t i = 0; i < n; ++i) {
         at.shift[i] = op.shifts ? op.shifts[from + i] : op.shift, at.hyper[i] = op.hypers ? op.hypers[from + i] : op.hyper;
@@ -358,6 +395,13 @@ void forward(const SequenceLossForward& op, Parallel parallel) {
   });
 }
 
+// value[i] of the tokens from first to stop, those of the sequences from s on.
+template <typename A>
+void repeat(const Segments& segments, int64_t s, int64_t first, int64_t stop, const A* each, A* value) {
+  for (int64_t token = first; token < stop; ++s, ++each)
+    for (const int64_t end = std::min(segments.start(s + 1), stop); token < end; ++token) value[token - first] = *each;
+}
+
 template <typename T>
 void backward(const SequenceLossBackward& op, Parallel parallel) {
   using A = WideOf<T>;
@@ -367,25 +411,26 @@ void backward(const SequenceLossBackward& op, Parallel parallel) {
   const uint8_t* mask = segments.mask;
   T* dlogp = static_cast<T*>(op.dlogp);
   const int64_t items = op.pairs == Pairs::none ? segments.count : segments.count / 2;
-  const bool by_ones = segments.cu_seqlens == nullptr && segments.width == 1 && weight == nullptr;
   parallel(segments.total, kBlock, [&](int64_t begin, int64_t end) {
     double up[kItems];
-    A each[kItems];
+    A each[kItems], value[kShort * kItems];
     int64_t s = begin < end ? segment_of(segments, begin) : segments.count;
     for (int64_t token = begin; token < end;) {
-      const int64_t n = std::min(kItems, segments.count - s);
+      const int64_t n = std::min(kItems, segments.count - s), stop = std::min(segments.start(s + n), end);
       for (int64_t i = 0; i < n; ++i) up[i] = upstream[item_of(op.pairs, s + i, items) * op.upstream_stride];
       wide::slopes(up, slope + s, denominator ? denominator + s : nullptr, n, each);
-      if (by_ones) {
-        const int64_t count = std::min(n, end - token);
-        wide::to_ones(each, mask ? mask + token : nullptr, count, dlogp + token);
-        token += count;
+      if (stop - token <= kShort * n) {
+        const bool ones = segments.cu_seqlens == nullptr && segments.width == 1;
+        if (!ones) repeat(segments, s, token, stop, each, value);
+        wide::to_each(ones ? each : value, weight ? weight + token : nullptr, mask ? mask + token : nullptr,
+                      stop - token, dlogp + token);
+        token = stop;
       } else
         for (int64_t i = 0; i < n && token < end; ++i) {
-          const int64_t stop = std::min(segments.start(s + i + 1), end);
-          wide::to_tokens(each[i], weight ? weight + token : nullptr, mask ? mask + token : nullptr, stop - token,
+          const int64_t last = std::min(segments.start(s + i + 1), end);
+          wide::to_tokens(each[i], weight ? weight + token : nullptr, mask ? mask + token : nullptr, last - token,
                           dlogp + token);
-          token = stop;
+          token = last;
         }
       s += n;
     }

@@ -5,9 +5,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..formulas import margin
 from ..ops._check import fail
-from ..ops._layout import TokenTensor, flatten, flatten_like
-from .reduce import check_average, check_denominator, reduce, sequence_scores, sequence_weights
+from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like
+from ..ops.sequence_loss import batch_loss, missing, sequence_loss
+from .reduce import (
+    check_average,
+    plain_denominator,
+    reduce,
+    sequence_scores,
+    sequence_weights,
+    wide_of,
+)
 
 
 class NLLLoss(NamedTuple):
@@ -46,14 +55,30 @@ def nll_loss(
     if reduction == "token" and (average is False and denominator is None or average == "segments"):
         fail("average", "be 'kept' or 'all' with reduction='token', which divides by tokens", repr(average))
     tokens = flatten(logp, mask, cu_seqlens, name="logp")
-    if token_weight is not None:
-        token_weight = flatten_like(token_weight, tokens, "token_weight").detach()
-    weight = sequence_weights(token_weight, tokens, average if reduction != "token" else False, segment_ids)
-    items = -sequence_scores(tokens.x, weight, tokens)
-    if reduction != "token":
-        return NLLLoss(reduce(items, reduction, denominator), items.detach())
-    if denominator is None:
-        read = torch.ones_like(weight) if tokens.mask is None else tokens.mask
-        denominator = weight.sum() if average == "kept" else read.sum()
-        denominator = torch.where(denominator == 0, 1, denominator)
-    return NLLLoss(items.sum() / check_denominator(denominator), items.detach())
+    if reduction == "token":
+        if denominator is None:
+            denominator = _token_count(tokens, token_weight if average == "kept" else None)
+        reduction, average = "sum", False
+    if average != "segments" and missing(margin.linear, tokens.whole.device) is None:
+        options = dict(phi=margin.linear, beta=1.0, token_weight=token_weight, average=average, pairs=None)
+        plain = plain_denominator(reduction, denominator, tokens.segments)
+        if plain is not None:
+            return NLLLoss(*batch_loss(tokens, denominator=plain, **options)[:2])
+        items = sequence_loss(tokens, **options).losses
+    else:
+        if token_weight is not None:
+            token_weight = flatten_like(token_weight, tokens, "token_weight").detach()
+        weight = sequence_weights(token_weight, tokens, average, segment_ids)
+        items = -sequence_scores(tokens.x, weight, tokens)
+    return NLLLoss(reduce(items, reduction, denominator), items.detach())
+
+
+def _token_count(tokens: Tokens, token_weight) -> float | Tensor:
+    """Σ token_weight, or the number, of the tokens that the mask keeps; 1 where it is 0."""
+    mask = tokens.whole_mask
+    if token_weight is None:
+        count = tokens.whole.numel() if mask is None else mask.sum()
+    else:
+        weight = flatten_like(token_weight, tokens, "token_weight").detach().to(wide_of(tokens))
+        count = (weight if mask is None else torch.where(tokens.mask, weight, 0)).sum()
+    return torch.where(count == 0, 1, count) if isinstance(count, Tensor) else max(1, count)

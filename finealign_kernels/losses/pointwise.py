@@ -8,10 +8,10 @@ from torch import Tensor
 from ..formulas import margin
 from ..ops._check import FLOATS, check_number, check_tensor, fail
 from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like
-from ..ops.sequence_loss import sequence_loss
+from ..ops.sequence_loss import batch_loss, sequence_loss
 from .preference import FromScores, check_options, check_reference, flat_shift, response_scores, score_loss
-from .reduce import REDUCTIONS, has_tokens, reduce, sequence_scores, sequence_weights
-from .table import PREFERENCE, Row, fused_functions, is_fused, row_of
+from .reduce import REDUCTIONS, has_tokens, plain_denominator, reduce, sequence_scores, sequence_weights
+from .table import PREFERENCE, Row, fused_functions, is_fused, row_of, told
 
 
 class PointwiseLoss(NamedTuple):
@@ -23,7 +23,7 @@ class PointwiseLoss(NamedTuple):
 
 
 def pointwise_loss(
-    name: str,
+    name: str | Row,
     logp: TokenTensor,
     ref_logp: TokenTensor | None = None,
     *,
@@ -60,7 +60,8 @@ def pointwise_loss(
     """
     row, hyper = row_of(name, hyper)
     if row.pair:
-        fail("name", f"be one of {tuple(n for n, r in PREFERENCE.items() if not r.pair)}", repr(name))
+        known = tuple(n for n, r in PREFERENCE.items() if not r.pair)
+        fail("name", f"be a Row with pair=False or one of {known}", told(name))
     beta, shift, average = check_options(row, beta, shift, None, average, segment_ids)
     check_number("positive_weight", positive_weight)
     check_number("other_weight", other_weight)
@@ -72,16 +73,18 @@ def pointwise_loss(
     target = _targets(row, target, tokens)
     shift, positive = flat_shift(shift, tokens.segments, tokens), target == 1
     options = dict(token_weight=token_weight, average=average, beta=beta, shift=shift, **hyper)
+    loss, weighted = None, positive_weight != 1 or other_weight != 1
     if average != "segments" and is_fused(row, tokens.whole.device):
-        losses, score = _fused(row, tokens, ref_logp, target, **options)
+        plain = None if weighted or drop_empty else plain_denominator(reduction, denominator, tokens.segments)
+        loss, losses, score = _fused(row, tokens, ref_logp, target, plain, **options)
     else:
         losses, score = _composed(name, row, tokens, ref_logp, target, segment_ids=segment_ids, **options)
-    if positive_weight != 1 or other_weight != 1:
+    if weighted:
         losses = torch.where(positive, positive_weight, other_weight).to(losses.dtype) * losses
     counted = has_tokens(tokens) if drop_empty else None
     if reduction == "class_mean":
         loss = _class_mean(losses, positive, counted, denominator)
-    else:
+    elif loss is None:
         loss = reduce(losses, reduction, denominator, counted)
     return PointwiseLoss(loss, losses.detach(), beta * score)
 
@@ -96,8 +99,11 @@ def _targets(row: Row, target, tokens: Tokens) -> Tensor:
     return target
 
 
-def _fused(row: Row, tokens: Tokens, ref_logp, target: Tensor, *, shift, **options) -> tuple[Tensor, Tensor]:
-    """losses and scores (S,). The target is the sign of the margin, the noise of a label, or a part of the shift."""
+def _fused(row: Row, tokens: Tokens, ref_logp, target: Tensor, denominator, *, shift, **options):
+    """Σ losses / denominator, where there is one, losses and scores (S,).
+
+    The target is the sign of the margin, the noise of a label, or a part of the shift.
+    """
     positive, functions = target == 1, fused_functions(row)
     if row.label == "soft":
         functions |= dict(phi=margin.smoothed, smoothing=1 - target)
@@ -106,8 +112,11 @@ def _fused(row: Row, tokens: Tokens, ref_logp, target: Tensor, *, shift, **optio
     if row.label == "class" or row.positive:
         functions["sign"] = torch.where(positive, 1.0, -1.0)
     scale = row.scale(options["beta"])
-    out = sequence_loss(tokens, ref_logp, shift=shift, scale=scale, pairs=None, **functions, **options)
-    return out.losses, out.score
+    options |= dict(shift=shift, scale=scale, pairs=None, **functions)
+    if denominator is None:
+        out = sequence_loss(tokens, ref_logp, **options)
+        return None, out.losses, out.score
+    return batch_loss(tokens, ref_logp, denominator=denominator, **options)[:3]
 
 
 def _composed(name, row: Row, tokens: Tokens, ref_logp, target, *, token_weight, average, segment_ids, **options):

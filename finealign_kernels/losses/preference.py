@@ -16,11 +16,19 @@ from ..ops._check import check_number, check_tensor, fail
 from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like
 from ..ops._once import once
 from ..ops.segments import segment_sum
-from ..ops.sequence_loss import sequence_loss
-from .reduce import check_average, check_denominator, has_tokens, reduce, sequence_scores, sequence_weights
-from .table import PREFERENCE, Row, fused_functions, is_fused, row_of, score_transform
+from ..ops.sequence_loss import batch_loss, sequence_loss
+from .reduce import (
+    check_average,
+    check_denominator,
+    has_tokens,
+    plain_denominator,
+    reduce,
+    sequence_scores,
+    sequence_weights,
+)
+from .table import PREFERENCE, Hyper, Row, fused_functions, is_fused, row_of, score_transform, told
 
-__all__ = ["PREFERENCE", "PreferenceLoss", "Row", "preference_loss", "score_loss"]
+__all__ = ["PREFERENCE", "Hyper", "PreferenceLoss", "Row", "preference_loss", "score_loss"]
 
 
 class PreferenceLoss(NamedTuple):
@@ -36,7 +44,7 @@ class PreferenceLoss(NamedTuple):
 
 
 def score_loss(
-    name: str,
+    name: str | Row,
     score: Tensor,
     *,
     beta: float,
@@ -99,7 +107,7 @@ def _labelled_loss(row, policy, beta, score, shift, scale, target, hyper):
 
 
 def preference_loss(
-    name: str,
+    name: str | Row,
     logp: TokenTensor,
     ref_logp: TokenTensor | None = None,
     *,
@@ -124,6 +132,8 @@ def preference_loss(
     **hyper,
 ) -> PreferenceLoss:
     """Preference loss of pairs of responses from token log-probs; `PREFERENCE` lists the names with their equations.
+
+    A loss of one's own is a Row(phi, equation, source, ...) in place of a name: phi(m) gives value and slope.
 
         h = Σ_t w_t (logp_t - ref_logp_t),   m = beta (h_chosen - h_rejected) - shift,   loss = mean of phi(m)
 
@@ -170,7 +180,7 @@ def preference_loss(
     if nll_denominator is not None and (nll != "token" or not nll_weight):
         fail("nll_denominator", "be None but for an NLL over tokens", repr(nll_denominator))
     if row.match and drop_empty:
-        fail("drop_empty", f"be False for {name!r}, which matches pairs across the batch", drop_empty)
+        fail("drop_empty", f"be False for {told(name)}, which matches pairs across the batch", drop_empty)
 
     tokens = flatten(logp, mask, cu_seqlens, name="logp")
     if tokens.segments % 2:
@@ -183,12 +193,20 @@ def preference_loss(
         if token_weight is not None:
             flat_weight = flatten_like(token_weight, tokens, "token_weight").detach()
         weight = sequence_weights(flat_weight, tokens, average, segment_ids)
+    loss, counted = None, _not_empty(tokens, pairs) if drop_empty else None
     if fused:
         options = dict(beta=beta, shift=shift, scale=row.scale(beta) if scale is None else scale, **hyper)
         options |= dict(token_weight=token_weight, average=average, pairs=pairs, **fused_functions(row))
         if row.label:
             options.setdefault("positive", options["phi"])
-        out = sequence_loss(tokens, ref_logp, **options)
+        plain = None
+        if pair_weight is None and not drop_empty:
+            plain = plain_denominator(reduction, denominator, tokens.segments // 2)
+        if plain is None:
+            out = sequence_loss(tokens, ref_logp, **options)
+        else:
+            out = batch_loss(tokens, ref_logp, denominator=plain, **options)
+            loss = out.loss
         losses, score = out.losses, _halves(out.score, pairs)
     else:
         whole = token_weight is None and average is False
@@ -198,9 +216,8 @@ def preference_loss(
     if pair_weight is not None:
         check_tensor("pair_weight", pair_weight, shape=losses.shape, like=losses)
         losses = pair_weight.detach().to(losses.dtype) * losses
-    counted = _not_empty(tokens, pairs) if drop_empty else None
-    loss = reduce(losses, reduction, denominator, counted)
-    term = torch.zeros_like(loss)
+    if loss is None:
+        loss = reduce(losses, reduction, denominator, counted)
     if nll_weight:
         term = _chosen_nll(tokens, flat_weight, weight, average, nll, pairs, nll_denominator)
         if nll == "sequence":
@@ -208,6 +225,8 @@ def preference_loss(
         elif reduction != "none":
             term = term.sum()
         loss = loss + nll_weight * term
+    else:
+        term = torch.zeros_like(loss)
     chosen, rejected = (beta * score.detach()).chunk(2)
     return PreferenceLoss(
         loss=loss,
@@ -260,11 +279,11 @@ def _check_least(row: Row, shift: float | Tensor) -> None:
         fail("shift", f"be at least {row.least_shift:g}", least)
 
 
-def check_reference(name: str, row: Row, ref_logp) -> None:
+def check_reference(name: str | Row, row: Row, ref_logp) -> None:
     if row.reference and ref_logp is None:
-        fail("ref_logp", f"be given for {name!r} (zeros for a loss without reference)", "None")
+        fail("ref_logp", f"be given for {told(name)} (zeros for a loss without reference)", "None")
     if not row.reference and ref_logp is not None:
-        fail("ref_logp", f"be None: {name!r} has no reference", f"a {type(ref_logp).__name__}")
+        fail("ref_logp", f"be None: {told(name)} has no reference", f"a {type(ref_logp).__name__}")
 
 
 def flat_shift(shift, items: int, tokens: Tokens):

@@ -94,6 +94,15 @@ def reduce(items: Tensor, reduction: str, denominator, counted: Tensor | None = 
     return total / (counted.sum().clamp(min=1) if counted is not None else max(1, items.numel()))
 
 
+def plain_denominator(reduction: str, denominator, items: int) -> float | Tensor | None:
+    """What `reduce` divides the sum of all items by, where it divides one sum at all."""
+    if reduction not in ("mean", "sum"):
+        return None
+    if denominator is not None:
+        return check_denominator(denominator)
+    return 1 if reduction == "sum" else max(1, items)
+
+
 def check_token_reduction(reduction: str, average: str, denominator, max_length) -> None:
     """What `token_shares` needs, before any tensor is read."""
     if reduction not in TOKEN_REDUCTIONS:

@@ -1,7 +1,7 @@
 """The table of preference losses: one row a loss. `preference` and `pointwise` put them together."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..formulas import margin
 from ..ops._check import check_number, fail
-from ..ops.sequence_loss import missing
+from ..ops.sequence_loss import CODES, missing
 
 Formula = Callable[..., tuple[Tensor, Tensor]]
 
@@ -252,26 +252,60 @@ def is_fused(row: Row, device: torch.device) -> bool:
     return functions is not None and not any(missing(f, device) for f in functions.values() if callable(f))
 
 
-def row_of(name: str, hyper: dict) -> tuple[Row, dict]:
-    """The row of a name, and its hyper-parameters: those given, else its own."""
-    if name not in PREFERENCE:
-        fail("name", f"be one of {tuple(PREFERENCE)}", repr(name))
+def row_of(name: str | Row, hyper: dict) -> tuple[Row, dict]:
+    """The row of a name, or a row of the caller's own, and its hyper-parameters: those given, else its own."""
+    if isinstance(name, Row):
+        hyper = hyper_of(name, name.hyper, hyper)
+        if not torch.compiler.is_compiling():
+            _check_formula("phi", name.phi, tuple(hyper.items()))
+            for part in ("transform", "positive", "chosen"):
+                if callable(getattr(name, part)):
+                    _check_formula(part, getattr(name, part), ())
+        return name, hyper
+    if not isinstance(name, str) or name not in PREFERENCE:
+        fail("name", f"be a Row or one of {tuple(PREFERENCE)}", repr(name))
     row = PREFERENCE[name]
     return row, hyper_of(name, row.hyper, hyper)
 
 
-def hyper_of(name: str, takes: dict[str, Hyper], given: dict) -> dict:
+@lru_cache(64)
+def _check_formula(part: str, formula: Formula, hyper: tuple) -> None:
+    """Refuses a formula of the caller's own whose slope is not the derivative of its value, as autograd takes it."""
+    if formula in CODES:
+        return
+    with torch.inference_mode(False), torch.enable_grad():
+        m = torch.tensor([-4.7, -2.3, -0.7, -0.1, 0.2, 0.9, 3.1], dtype=torch.float64, device="cpu", requires_grad=True)
+        found = formula(m, **dict(hyper))
+        pair = isinstance(found, tuple) and len(found) == 2 and all(isinstance(x, Tensor) for x in found)
+        if not pair or not found[0].shape == found[1].shape == m.shape:
+            got = [tuple(x.shape) for x in found] if pair else f"a {type(found).__name__}"
+            fail(part, f"return (value, slope), each in the shape of the margin {tuple(m.shape)}", got)
+        if not found[0].requires_grad:  # nothing to compare with
+            return
+        (exact,) = torch.autograd.grad(found[0].sum(), m)
+    wrong = ~torch.isclose(found[1].double(), exact, rtol=1e-5, atol=1e-8) & exact.isfinite()
+    if wrong.any():
+        i = int(wrong.nonzero()[0])
+        fail(part, f"return the derivative of its value, {exact[i]:g} at {m[i]:g}", f"the slope {found[1][i]:g}")
+
+
+def told(name: str | Row) -> str:
+    """A row in a message."""
+    return f"the row {name.equation!r}" if isinstance(name, Row) else repr(name)
+
+
+def hyper_of(name: str | Row, takes: dict[str, Hyper], given: dict) -> dict:
     """The hyper-parameters of a row: those given, checked, else its own."""
     for key, value in given.items():
         if key not in takes:
-            raise TypeError(f"{name!r} takes {tuple(takes) or 'no hyper-parameter'}, got {key!r}")
+            raise TypeError(f"{told(name)} takes {tuple(takes) or 'no hyper-parameter'}, got {key!r}")
         check_number(key, value)
         if not takes[key].holds(value):
             fail(key, takes[key].expected, repr(value))
     return {key: given.get(key, wanted.default) for key, wanted in takes.items()}
 
 
-def score_transform(name: str, row: Row, divergence: str, alpha: float) -> Formula | None:
+def score_transform(name: str | Row, row: Row, divergence: str, alpha: float) -> Formula | None:
     """What a row's score becomes before the margin: the row's own, or g(h) of an f-divergence from the reference."""
     if divergence not in DIVERGENCE:
         fail("divergence", f"be one of {tuple(DIVERGENCE)}", repr(divergence))
@@ -279,5 +313,9 @@ def score_transform(name: str, row: Row, divergence: str, alpha: float) -> Formu
     if divergence == "reverse_kl":
         return row.transform
     if not row.reference or row.label or row.chosen or row.match:
-        fail("divergence", f"be 'reverse_kl' for {name!r}, no function of a difference of log-ratios", repr(divergence))
+        fail(
+            "divergence",
+            f"be 'reverse_kl' for {told(name)}, no function of a difference of log-ratios",
+            repr(divergence),
+        )
     return partial(DIVERGENCE[divergence], **({"alpha": alpha} if divergence == "alpha" else {}))

@@ -117,7 +117,7 @@ MUTANTS = [
     Mutant("TRL's temperature lost", "integrations/trl.py", "temperature=temperature,", "temperature=1.0,", TRL),
     # the fused sequence loss
     Mutant("soft labels exchanged", "losses/pointwise.py", "smoothing=1 - target", "smoothing=target", POINTWISE),
-    Mutant("a label's sign", "losses/pointwise.py", "torch.where(positive, 1.0, -1.0)", "torch.where(positive, -1.0, 1.0)", POINTWISE),
+    Mutant("a label's sign", "losses/pointwise.py", "torch.where(positive, 1.0, 0 * target - 1)", "torch.where(positive, -1.0, 0 * target + 1)", POINTWISE),
     Mutant("EXO's center negated", "ops/sequence_loss.py", "return math.log1p(-smoothing) - math.log(smoothing)", "return math.log(smoothing) - math.log1p(-smoothing)", SEQUENCE),
     Mutant("C++: no reference", "csrc/cpu/sequence_loss.cpp", "if (H::ref) x -= load(at.ref[i]);", "", SEQUENCE),
     Mutant("C++: a slope that nobody counts", "csrc/cpu/sequence_loss.cpp", "upstream[i] == 0 ? 0 : upstream[i] * slope[i])", "upstream[i] * slope[i])", SEQUENCE),
@@ -127,6 +127,8 @@ MUTANTS = [
     Mutant("C++: three lanes of four", "csrc/cpu/sequence_loss.cpp", "if (n <= 4) return sum_of_few<4>(n, add);", "if (n <= 4) return sum_of_few<4>(std::min<int64_t>(n, 3), add);", SEQUENCE),
     Mutant("the gradient of a batch's loss not divided", "ops/sequence_loss.py", "(each / denominator).to(", "each.to(", SEQUENCE),
     Mutant("an NLL over all tokens", "losses/nll.py", 'token_weight if average == "kept" else None', "None", LOSSES),
+    Mutant("a NaN label is a negative", "losses/pointwise.py", "torch.where(positive, 1.0, 0 * target - 1)", "torch.where(positive, 1.0, -1.0)", POINTWISE),
+    Mutant("a tangent of 0", "ops/_layout.py", "        refuse_transforms(name, part)\n", "", LOSSES),
     Mutant("a wrong slope of one's own", "losses/table.py", "wrong.any()", "wrong.all()", LOSSES),
     Mutant("a NaN offset", PREFERENCE, "not least >= row.least_shift", "least < row.least_shift", LOSSES),
     # policy losses

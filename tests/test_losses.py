@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import finealign_kernels as fk
 from finealign_kernels.losses.preference import PREFERENCE, Row, score_loss
-from finealign_kernels.losses.table import Hyper
+from finealign_kernels.losses.table import Hyper, check_row
 
 F64 = torch.float64
 pytestmark = pytest.mark.usefixtures("route")
@@ -322,6 +323,38 @@ def test_a_wrong_formula_of_ones_own_is_refused(case):
         fk.preference_loss(fk.Row(torch_hinge, "mine", "here", transform=formula), logp, logp)
 
 
+HINGE = fk.Row(lambda m: torch_hinge(m), "mine", "here")
+UNFIT = {  # columns that are unknown or do not go together, and what is said of them
+    "label": (dict(label="clas"), r"Row.label must be one of \(None, 'class', 'soft', 'value'\), got 'clas'"),
+    "match": (dict(match="chosen"), "Row.match must be one of .* got 'chosen'"),
+    "nll": (dict(nll="tokens"), "Row.nll must be one of .* got 'tokens'"),
+    "phi": (dict(phi="logistic"), "Row.phi must be a function, got 'logistic'"),
+    "scale": (dict(scale=2.0), "Row.scale must be a function, got 2.0"),
+    "positive": (dict(positive="ce", label="class"), "Row.positive must be a function or None, got 'ce'"),
+    "unlabelled": (dict(pair=False), "Row.label must be given with pair=False, got None"),
+    "unlabelled positive": (dict(positive="nll"), "Row.label must be given beside positive, got None"),
+    "chosen": (
+        dict(label="class", chosen=lambda m: torch_hinge(m)),
+        "one of label, match and chosen, got label and ch",
+    ),
+    "matched": (dict(label="class", match="rejected"), "one of label, match and chosen, got label and match"),
+    "transform": (dict(label="class", transform=lambda m: torch_hinge(m)), "Row.transform must be None beside label"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_a_row_whose_columns_do_not_go_together_is_refused(case):
+    columns, message = UNFIT[case]
+    logp = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=message):
+        fk.preference_loss(HINGE._replace(**columns), logp, logp)
+
+
+def test_rows_of_the_table_go_together():
+    for row in PREFERENCE.values():
+        check_row(row)
+
+
 def torch_hinge(m):
     return (1 - m).clamp(min=0), torch.where(m < 1, -1.0, 0.0).to(m.dtype)
 
@@ -433,6 +466,8 @@ L = torch.zeros(2, 3)
 REFUSALS = {
     "name": (lambda: fk.preference_loss("dop", L, L), ValueError, "name must be a Row or one of .* got 'dop'"),
     "beta": (lambda: fk.dpo(L, L, beta=0.0), ValueError, "beta must be a finite number > 0, got 0.0"),
+    "tiny beta": (lambda: fk.ipo(L, L, beta=1e-200), ValueError, "beta must be large enough for .* got 1e-200"),
+    "drop_empty": (lambda: fk.dpo(L, L, drop_empty="no"), ValueError, "drop_empty must be .* got 'no'"),
     "beta nan": (lambda: fk.dpo(L, L, beta=math.nan), ValueError, "beta must be .* got nan"),
     "shift": (lambda: fk.dpo(L, L, shift=math.inf), ValueError, "shift must be a finite number, got inf"),
     "no reference": (lambda: fk.preference_loss("dpo", L), ValueError, "ref_logp must be given for 'dpo'"),
@@ -489,6 +524,78 @@ def test_an_offset_below_0_is_refused_where_it_can_be_seen():
         with pytest.raises(ValueError, match="shift must be at least 0, got (-0.1|nan)"):
             fk.preference_loss("offset", logp, logp, shift=shift)
     assert fk.preference_loss("dpo", logp, logp, shift=-0.1).loss.isfinite()
+
+
+LOSSES_OF_TOKENS = {
+    "dpo": lambda x: fk.dpo(x, torch.zeros(4, 3)).loss,
+    "orpo": lambda x: fk.orpo(x).loss,
+    "kto": lambda x: fk.kto(x, torch.zeros(4, 3), torch.tensor([True, False, True, False])).loss,
+    "nll": lambda x: fk.nll_loss(x).loss,
+    "segments": lambda x: fk.segment_sum(x.view(-1), torch.tensor([0, 5, 12])).sum(),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES_OF_TOKENS)
+def test_other_ways_to_a_gradient_are_refused_not_0(name):
+    loss, logp = LOSSES_OF_TOKENS[name], -torch.rand(4, 3)
+    with pytest.raises(RuntimeError, match="forward-mode derivatives are not implemented; use backward"):
+        torch.func.jvp(loss, (logp,), (logp,))
+    with pytest.raises(RuntimeError, match="forward-mode"), torch.autograd.forward_ad.dual_level():
+        loss(torch.autograd.forward_ad.make_dual(logp, logp))
+    with pytest.raises(RuntimeError, match="torch.func's gradients are not implemented; use backward"):
+        torch.func.grad(loss)(logp)
+    with torch.autograd.forward_ad.dual_level():  # of something else
+        x = logp.clone().requires_grad_()
+        assert torch.autograd.grad(loss(x), x)[0].any()
+
+
+COMPILED = {
+    "segments": lambda x: fk.dpo(x, x.detach() - 1, average="segments", segment_ids=torch.tensor([[0, 0, 1]] * 4)).loss,
+    "soft": lambda x: fk.pdpo(x, x.detach() - 1, torch.tensor([0.2, 0.5, 1, 0]), kind="soft").loss,
+    "kto": lambda x: fk.kto(x, x.detach() - 1, torch.tensor([0.2, 0.5, 1, 0]), drop_empty=True).loss,
+    "nll": lambda x: fk.nll_loss(x, token_weight=-x.detach(), average="all", denominator=torch.tensor(3)).loss,
+    "own": lambda x: fk.preference_loss(HINGE, x, x.detach() - 1, nll_weight=0.1).loss,
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiles_without_a_break(name):
+    torch._dynamo.reset()
+    loss, logp = COMPILED[name], (-torch.rand(4, 3)).requires_grad_()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(logp)
+    assert_close(compiled, loss(logp))
+    assert_close(*(torch.autograd.grad(value, logp)[0] for value in (compiled, loss(logp))))
+
+
+def test_checkpoints_and_saved_tensor_hooks_change_nothing():
+    logp, ref, mask, weight = batch()
+    logp.requires_grad_()
+
+    def loss(x):
+        return fk.dpo(x, ref, mask=mask, token_weight=weight, average="kept", nll_weight=0.3).loss
+
+    (expected,) = torch.autograd.grad(loss(logp), logp)
+    for reentrant in (False, True):
+        again = checkpoint(loss, logp, use_reentrant=reentrant)
+        again.backward()
+        assert torch.equal(logp.grad, expected)
+        logp.grad = None
+    with torch.autograd.graph.save_on_cpu():
+        saved = loss(logp)
+    assert torch.equal(torch.autograd.grad(saved, logp)[0], expected)
+
+
+def test_tensors_changed_in_place_before_backward_are_noticed_or_harmless(route):
+    logp, ref, mask, weight = batch()
+    logp.requires_grad_()
+    (expected,) = torch.autograd.grad(fk.dpo(logp, ref, mask=mask, token_weight=weight).loss, logp)
+    loss = fk.dpo(logp, ref, mask=mask, token_weight=weight).loss
+    weight.add_(1)
+    if route == "fused":
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    else:  # it keeps weights of its own
+        assert torch.equal(torch.autograd.grad(loss, logp)[0], expected)
 
 
 def test_a_second_derivative_is_refused_by_name(route):

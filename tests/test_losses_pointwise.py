@@ -99,6 +99,15 @@ def test_reductions_and_splits(name):
 
 
 @pytest.mark.parametrize("name", POINTWISE)
+def test_a_nan_target_that_is_not_read_on_the_host_reaches_the_loss(name, monkeypatch):
+    monkeypatch.setattr("finealign_kernels.losses.pointwise.reads_values", lambda x: False)  # as on a GPU
+    logp, ref, mask, target = batch()
+    target[3] = torch.nan
+    losses = call(name, logp, ref, target, mask=mask).losses
+    assert losses.isnan().tolist() == [False, False, False, True, False]
+
+
+@pytest.mark.parametrize("name", POINTWISE)
 @pytest.mark.parametrize("label", (0.0, 1.0))
 def test_one_class_alone(name, label):
     logp, ref, mask, _ = batch()
@@ -284,13 +293,19 @@ REFUSALS = {
         ValueError,
         r"denominator must have shape \(2,\)",
     ),
+    "target nan": (lambda: fk.kto(L, L, Z * math.nan), ValueError, "target must be finite, got nan"),
+    "target inf": (lambda: fk.ulma(L, L, Z - math.inf, kind="squared"), ValueError, "target must be finite, got -inf"),
+    "z0 nan": (lambda: fk.kto(L, L, Z, z0=math.nan), ValueError, "z0 must be a finite number, got nan"),
+    "z0": (lambda: fk.kto(L, L, Z, z0="0"), ValueError, "z0 must be a finite number, got '0'"),
+    "c": (lambda: fk.pdpo(L, L, Z, c="0"), ValueError, "c must be a finite number, got '0'"),
+    "c of ulma": (lambda: fk.ulma(L, L, Z, c=math.inf), ValueError, "c must be a finite number, got inf"),
     "kind": (lambda: fk.pdpo(L, L, Z, kind="mixed"), ValueError, "kind must be one of .*got 'mixed'"),
     "soft score": (
         lambda: fk.pdpo(L, L, torch.tensor([0.5, 1.2]), kind="soft"),
         ValueError,
         r"target must lie in \[0, 1\] for a soft label, got 1.2",
     ),
-    "soft nan": (lambda: fk.pdpo(L, L, Z * math.nan, kind="soft"), ValueError, "target must lie in .*got nan"),
+    "soft nan": (lambda: fk.pdpo(L, L, Z * math.nan, kind="soft"), ValueError, "target must be finite, got nan"),
     "unlikelihood's reference": (
         lambda: fk.pointwise_loss("unlikelihood", L, L, target=Z),
         ValueError,

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from ..formulas import margin
-from ..ops._check import FLOATS, check_number, check_tensor, fail
+from ..ops._check import FLOATS, check_number, check_tensor, fail, reads_values
 from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like
 from ..ops.sequence_loss import batch_loss, sequence_loss
 from .preference import FromScores, check_options, check_reference, flat_shift, response_scores, score_loss
 from .reduce import REDUCTIONS, has_tokens, plain_denominator, reduce, sequence_scores, sequence_weights
-from .table import PREFERENCE, Row, fused_functions, is_fused, row_of, told
+from .table import PREFERENCE, Row, fused_functions, is_fused, row_of, scale_of, told
 
 
 class PointwiseLoss(NamedTuple):
@@ -92,8 +92,10 @@ def pointwise_loss(
 def _targets(row: Row, target, tokens: Tokens) -> Tensor:
     """(S,) in the dtype of the results."""
     check_tensor("target", target, dtypes=(torch.bool, *FLOATS), shape=(tokens.segments,), like=tokens.whole)
+    if target.dtype != torch.bool and reads_values(target) and not bool(target.isfinite().all()):
+        fail("target", "be finite", target[~target.isfinite()][0].item())
     target = target.detach().to(torch.promote_types(tokens.whole.dtype, torch.float32))
-    if row.label == "soft" and target.device.type == "cpu" and not bool(((target >= 0) & (target <= 1)).all()):
+    if row.label == "soft" and reads_values(target) and not bool(((target >= 0) & (target <= 1)).all()):
         wrong = target[~((target >= 0) & (target <= 1))][0].item()
         fail("target", "lie in [0, 1] for a soft label", wrong)
     return target
@@ -110,8 +112,8 @@ def _fused(row: Row, tokens: Tokens, ref_logp, target: Tensor, denominator, *, s
     elif row.label == "value":
         shift = shift + (torch.where(positive, 0, target) if row.positive else target)
     if row.label == "class" or row.positive:
-        functions["sign"] = torch.where(positive, 1.0, -1.0)
-    scale = row.scale(options["beta"])
+        functions["sign"] = torch.where(positive, 1.0, 0 * target - 1)  # a NaN stays
+    scale = scale_of(row, options["beta"])
     options |= dict(shift=shift, scale=scale, pairs=None, **functions)
     if denominator is None:
         out = sequence_loss(tokens, ref_logp, **options)
@@ -150,6 +152,8 @@ def kto(
     prompts and responses, averaged over the ranks like h; below 0 it counts as 0. Other arguments: pointwise_loss.
     """
     beta = options.get("beta") or PREFERENCE["kto"].beta
+    if not isinstance(z0, Tensor):
+        check_number("z0", z0)
     z0 = z0.detach().clamp(min=0) if isinstance(z0, Tensor) else max(0.0, z0)
     weights = dict(positive_weight=desirable_weight, other_weight=undesirable_weight)
     return pointwise_loss("kto", logp, ref_logp, target=target, shift=beta * z0, **weights, **options)
@@ -163,7 +167,7 @@ def pdpo(logp, ref_logp, target, *, kind: str = "binary", c: float | Tensor = 0.
     c stands for beta log Z of the prompt, added outside beta. Other arguments: pointwise_loss.
     """
     rows = {"binary": "pdpo", "soft": "pdpo_soft", "squared": "pdpo_squared", "hybrid": "pdpo_hybrid"}
-    return pointwise_loss(_row(kind, rows), logp, ref_logp, target=target, shift=-c, **options)
+    return pointwise_loss(_row(kind, rows), logp, ref_logp, target=target, shift=_minus(c), **options)
 
 
 def ulma(logp, ref_logp, target, *, kind: str = "binary", c: float | Tensor = 0.0, **options) -> PointwiseLoss:
@@ -173,12 +177,18 @@ def ulma(logp, ref_logp, target, *, kind: str = "binary", c: float | Tensor = 0.
     arXiv:2312.02554. Other arguments: pointwise_loss.
     """
     rows = {"binary": "ulma", "squared": "ulma_squared"}
-    return pointwise_loss(_row(kind, rows), logp, ref_logp, target=target, shift=-c, **options)
+    return pointwise_loss(_row(kind, rows), logp, ref_logp, target=target, shift=_minus(c), **options)
 
 
 def unlikelihood(logp, target, **options) -> PointwiseLoss:
     """-(average logp) of responses with target 1, + that of the others, unbounded below. Arguments: pointwise_loss."""
     return pointwise_loss("unlikelihood", logp, target=target, **options)
+
+
+def _minus(c: float | Tensor) -> float | Tensor:
+    if not isinstance(c, Tensor):
+        check_number("c", c)
+    return -c
 
 
 def _row(kind: str, rows: dict[str, str]) -> str:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops._check import check_number, check_tensor, fail
+from ..ops._check import check_number, check_one_of, check_tensor, fail
 from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like
 from ..ops._once import once
 from ..ops.segments import segment_sum
@@ -26,7 +26,7 @@ from .reduce import (
     sequence_scores,
     sequence_weights,
 )
-from .table import PREFERENCE, Hyper, Row, fused_functions, is_fused, row_of, score_transform, told
+from .table import PREFERENCE, Hyper, Row, fused_functions, is_fused, row_of, scale_of, score_transform, told
 
 __all__ = ["PREFERENCE", "Hyper", "PreferenceLoss", "Row", "preference_loss", "score_loss"]
 
@@ -70,7 +70,7 @@ def score_loss(
     row, hyper = row_of(name, hyper)
     transform = score_transform(name, row, divergence, alpha)
     h, stretch = transform(score) if transform else (score, 1)
-    scale = row.scale(beta) if scale is None else scale
+    scale = scale_of(row, beta) if scale is None else scale
     if row.label is not None:
         return _labelled_loss(row, score if policy is None else policy, beta, h, shift, scale, target, hyper)
     chosen, rejected = h.chunk(2)
@@ -92,7 +92,7 @@ def _labelled_loss(row, policy, beta, score, shift, scale, target, hyper):
     if row.label == "value":
         value, slope = row.phi(beta * score - shift - target, **hyper)
     else:
-        s = target if row.label == "soft" else positive.to(score.dtype)
+        s = target if row.label == "soft" else torch.where(positive, 1, 0 * target)  # a NaN stays
         up, down = (row.phi(sign * (beta * score - shift), **hyper) for sign in (1, -1))
         value = torch.where(s == 1, up[0], torch.where(s == 0, down[0], s * up[0] + (1 - s) * down[0]))
         slope = torch.where(s == 1, up[1], torch.where(s == 0, -down[1], s * up[1] - (1 - s) * down[1]))
@@ -179,6 +179,7 @@ def preference_loss(
         fail("nll", "be 'sequence' or 'token'", repr(nll))
     if nll_denominator is not None and (nll != "token" or not nll_weight):
         fail("nll_denominator", "be None but for an NLL over tokens", repr(nll_denominator))
+    check_one_of("drop_empty", drop_empty, (False, True))
     if row.match and drop_empty:
         fail("drop_empty", f"be False for {told(name)}, which matches pairs across the batch", drop_empty)
 
@@ -195,7 +196,7 @@ def preference_loss(
         weight = sequence_weights(flat_weight, tokens, average, segment_ids)
     loss, counted = None, _not_empty(tokens, pairs) if drop_empty else None
     if fused:
-        options = dict(beta=beta, shift=shift, scale=row.scale(beta) if scale is None else scale, **hyper)
+        options = dict(beta=beta, shift=shift, scale=scale_of(row, beta) if scale is None else scale, **hyper)
         options |= dict(token_weight=token_weight, average=average, pairs=pairs, **fused_functions(row))
         if row.label:
             options.setdefault("positive", options["phi"])

@@ -50,7 +50,7 @@ def _balanced(weight: Tensor, tokens: Tokens, segment_ids) -> Tensor:
     first = torch.bucketize(torch.arange(total, device=ids.device), tokens.cu_seqlens[1:], right=True) * (total + 1)
     own = torch.where(inside, first + ids.clamp(max=total - 1) + 1, first)
     key = own.cummax(0).values if total else own
-    if ids.device.type == "cpu" and bool((inside & ((key != own) | (ids >= total))).any()):
+    if _can_look(ids) and bool((inside & ((key != own) | (ids >= total))).any()):
         fail("segment_ids", f"not decrease in a sequence and lie in [-1, {total})", "ids that do not")
     starts = torch.ones_like(inside)
     starts[1:] = key[1:] != key[:-1]

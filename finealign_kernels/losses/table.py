@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..formulas import margin
-from ..ops._check import check_number, fail
+from ..ops._check import check_number, check_one_of, fail
 from ..ops.sequence_loss import CODES, missing
 
 Formula = Callable[..., tuple[Tensor, Tensor]]
@@ -252,9 +252,36 @@ def is_fused(row: Row, device: torch.device) -> bool:
     return functions is not None and not any(missing(f, device) for f in functions.values() if callable(f))
 
 
+def check_row(row: Row) -> None:
+    """Refuses a row whose columns are unknown, or do not go together."""
+    check_one_of("Row.label", row.label, (None, "class", "soft", "value"))
+    check_one_of("Row.match", row.match, (None, "reference", "rejected"))
+    check_one_of("Row.nll", row.nll, (None, "sequence", "token"))
+    for part in ("phi", "scale", "transform", "positive", "chosen"):
+        value, needed = getattr(row, part), part in ("phi", "scale")
+        if not callable(value) and (needed or value is not None) and not (part == "positive" and value == "nll"):
+            fail(f"Row.{part}", "be a function" if needed else "be a function or None", repr(value))
+    if row.label is None and (row.positive or not row.pair):
+        fail("Row.label", "be given " + ("beside positive" if row.positive else "with pair=False"), None)
+    beside = [part for part in ("label", "match", "chosen") if getattr(row, part)]
+    if len(beside) > 1:
+        fail("Row", "have one of label, match and chosen", " and ".join(beside))
+    if row.label and row.transform:
+        fail("Row.transform", "be None beside label", repr(row.transform))
+
+
+def scale_of(row: Row, beta: float) -> float:
+    """What multiplies phi; a beta that is too small for it is refused."""
+    try:
+        return row.scale(beta)
+    except (OverflowError, ZeroDivisionError):
+        fail("beta", f"be large enough for the scale of {row.equation!r}", beta)
+
+
 def row_of(name: str | Row, hyper: dict) -> tuple[Row, dict]:
     """The row of a name, or a row of the caller's own, and its hyper-parameters: those given, else its own."""
     if isinstance(name, Row):
+        check_row(name)
         hyper = hyper_of(name, name.hyper, hyper)
         if not torch.compiler.is_compiling():
             _check_formula("phi", name.phi, tuple(hyper.items()))

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from . import _native
 from ._check import FLOATS, check_tensor, fail, reads_values
+from ._once import refuse_transforms
 
 TokenTensor = Tensor | tuple[Tensor, Tensor]
 MANY = 4096  # bounds from which on the native check is the faster one
@@ -63,6 +64,7 @@ def flatten(
     parts = _parts(name, x)
     for part in parts:
         check_tensor(name, part, dtypes=FLOATS, like=parts[0])
+        refuse_transforms(name, part)
     if len(parts) > 1 and parts[0].dtype != parts[1].dtype:
         fail(name, "be a pair of one dtype", f"{parts[0].dtype} and {parts[1].dtype}", TypeError)
     shapes = tuple(part.shape for part in parts)

@@ -1,6 +1,7 @@
-"""Gradients that can be taken once."""
+"""Gradients that can be taken once, by autograd's backward."""
 
 import torch
+from torch.autograd import forward_ad
 
 
 class _Refuse(torch.autograd.Function):
@@ -12,6 +13,16 @@ class _Refuse(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         raise RuntimeError(f"{ctx.name}: double backward is not implemented; {ctx.instead} for second derivatives")
+
+
+def refuse_transforms(name: str, x: torch.Tensor) -> None:
+    """Raises where a gradient is asked for in another way than backward: an op of ours would give a silent 0."""
+    if torch.compiler.is_compiling():
+        return
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise RuntimeError(f"{name}: forward-mode derivatives are not implemented; use backward or torch.autograd.grad")
+    if x.requires_grad and torch.is_grad_enabled() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(f"{name}: torch.func's gradients are not implemented; use backward or torch.autograd.grad")
 
 
 def once(name: str, grads: tuple, sources: tuple, instead: str = "use backend='reference'") -> tuple:

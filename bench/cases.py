@@ -343,6 +343,8 @@ SUITES = {
             compare=(
                 ("ours", "gemm3"),
                 ("ours-no-workspace", "gemm4"),
+                ("fused", "gemm3"),
+                ("fused-no-workspace", "gemm4"),
                 ("trl", "ours-no-workspace"),
                 ("eager", "ours-no-workspace"),
             ),

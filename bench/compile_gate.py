@@ -7,7 +7,8 @@
 
 Rules, for each kernel and GPU:
     compiles    no compiler turns it down
-    spills      no more bytes of registers spilled (stores and loads) than the case allows, by default none
+    spills      no register spilled in a loop of products; elsewhere no more bytes (stores and loads) than the case
+                allows, by default none. Read from the machine code that is shipped; AMD's is counted as a whole
     shared      no more shared memory than a block may have on that GPU
     atomics     none, so that every run repeats
     precision   no product of float32 by tf32 or its like: a Triton dot says input_precision="ieee"
@@ -64,7 +65,8 @@ class Case(NamedTuple):
     constexprs: dict[str, Any]  # None for a pointer that is not given
     options: dict[str, Any]  # num_warps and so on
     aligned: tuple[str, ...] = ()  # arguments divisible by 16: pointers always are
-    spill: int = 0  # bytes allowed
+    spill: int = 0  # bytes allowed outside of loops of products
+    loop_spill: int = 0  # and in them
     targets: tuple[str, ...] = tuple(target.name for target in TARGETS)
 
 
@@ -74,7 +76,7 @@ class Row(NamedTuple):
     case: str
     target: str
     registers: int | None = None
-    spill: int | None = None  # bytes on NVIDIA, registers on AMD
+    spill: int | None = None  # bytes stored and loaded on NVIDIA, registers on AMD
     shared: int | None = None
     broken: tuple[str, ...] = ()
 
@@ -143,8 +145,25 @@ def _row_bwd(rows, launch, dtype: str, from_e: bool, full=True, aligned=True, e_
     )
 
 
-# Bytes of spilled registers allowed to a tile of the fused head, whose steps over the depth hold 64 float32 a thread.
-HEAD_SPILL = {"sm_80": 640, "sm_90": 128, "sm_100": 512, "sm_120": 1280, "gfx942": 16}
+class Spill(NamedTuple):
+    """Bytes that a tile of the fused head may spill, on one GPU: a change of Triton moves them by some registers."""
+
+    rest: int  # once, after a loop of dozens of steps
+    products: int = 0  # in that loop
+
+
+# An odd head, whose width 16 does not divide or which is transposed, takes a pointer an element; on sm_90 those do not
+# fit beside 128 x 256 sums: such a head is slow there, and right. Others of sm_90 are copied by descriptors.
+ALLOWED = {
+    ("linear_fwd bf16 plain odd", "sm_80"): Spill(256),
+    ("linear_fwd bf16 plain odd", "sm_90"): Spill(640, products=512),
+    ("linear_fwd bf16 plain", "sm_90"): Spill(128),
+    ("linear_fwd fp16 plain", "sm_90"): Spill(128),
+    ("bounded_product fp32 dx", "sm_90"): Spill(16),
+    ("linear_fwd bf16 full", "sm_100"): Spill(64),
+    ("linear_fwd fp16 full", "sm_100"): Spill(64),
+    ("linear_fwd_tma bf16 full", "sm_100"): Spill(64),
+}
 
 
 def head_cases(full: bool) -> list[Case]:
@@ -167,7 +186,13 @@ def head_cases(full: bool) -> list[Case]:
             found += [_head_fwd(head, target.name, "fp16", capped) for capped in (False, True)]
             found += [_head_fwd(head, target.name, "bf16", capped=False, aligned=False)]
             found += [_head_fwd(head, target.name, "bf16", capped=False, e=False)]
-    return found
+    return [_allowed(case) for case in found]
+
+
+def _allowed(case: Case) -> Case:
+    without_tile, target = re.sub(r" \d+ x .*", "", case.name), case.targets[0]
+    spill = ALLOWED.get((without_tile, target), Spill(0))
+    return case._replace(spill=spill.rest, loop_spill=spill.products)
 
 
 def _head_fwd(head, target: str, dtype: str, capped: bool, aligned=True, e=True) -> Case:
@@ -194,7 +219,6 @@ def _head_fwd(head, target: str, dtype: str, capped: bool, aligned=True, e=True)
         constexprs,
         {"num_warps": tile.warps, "num_stages": tile.stages, **head.OPTIONS},
         aligned=("x_stride_n", "w_stride_v", "depth", "chunk") if aligned else (),
-        spill=HEAD_SPILL.get(target, 0),
         targets=(target,),
     )
 
@@ -234,7 +258,6 @@ def _head_bwd(head, target: str, dtype: str, capped: bool) -> Case:
         constexprs,
         {"num_warps": tile.warps, "num_stages": tile.stages, **head.OPTIONS},
         aligned=("out_stride", "x_stride_n", "w_stride_v", "columns", "depth"),
-        spill=HEAD_SPILL.get(target, 0),
         targets=(target,),
     )
 
@@ -486,6 +509,42 @@ def atomics(assembly: str) -> list[str]:
     return sorted(set(re.findall(r"(?<![\w.])(?:atom|red)\.[\w.:]+|\btt\.atomic_\w+", assembly)))
 
 
+WIDTHS = {"": 4, ".64": 8, ".128": 16}  # bytes of a store to or a load from local memory
+PRODUCT = r"\w*MMA|FFMA"
+
+
+def spills(listing: str) -> tuple[int, int]:
+    """Bytes that NVIDIA's machine code stores to and loads from local memory: all, and those in loops of products."""
+    code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+ )?([A-Z][\w.]*)([^;]*);", listing)
+    moved = [(int(at, 16), _width(opcode)) for at, opcode, _ in code if opcode.partition(".")[0] in ("LDL", "STL")]
+    products = [int(at, 16) for at, opcode, _ in code if re.match(PRODUCT, opcode)]
+    ends = max((i for i, (_, opcode, _) in enumerate(code) if opcode == "EXIT"), default=len(code))
+    loops = {}  # where one starts: where it ends
+    for at, opcode, operands in code[:ends]:  # behind it waits that took long, which jump back to where they were
+        to = re.search(r"\b0x([0-9a-f]+)", operands)
+        if opcode.startswith("BRA") and to and int(to[1], 16) <= int(at, 16):
+            loops[int(to[1], 16)] = int(at, 16)
+    multiplies = [(start, stop) for start, stop in loops.items() if any(start <= at <= stop for at in products)]
+    inner = [(a, b) for a, b in multiplies if not any(a < start and stop <= b for start, stop in multiplies)]
+    within = sum(width for at, width in moved if any(start <= at <= stop for start, stop in inner))
+    return sum(width for _, width in moved), within
+
+
+def _width(opcode: str) -> int:
+    return WIDTHS[next(iter(re.findall(r"\.(?:64|128)\b", opcode)), "")]
+
+
+def disassembled(cubin: bytes) -> str:
+    """Resources and machine code of one kernel, by Triton's own cuobjdump."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def ptxas(exe: Path | str, ptx: str, arch: str) -> dict[str, tuple[int, int, int]]:
     """Registers, spilled bytes and static shared memory of each kernel in a PTX text."""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
@@ -516,6 +575,7 @@ def compile_case(case: Case, target: Target) -> Row:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned if name not in case.constexprs},
     )
     gpu = GPUTarget(target.backend, target.arch, target.warp)
+    in_products = 0
     try:
         compiled = triton.compile(source, target=gpu, options=case.options)
         if target.backend == "hip":
@@ -525,18 +585,18 @@ def compile_case(case: Case, target: Target) -> Row:
             }
             registers, spill = counts["vgpr_count"], counts["vgpr_spill_count"] + counts["sgpr_spill_count"]
         else:
-            from triton.backends.nvidia.compiler import get_ptxas
-
-            ptx = compiled.asm["ptx"]
-            arch = re.search(r"\.target (\w+)", ptx)[1]
-            ((registers, spill, _),) = ptxas(get_ptxas(target.arch).path, ptx, arch).values()
+            listing = disassembled(compiled.asm["cubin"])
+            registers = int(re.search(r"REG:(\d+)", listing)[1])
+            spill, in_products = spills(listing)
     except Exception as error:
         return Row(case.name, target.name, broken=(f"compiles: {type(error).__name__}: {_line(str(error))}",))
     row = Row(case.name, target.name, registers, spill, compiled.metadata.shared)
     ir = compiled.asm["ttir"]
     rounded = sorted(set(re.findall(r"inputPrecision = (?!ieee)(\w+)", ir)))
     row = row._replace(broken=(f"precision: {', '.join(rounded)}",)) if rounded else row
-    return judge(row, case.spill, target, atomics(ir + compiled.asm.get("ptx", "")), ttir_products(ir))
+    if in_products > case.loop_spill:
+        row = row._replace(broken=(*row.broken, f"spills: {in_products} in a loop of products"))
+    return judge(row, case.spill + in_products, target, atomics(ir + compiled.asm.get("ptx", "")), ttir_products(ir))
 
 
 def compile_cuda(file: Path, arch: str) -> list[Row]:

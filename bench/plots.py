@@ -27,6 +27,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 FLOORS = {"head": "gemm3", "loss": "gemm3"}  # of other suites: copy
 FLOOR_NAMES = ("gemm3", "gemm4", "copy")
 COLORS = {"ours": "C0", "ours-default": "C1", "ours-no-workspace": "C2", "eager": "C3", "torch": "C4", "trl": "C5"}
+COLORS |= {"fused": "navy", "fused-device": "teal", "fused-no-workspace": "royalblue", "chunked-device": "olive"}
 COLORS |= {"liger": "C6", "liger-compiled": "C6", "cce": "C8", "cce-exact": "C7", "compiled": "C9"}
 FLOOR_STYLE = {"color": "black", "linestyle": "--", "linewidth": 1}
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 import finealign_kernels as fk
 from finealign_kernels.formulas import margin
+from finealign_kernels.ops import _choose
 from finealign_kernels.ops._layout import flatten
 from finealign_kernels.ops.sequence_loss import missing, sequence_loss
 
@@ -170,8 +171,12 @@ def head_gemms(recompute: bool) -> Callable:
     return call
 
 
-def head_ours(workspace) -> Callable:
-    return lambda x: x.answers(fk.linear_logprobs(x.hidden, x.weight, x.labels, workspace=workspace).logp)
+def head_ours(workspace, **how) -> Callable:
+    return lambda x: x.answers(fk.linear_logprobs(x.hidden, x.weight, x.labels, workspace=workspace, **how).logp)
+
+
+def _has_fused_head(dtype, device):
+    return _choose.fused_reason(dtype, _choose.arch(torch.empty(0, device=device)), _choose.backends())
 
 
 HEAD = (
@@ -188,6 +193,11 @@ HEAD = (
     Rival("ours", head_ours("full")),
     Rival("ours-default", head_ours("auto")),
     Rival("ours-no-workspace", head_ours(0)),
+    # what may become ours: the layer, and where its rows are counted, that GPUs find faster
+    Rival("chunked-device", head_ours("full", compact="device"), a_gpu),
+    Rival("fused", head_ours("full", backend=_choose.FUSED), both(a_gpu, _has_fused_head)),
+    Rival("fused-device", head_ours("full", backend=_choose.FUSED, compact="device"), both(a_gpu, _has_fused_head)),
+    Rival("fused-no-workspace", head_ours(0, backend=_choose.FUSED), both(a_gpu, _has_fused_head)),
 )
 
 

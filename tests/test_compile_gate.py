@@ -98,6 +98,16 @@ def sharing(x_ptr, y_ptr, stride, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def crowding(x_ptr, y_ptr, stride, n, BLOCK: tl.constexpr):
+    at = tl.arange(0, 64)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    total = tl.zeros((64, 128), tl.float32)
+    for k in range(0, n):  # as many sums a thread as it has registers
+        right = tl.load(y_ptr + k + tl.arange(0, 16)[:, None] * 128 + tl.arange(0, 128)[None, :])
+        total = tl.dot(tl.load(x_ptr + k + at), right, total, input_precision="ieee")
+    tl.store(y_ptr + tl.arange(0, 64)[:, None] * 128 + tl.arange(0, 128)[None, :], total)
+
+
+@triton.jit
 def rounding(x_ptr, y_ptr, stride, n, BLOCK: tl.constexpr):
     cell = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     tl.store(y_ptr + cell, tl.dot(tl.load(x_ptr + cell), tl.load(x_ptr + cell)))
@@ -122,6 +132,7 @@ def cases():
         *map(case, simple),
         case(spilling, **many),
         case(spilling, targets=("sm_90",), spill=10**6, name="allowed", **many),
+        case(crowding, targets=("sm_90",), spill=10**6, num_warps=1),
         case(sharing, block=64, targets=("sm_120",), num_stages=5),
         case(rounding, block=32, targets=("sm_90",)),
         case(refused),
@@ -161,6 +172,7 @@ __global__ void __launch_bounds__(1024) spilling(const float* x, float* y) {
 BREAKS = {
     "atomic": "atomics",
     "spilling": "spills",
+    "crowding": "spills",
     "sharing": "shared",
     "refused": "compiles",
     "rounding": "precision",
@@ -192,7 +204,7 @@ def test_triton_rules_trip(tmp_path):
     found, status = broken_rules("--kernels", tmp_path / "planted.py")
     assert found.pop("clean") == set() and found.pop("allowed") == set()
     assert found == expected(found)
-    assert len(found) == 11 and status == 1
+    assert len(found) == 12 and status == 1
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from test_gpu import nothing_read
 from torch.testing import assert_close
 
 triton = pytest.importorskip("triton")
@@ -561,7 +562,7 @@ def test_a_chunk_holds_whole_tiles():
 
 
 def test_every_shipped_tile_divides_a_chunk():
-    for tile in (*kernels.HALF.values(), *kernels.CAPPED.values(), *kernels.FLOAT.values()):
+    for tile in (*kernels.HALF.values(), *kernels.CAPPED.values(), *kernels.FLOAT.values(), *kernels.PRODUCT.values()):
         assert all(_chunked.tile_of(device).columns % tile.columns == 0 for device in ("cpu", "cuda"))
 
 
@@ -725,28 +726,45 @@ def test_a_product_again_has_the_bits_it_had(small_tiles):
     assert (grads["host"] - truth).norm() <= 1e-6 * truth.norm()
 
 
+LAUNCHES = ("linear_fwd", "linear_fwd_tma", "combine", "linear_bwd", "bounded_product")
+
+
 @runs
 @pytest.mark.parametrize("dtype, workspace", [(torch.float32, 0), (torch.bfloat16, _chunked.FULL)])
-def test_no_count_is_read_on_the_host(small_tiles, monkeypatch, dtype, workspace):
+@pytest.mark.parametrize("by_tma", (False, True))
+def test_no_count_is_read_on_the_host(small_tiles, monkeypatch, dtype, workspace, by_tma):
+    """compact="device" can be captured in a graph: between the launches no value is read and no size depends on one."""
     s = linear(12, 40, 16, dtype)
     target = s.labels.clone()
     target[::5] = formula.SKIP
-    syncs = []
-    for name in ("item", "nonzero", "tolist", "__bool__", "__int__", "__index__"):
-        real = getattr(torch.Tensor, name)
-        monkeypatch.setattr(torch.Tensor, name, lambda x, *a, real=real, name=name: syncs.append(name) or real(x, *a))
-    kernel_calls = []
-    for name in ("linear_fwd", "combine", "linear_bwd", "bounded_product"):  # the interpreter reads what a GPU does not
-        monkeypatch.setattr(kernels, name, lambda *a, name=name, **k: kernel_calls.append(name))
-    for on_device in (True, False):
-        syncs.clear()
+    launched = set()
+    for name in LAUNCHES:  # the interpreter reads what a GPU does not
+        monkeypatch.setattr(kernels, name, lambda *a, name=name, **k: launched.add(name))
+    monkeypatch.setattr(kernels, "TMA", (_choose.arch(s.hidden),) if by_tma else ())
+
+    def both_ways(on_device):
         options = (formula.Head(), formula.ENTROPY, workspace, on_device, FUSED)
-        *rows, e, e_max = _fused.fwd(s.hidden, s.weight, None, target, *options)
+        *_, e, e_max = _fused.fwd(s.hidden, s.weight, None, target, *options)
         coef = formula.Coef(*s.upstream, *(torch.ones(12, device=DEVICE) for _ in range(5)))
-        if on_device:
-            _fused.bwd(
-                coef, True, s.hidden, s.weight, None, target, e, e_max, formula.Head(), (True, True, True), True, FUSED
-            )
-            assert syncs == [] and set(kernel_calls) == {"linear_fwd", "combine", "linear_bwd", "bounded_product"}
-        else:
-            assert "nonzero" in syncs  # one is seen where there is one
+        inputs = (coef, True, s.hidden, s.weight, None, target, e, e_max)
+        _fused.bwd(*inputs, formula.Head(), (True, True, True), on_device, FUSED)
+
+    with nothing_read():
+        both_ways(on_device=True)
+    assert launched == set(LAUNCHES) - {"linear_fwd" if by_tma else "linear_fwd_tma"}
+    with nothing_read(), pytest.raises(AssertionError, match="the host reads: nonzero"):
+        both_ways(on_device=False)
+
+
+@runs
+def test_a_call_reads_nothing_outside_of_its_ops(small_tiles):
+    """Checks, targets and the autograd function, with rows left out and labels out of range."""
+    s = linear(12, 40, 16)
+    labels, mask = s.labels.clone(), torch.arange(12, device=DEVICE) % 3 > 0
+    labels[1] = 40
+    hidden, weight = s.hidden.requires_grad_(), s.weight.requires_grad_()
+    with nothing_read():
+        out = fk.linear_logprobs(hidden, weight, labels, mask=mask, compact="device", backend=FUSED)
+        torch.autograd.grad(out.logp, (hidden, weight), s.upstream[0])
+    with pytest.raises(IndexError, match="1 labels"):
+        fk.check_errors()

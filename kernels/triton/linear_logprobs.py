@@ -50,18 +50,20 @@ class Config(NamedTuple):
 
 
 # What is launched, by GPU. Compiled only, for every line of bench/compile_gate.py: none has run on a GPU, and none was
-# chosen by a time. 8 warps, as 4 spill; 256 columns where they fit the registers, which a softcap fills.
+# chosen by a time (bench/sweep.py does that, and says how its answer gets here). 8 warps, as 4 spill; 256 columns where
+# they fit the registers, which a softcap fills; slices of 16 columns, as those of 32 spill, but on sm_90, where it is
+# the other way round. No loop of products spills. What the rest of a tile may spill stands in bench/compile_gate.py.
 HALF = {
-    "sm_80": Config(128, 128, 64, 8, 3, 32, 8),
+    "sm_80": Config(128, 128, 64, 8, 3, 16, 8),
     "sm_90": Config(128, 256, 64, 8, 3, 32, 8),
-    "sm_100": Config(128, 128, 64, 8, 3, 32, 8),
-    "sm_120": Config(128, 128, 32, 8, 3, 32, 8),  # 99 KB of shared memory
+    "sm_100": Config(128, 128, 64, 8, 3, 16, 8),
+    "sm_120": Config(128, 128, 32, 8, 3, 16, 8),  # 99 KB of shared memory
     "gfx942": Config(128, 128, 64, 8, 2, 32, 8),
     "interpreter": Config(64, 128, 64, 4, 1, 128, 8),
 }
 CAPPED = HALF | {"sm_90": Config(128, 128, 64, 8, 3, 32, 8)}
-FLOAT = dict.fromkeys(HALF, Config(64, 64, 32, 4, 2, 64, 8)) | {"interpreter": Config(64, 128, 64, 4, 1, 128, 8)}
-
+PRODUCT = CAPPED | {"gfx942": Config(128, 128, 32, 8, 2, 32, 8)}  # of the products of a gradient: it has no slices
+FLOAT = dict.fromkeys(HALF, Config(64, 64, 32, 4, 2, 16, 8)) | {"interpreter": Config(64, 128, 64, 4, 1, 128, 8)}
 
 TMA = ("sm_90", "sm_100", "sm_120")  # GPUs that copy whole blocks by a descriptor
 
@@ -72,8 +74,8 @@ def config(arch: str, dtype: torch.dtype, capped: bool) -> Config:
 
 
 def product_config(arch: str, dtype: torch.dtype) -> Config:
-    """Of the products of a gradient."""
-    return config(arch, dtype, capped=True)._replace(**({"depth": 32} if arch == "gfx942" else {}))
+    """Of the products of a gradient, alike."""
+    return (FLOAT if dtype == torch.float32 else PRODUCT)[arch]
 
 
 @triton.jit

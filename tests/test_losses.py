@@ -8,6 +8,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import finealign_kernels as fk
+from finealign_kernels.formulas import margin
 from finealign_kernels.losses.preference import PREFERENCE, Row, score_loss
 from finealign_kernels.losses.table import Hyper, check_row
 
@@ -64,6 +65,24 @@ def test_golden(name, options, loss, up, down):
     assert_close(out.loss.item(), loss, rtol=0, atol=1e-9)
     assert_close(dchosen, torch.full_like(dchosen, up), rtol=0, atol=1e-9)
     assert_close(drejected, torch.full_like(drejected, down), rtol=0, atol=1e-9)
+
+
+def test_golden_scores_and_parts():
+    """What stands beside the losses in sections 2.1 to 2.9: h, Δ, the parts of a sum, log-odds, a minimum."""
+    for average, h in ((False, (0.3, -0.3)), ("kept", (0.1, -0.06)), ("all", (0.1, -0.06))):
+        out, *_ = fixture_b("dpo", average=average)
+        assert_close(torch.cat([out.chosen_rewards, out.rejected_rewards]) / 0.5, torch.tensor(h, dtype=F64))
+    ids = torch.tensor([[0, 0, 1]]), torch.tensor([[0, 1, 1, 1, 2]])
+    out, *_ = fixture_b("dpo", average="segments", segment_ids=ids)
+    assert_close(out.margins.item() / 0.5, 0.2916666667, rtol=0, atol=1e-9)
+    out, *_ = fixture_b("cpo", beta=0.1, average="kept")
+    assert_close(out.losses.item(), 0.6776032311, rtol=0, atol=1e-9)
+    odds = [margin.log_odds(torch.tensor([s], dtype=F64))[0] for s in (-1.7 / 3, -0.88, -1.7, -4.4)]
+    assert_close((odds[0] - odds[1]).item(), 0.6155342867, rtol=0, atol=1e-9)
+    assert_close((odds[2] - odds[3]).item(), 2.8893755666, rtol=0, atol=1e-9)
+    assert_close(fixture_b("orpo", beta=1.0)[0].losses.item(), 0.1 * math.log1p(math.exp(-0.6155342867)))
+    lowest = margin.smoothed(torch.tensor(2.1972245773, dtype=F64), smoothing=0.1)[1]
+    assert_close(lowest.item(), 0.0, rtol=0, atol=1e-10)
 
 
 MASKED = [  # pivots of the specification's section 5.4 as token weights: loss, gradients
@@ -385,6 +404,35 @@ def test_empty_responses(name, average):
     dropped, _ = run(name, logp, ref, mask=mask, average=average, drop_empty=True)
     assert_close(dropped.loss.detach(), out.losses[:2].mean() + dropped.nll)
     assert not out.loss.isclose(dropped.loss)
+
+
+@pytest.mark.parametrize("average", (False, "kept", "all"))
+def test_both_responses_empty_gives_the_loss_at_0(average):
+    logp, mask = torch.full((2, 3), math.nan, dtype=F64, requires_grad=True), torch.zeros(2, 3, dtype=torch.bool)
+    at_0 = {"dpo": math.log(2), "ipo": 25.0, "slic": 1.0, "simpo": math.log1p(math.exp(1.0)), "apo_zero": 1.0}
+    for name, expected in at_0.items():
+        ref = torch.zeros(2, 3, dtype=F64) if PREFERENCE[name].reference else None
+        out = fk.preference_loss(name, logp, ref, mask=mask, average=average)
+        assert_close(out.loss.item(), expected)
+        assert not torch.autograd.grad(out.loss, logp)[0].any()
+
+
+@pytest.mark.parametrize("name", PREFERENCE)
+def test_one_token_each_has_one_average(name):
+    torch.manual_seed(4)
+    logp, ref = -torch.rand(4, 1, dtype=F64), -torch.rand(4, 1, dtype=F64)
+    (summed, of_sum), *others = (run(name, logp, ref, average=average) for average in (False, "kept", "all"))
+    for other, of_mean in others:
+        assert_close(other.loss, summed.loss, rtol=1e-14, atol=0)
+        assert_close(of_mean, of_sum, rtol=1e-14, atol=0)
+
+
+def test_identical_responses_pull_each_side():
+    """Δ = 0: what one side gets the other loses, so that parameters see nothing."""
+    logp, ref = -torch.rand(1, 4, dtype=F64), -torch.rand(1, 4, dtype=F64)
+    out, grad = run("dpo", logp.repeat(2, 1), ref.repeat(2, 1), beta=0.5)
+    assert_close(out.loss.item(), math.log(2))
+    assert_close(grad, torch.tensor([[-0.25], [0.25]], dtype=F64).expand(2, 4))
 
 
 @pytest.mark.parametrize("name", PREFERENCE)

@@ -430,6 +430,117 @@ Tensor sequence_loss_bwd_on_gpu(const Tensor& upstream, const Tensor& slope, con
 }
 #endif
 
+// ---- policy losses -------------------------------------------------------------------------------------------------
+
+// A number of the host, or one on the device in its place.
+Number number_of(double value, const std::optional<Tensor>& at, const char* name, const Tensor& like) {
+  STD_TORCH_CHECK(!at || (at->numel() == 1 && at->scalar_type() == ScalarType::Double && at->device() == like.device()),
+                  name, " must hold one float64 number");
+  return {value, at ? at->const_data_ptr<double>() : nullptr};
+}
+
+Tensor new_scalar(ScalarType type, const Tensor& like) {
+  const int64_t* none = nullptr;
+  return torch::stable::empty({none, size_t{0}}, type, std::nullopt, like.device());
+}
+
+Tensor new_like(const Tensor& x, ScalarType type) {
+  return advised(torch::stable::empty(x.sizes(), type, std::nullopt, x.device()));
+}
+
+int64_t at_most(int64_t value, int64_t most, const char* name) {
+  STD_TORCH_CHECK(value >= 0 && value <= most, name, " must be 0 to ", most, ", got ", value);
+  return value;
+}
+
+// losses, dlogp and, where the entropy has a gradient, dentropy in the shape of logp; loss (), numbers (8,).
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss_fwd(
+    const Tensor& logp, const std::optional<Tensor>& old_logp, const std::optional<Tensor>& ref_logp,
+    const std::optional<Tensor>& entropy, const Tensor& advantages, const std::optional<Tensor>& token_weight,
+    const std::optional<Tensor>& sampler_weight, const std::optional<Tensor>& mask,
+    const std::optional<Tensor>& cu_seqlens, bool advantage_by_row, bool sampler_by_row, int64_t psi, int64_t ratio,
+    double first, double second, double dual, double below, double above, int64_t estimator, double kl_coef,
+    double entropy_coef, int64_t share, bool kept, bool count_empty, double denominator,
+    const std::optional<Tensor>& denominator_at, double max_length, const std::optional<Tensor>& max_length_at,
+    bool entropy_by_token, double entropy_denominator, const std::optional<Tensor>& entropy_denominator_at) {
+  const ScalarType type = sum_type(logp.scalar_type());
+  const int64_t total = logp.numel();
+  STD_TORCH_CHECK(logp.dim() == (cu_seqlens ? 1 : 2) && logp.is_contiguous(),
+                  "logp must be (N,) with cu_seqlens or (S, T) without, contiguous");
+  PolicyLossForward op{};
+  op.segments = make_segments(cu_seqlens, mask, logp.size(0), total, logp);
+  const auto given = [&](const std::optional<Tensor>& t, const char* name, ScalarType of, bool by_row) {
+    const int64_t size = by_row ? op.segments.count : total;
+    STD_TORCH_CHECK(!t || (t->numel() == size && t->is_contiguous() && t->scalar_type() == of &&
+                           t->device() == logp.device()),
+                    name, " must have ", size, " elements, contiguous, of the dtype of ",
+                    of == type ? "the results" : "logp");
+    return t ? t->const_data_ptr() : nullptr;
+  };
+  op.dtype = dtype_of(logp, "logp"), op.logp = logp.const_data_ptr();
+  op.old_logp = given(old_logp, "old_logp", logp.scalar_type(), false);
+  op.ref_logp = given(ref_logp, "ref_logp", logp.scalar_type(), false);
+  op.entropy = given(entropy, "entropy", logp.scalar_type(), false);
+  op.advantage = given(advantages, "advantages", type, advantage_by_row), op.advantage_by_row = advantage_by_row;
+  op.weight = given(token_weight, "token_weight", type, false);
+  op.sampler = given(sampler_weight, "sampler_weight", type, sampler_by_row);
+  op.sampler_by_row = sampler_by_row && sampler_weight;
+  op.psi = static_cast<Psi>(at_most(psi, 3, "psi")), op.ratio = static_cast<RatioOf>(at_most(ratio, 2, "ratio"));
+  op.first = first, op.second = second, op.dual = dual, op.below = below, op.above = above;
+  op.estimator = static_cast<Estimator>(at_most(estimator, 4, "estimator"));
+  op.kl_coef = kl_coef, op.entropy_coef = entropy_coef;
+  op.share = static_cast<ShareOf>(at_most(share, 2, "share")), op.kept = kept && token_weight;
+  op.count_empty = count_empty, op.denominator = number_of(denominator, denominator_at, "denominator", logp);
+  op.max_length = number_of(max_length, max_length_at, "max_length", logp);
+  op.entropy_by_token = entropy_by_token;
+  op.entropy_denominator = number_of(entropy_denominator, entropy_denominator_at, "entropy_denominator", logp);
+
+  const bool moves_entropy = entropy && entropy_coef != 0;
+  Tensor loss = new_scalar(type, logp), numbers = new_vector(kTokens, type, logp);
+  Tensor losses = new_like(logp, type), dlogp = new_like(logp, type);
+  Tensor dentropy = moves_entropy ? new_like(logp, type) : new_vector(0, type, logp);
+  op.loss = loss.mutable_data_ptr(), op.numbers = numbers.mutable_data_ptr();
+  op.losses = losses.mutable_data_ptr(), op.dlogp = dlogp.mutable_data_ptr();
+  op.dentropy = moves_entropy ? dentropy.mutable_data_ptr() : nullptr;
+#ifdef FINEALIGN_CUDA
+  if (!logp.is_cpu()) {
+    const DeviceGuard guard(logp.get_device_index());
+    const int64_t rows = op.sums_rows() ? op.segments.count : 0;
+    constexpr int64_t kDouble = sizeof(double);
+    const int64_t bytes = rows * sizeof(Row) + op.chunks() * sizeof(Terms) + sizeof(Totals);
+    Tensor room = new_vector(bytes / kDouble, ScalarType::Double, logp);
+    op.rows = static_cast<Row*>(room.mutable_data_ptr());
+    op.parts = reinterpret_cast<Terms*>(op.rows + rows);
+    op.totals = reinterpret_cast<Totals*>(op.parts + op.chunks());
+    const char* failure = policy_loss_forward_cuda(op, current_stream(logp));
+    STD_TORCH_CHECK(failure == nullptr, "policy_loss_fwd: ", failure);
+    return {loss, numbers, losses, dlogp, dentropy};
+  }
+#endif
+  check_ends(op.segments);
+  policy_loss_forward_cpu(op, parallel);
+  return {loss, numbers, losses, dlogp, dentropy};
+}
+
+Tensor policy_loss_bwd(const Tensor& upstream, const Tensor& d, ScalarType dtype) {
+  STD_TORCH_CHECK(upstream.numel() == 1 && upstream.scalar_type() == d.scalar_type() &&
+                      upstream.device() == d.device() && d.is_contiguous() && d.scalar_type() == sum_type(dtype),
+                  "upstream must be one number of the type of d, float32, or float64 for a float64 result");
+  Tensor out = new_like(d, dtype);
+  const PolicyLossBackward op{upstream.const_data_ptr(), d.const_data_ptr(), out.mutable_data_ptr(),
+                              dtype_of(out, "the result"), d.numel()};
+#ifdef FINEALIGN_CUDA
+  if (!d.is_cpu()) {
+    const DeviceGuard guard(d.get_device_index());
+    const char* failure = policy_loss_backward_cuda(op, current_stream(d));
+    STD_TORCH_CHECK(failure == nullptr, "policy_loss_bwd: ", failure);
+    return out;
+  }
+#endif
+  policy_loss_backward_cpu(op, parallel);
+  return out;
+}
+
 // ---- scans and advantages ------------------------------------------------------------------------------------------
 
 // A vector of `size` elements of a type, or null.
@@ -663,6 +774,13 @@ STABLE_TORCH_LIBRARY(finealign, m) {
         "Tensor? shifts, float hyper, Tensor? hypers, Tensor? sign) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("sequence_loss_bwd(Tensor upstream, Tensor slope, Tensor? denominator, Tensor? mask, Tensor? token_weight, "
         "Tensor? cu_seqlens, int pairs, SymInt size, ScalarType dtype) -> Tensor");
+  m.def("policy_loss_fwd(Tensor logp, Tensor? old_logp, Tensor? ref_logp, Tensor? entropy, Tensor advantages, "
+        "Tensor? token_weight, Tensor? sampler_weight, Tensor? mask, Tensor? cu_seqlens, bool advantage_by_row, "
+        "bool sampler_by_row, int psi, int ratio, float first, float second, float dual, float below, float above, "
+        "int estimator, float kl_coef, float entropy_coef, int share, bool kept, bool count_empty, float denominator, "
+        "Tensor? denominator_at, float max_length, Tensor? max_length_at, bool entropy_by_token, "
+        "float entropy_denominator, Tensor? entropy_denominator_at) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("policy_loss_bwd(Tensor upstream, Tensor d, ScalarType dtype) -> Tensor");
   m.def("reverse_scan(Tensor x, Tensor? decay, Tensor? rates, Tensor? mask, Tensor cu_seqlens, bool forward) -> Tensor");
   m.def("advantages(Tensor cu_seqlens, Tensor? mask, Tensor? rewards, Tensor? model_reward, Tensor? model_end, "
         "Tensor? model_start, Tensor? model_bounds, bool overwrite, bool drop, Tensor? old_logp, Tensor? ref_logp, "
@@ -686,6 +804,8 @@ STABLE_TORCH_LIBRARY_IMPL(finealign, CPU, m) {
   m.impl("segment_spread", TORCH_BOX(&finealign::segment_spread));
   m.impl("sequence_loss_fwd", TORCH_BOX(&finealign::sequence_loss_fwd));
   m.impl("sequence_loss_bwd", TORCH_BOX(&finealign::sequence_loss_bwd));
+  m.impl("policy_loss_fwd", TORCH_BOX(&finealign::policy_loss_fwd));
+  m.impl("policy_loss_bwd", TORCH_BOX(&finealign::policy_loss_bwd));
   m.impl("reverse_scan", TORCH_BOX(&finealign::reverse_scan));
   m.impl("advantages", TORCH_BOX(&finealign::advantages));
   m.impl("moments", TORCH_BOX(&finealign::moments));
@@ -700,6 +820,8 @@ STABLE_TORCH_LIBRARY_IMPL(finealign, CUDA, m) {
   m.impl("segment_spread", TORCH_BOX(&finealign::segment_spread_on_gpu));
   m.impl("sequence_loss_fwd", TORCH_BOX(&finealign::sequence_loss_fwd_on_gpu));
   m.impl("sequence_loss_bwd", TORCH_BOX(&finealign::sequence_loss_bwd_on_gpu));
+  m.impl("policy_loss_fwd", TORCH_BOX(&finealign::policy_loss_fwd));
+  m.impl("policy_loss_bwd", TORCH_BOX(&finealign::policy_loss_bwd));
   m.impl("reverse_scan", TORCH_BOX(&finealign::reverse_scan));
   m.impl("advantages", TORCH_BOX(&finealign::advantages));
   m.impl("moments", TORCH_BOX(&finealign::moments));

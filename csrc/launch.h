@@ -219,6 +219,115 @@ void sequence_loss_backward_cpu(const SequenceLossBackward& op, Parallel paralle
 const char* sequence_loss_forward_cuda(const SequenceLossForward& op, void* stream);
 const char* sequence_loss_backward_cuda(const SequenceLossBackward& op, void* stream);
 
+// ---- policy losses (csrc/cpu/policy_loss.cpp, csrc/cuda/policy_loss.cu) ---------------------------------------------
+
+// The function of log-ratio and advantage (kernels/cuda/formulas.cuh), and what its two numbers are.
+enum class Psi : int32_t {
+  clipped = 0,  // lowest and highest ratio
+  capped = 1,   // the same
+  score_function = 2,
+  soft_gate = 3,  // τ where A > 0, and elsewhere
+};
+
+// Whose log-ratio psi reads: the token's, or the mean or the sum of its row's.
+enum class RatioOf : int32_t { token = 0, row_mean = 1, row_sum = 2 };
+
+// What a token's share is one over: the tokens of the batch, the rows times the tokens of its row, the rows.
+enum class ShareOf : int32_t { batch = 0, row = 1, rows = 2 };
+
+// Of KL(π‖ref): formulas/divergence.py.
+enum class Estimator : int32_t { k1 = 0, k2 = 1, k3 = 2, k3_k2grad = 3, k3_is = 4 };
+
+// A number of the host, or one on the device; neither: it is not given.
+struct Number {
+  double value;
+  const double* at;
+
+  FINEALIGN_BOTH bool given() const { return at != nullptr || value != 0; }
+  FINEALIGN_BOTH double operator()() const { return at != nullptr ? *at : value; }
+};
+
+// Sums over a row's tokens with mask.
+struct Row {
+  double weight, length, log_ratio;  // what shares count: Σ w where they are kept, else tokens; tokens; Σ log-ratios
+};
+
+// The same of the batch, rows with a token, and rows whose bounds are invalid (on a GPU alone).
+struct Totals {
+  double weight, length, rows, bad;
+};
+
+// What is summed over tokens with mask. The first three are results, those behind them means of tokens once divided.
+enum Term : int { kPolicyTerm, kKlTerm, kEntropyTerm, kRatio, kOldKl, kLow, kHigh, kDual, kTokens, kTerms };
+struct Terms {
+  double of[kTerms];
+};
+
+// r_t = logp_t - old_logp_t, ℓ_t = psi(log-ratio, A_t), a share c_t of each token:
+// loss = Σ c w ω ℓ + kl_coef Σ c' κ - entropy_coef Σ c'' h, over the tokens with mask; the first sum without those whose
+// c w ω is 0. c counts Σ w where they are kept, c' tokens.
+// Everything is float64, each result rounded once. Sums over a row go as launch.h says above. Those over the batch are
+// taken in chunks of kChunk tokens of the flat batch, whatever its rows: lane j of a chunk adds tokens j, j + kLanes, ...,
+// lanes are added by halves; then the same once more of all chunks.
+struct PolicyLossForward {
+  Segments segments;
+  const void *logp, *old_logp, *ref_logp, *entropy;  // (total,); old_logp null: ρ = 1; ref_logp, entropy may be null
+  DType dtype;  // of those; all others, results too, are float32, float64 for float64
+  const void* advantage;  // (total,), or (count,) by row
+  const void* weight;     // (total,) w, or null
+  const void* sampler;    // (total,) ω, or (count,) by row, or null
+  bool advantage_by_row, sampler_by_row;
+
+  Psi psi;
+  RatioOf ratio;
+  double first, second, dual;  // psi's numbers; where A < 0 the ratio is held at dual
+  double below, above;         // bounds whose sides are counted
+  Estimator estimator;
+  double kl_coef, entropy_coef;
+
+  ShareOf share;
+  bool kept, count_empty;          // is w what shares count; is a row without a token a row
+  Number denominator, max_length;  // in place of the batch's count; of rows
+  bool entropy_by_token;           // c'' is one over the tokens of the batch, or c'
+  Number entropy_denominator;
+
+  void* loss;               // (1,)
+  void* numbers;            // (kTokens,) the terms before it
+  void *losses, *dlogp;     // (total,) ℓ; d loss / d logp
+  void* dentropy;           // (total,) d loss / d entropy, or null
+
+  // Room that a GPU needs: (count,) where rows are summed, (chunks(),), (1,).
+  Row* rows;
+  Terms* parts;
+  Totals* totals;
+
+  FINEALIGN_BOTH int64_t chunks() const { return (segments.total + kChunk - 1) / kChunk; }
+  // Are there numbers of rows that have to be summed first; are there totals that are not known from the shape.
+  FINEALIGN_BOTH bool sums_rows() const { return share == ShareOf::row || ratio != RatioOf::token || counts_rows(); }
+  FINEALIGN_BOTH bool counts_rows() const { return share != ShareOf::batch && !count_empty && !denominator.given(); }
+  FINEALIGN_BOTH bool sums_tokens() const {
+    const bool divides = share == ShareOf::batch && !denominator.given();
+    const bool divides_entropy = entropy != nullptr && entropy_by_token && !entropy_denominator.given();
+    return (divides && kept) || ((divides || divides_entropy) && segments.mask != nullptr);
+  }
+};
+
+// out = upstream · d, exactly 0 where d is 0.
+struct PolicyLossBackward {
+  const void* upstream;  // (1,) of the type of d
+  const void* d;         // (total,) float32; float64 for float64
+  void* out;             // (total,)
+  DType dtype;
+  int64_t total;
+};
+
+void policy_loss_forward_cpu(const PolicyLossForward& op, Parallel parallel);
+void policy_loss_backward_cpu(const PolicyLossBackward& op, Parallel parallel);
+
+// Queued on the stream; null, or why not. Where bounds of a row are invalid, the loss and all gradients are NaN.
+const char* policy_loss_forward_cuda(const PolicyLossForward& op, void* stream);
+const char* policy_loss_backward_cuda(const PolicyLossBackward& op, void* stream);
+
 // ---- scans (csrc/cpu/scan.cpp) -------------------------------------------------------------------------------------
 
 // What is computed for a sequence depends on its own tokens and their places in it alone: not on the batch around it,
@@ -250,7 +359,6 @@ const char* scan_cuda(const Scan& op, void* stream);
 
 // ---- advantages (csrc/cpu/advantages.cpp) --------------------------------------------------------------------------
 
-enum class Estimator : int32_t { k1 = 0, k2 = 1, k3 = 2 };
 enum class Scale : int32_t { std = 0, clamp = 1, compat = 2 };
 
 // x -> (x - μ) scale, plus μ unless shift; formulas.cuh has μ and the scale.

@@ -55,8 +55,9 @@ def poisoned(monkeypatch):
 
 @pytest.fixture(params=("fused", "composed"))
 def route(request, monkeypatch):
-    """Preference losses by the fused op where it can run, and as the composition of small ops that it is held to."""
+    """Losses by the fused op where it can run, and as the composition of small ops that it is held to."""
     if request.param == "composed":
+        monkeypatch.setattr("finealign_kernels.losses.policy.is_fused", lambda *given: False)
         for module in ("preference", "pointwise"):
             monkeypatch.setattr(f"finealign_kernels.losses.{module}.is_fused", lambda row, device: False)
         monkeypatch.setattr("finealign_kernels.losses.nll.missing", lambda phi, device: "composed")

@@ -3,6 +3,7 @@
 import ctypes
 import importlib.util
 import itertools
+import math
 import os
 import re
 import shutil
@@ -425,6 +426,196 @@ def test_bug_planted_in_sequence_losses_is_found(sequence_mutants, name):
         for layout in ("ragged", "rounds"):
             check_sequences(sequence_mutants[name], layout, torch.bfloat16, SIDES if layout == "ragged" else SIDES[:3])
         check_bad_bounds_of_sequences(sequence_mutants[name])
+
+
+# ---- policy losses -------------------------------------------------------------------------------------------------
+
+POLICIES = [  # psi, ratio, estimator, share, kept, count_empty, by row, options
+    (0, 0, 4, 0, True, True, False, {}),
+    (1, 0, 0, 1, True, False, False, {"dual": 1.5}),
+    (2, 0, 1, 2, False, False, True, {"denominator": 3.0}),
+    (3, 0, 2, 1, False, True, True, {"max_length": torch.tensor(9.0, dtype=torch.float64)}),
+    (0, 1, 3, 1, True, True, True, {"entropy_denominator": 4.0, "dual": 1.2}),
+    (0, 2, 4, 1, False, True, True, {"denominator": torch.tensor(5.0, dtype=torch.float64), "by_token": False}),
+    (0, 1, 4, 0, True, True, False, {"kl_coef": 0.0, "entropy_coef": 0.0}),
+]
+BARE = (0, 0, 0, 0, False, True, False, {"bare": True})
+POLICY_LAYOUTS = {**LAYOUTS, "many": [1, 0] * 40}  # rows of one chunk that its lanes have to walk
+
+
+def policy_arguments(layout, dtype, case, seed=0):
+    """Arguments of policy_loss_fwd, with NaN where the mask is false."""
+    psi, ratio, estimator, share, kept, count_empty, by_row, more = case
+    generator = torch.Generator().manual_seed(seed)
+    lengths, wide = POLICY_LAYOUTS[layout], torch.promote_types(dtype, torch.float32)
+    shape = (10, lengths) if isinstance(lengths, int) else (sum(lengths),)
+    ends = None if isinstance(lengths, int) else torch.tensor([0, *lengths]).cumsum(0)
+    count = shape[0] if ends is None else len(lengths)
+    draw = torch.randn((7, *shape), generator=generator, dtype=torch.float64)
+    mask = torch.rand(shape, generator=generator) < 0.8
+    draw[:2] *= 0.4
+    draw[4][draw[4].abs() < 0.1] = 0
+    draw[5:] = draw[5:].abs() * (draw[5:] > -1)
+    draw[:, ~mask] = torch.nan
+    tokens, numbers = [x.to(dtype) for x in draw[:4]], [x.to(wide) for x in draw[4:]]
+    if "bare" in more:
+        tokens, numbers, mask = [tokens[0].nan_to_num(), None, None, None], [numbers[0].nan_to_num(), None, None], None
+    if by_row:
+        numbers[0], numbers[2] = torch.linspace(-2, 2, count, dtype=wide), torch.linspace(0, 2, count, dtype=wide)
+    options = [more.get("kl_coef", 0.1), 0.0 if "bare" in more else more.get("entropy_coef", 0.05)]
+    given = [more.get(name) for name in ("denominator", "max_length", "entropy_denominator")]
+    given = [(0.0, x) if isinstance(x, torch.Tensor) else (x or 0.0, None) for x in given]
+    bounds = (0.8, 1.2, more.get("dual", math.inf), 0.8, 1.2)
+    return (
+        *tokens, *numbers, mask, ends, by_row, by_row, psi, ratio, *bounds, estimator, *options, share, kept,
+        count_empty, *given[0], *given[1], more.get("by_token", True), *given[2],
+    )  # fmt: skip
+
+
+def policy_on_host(lib, arguments, each=1, order=0):
+    """policy_loss_fwd with every buffer between red zones, and its room full of NaN."""
+    (x, old, ref, entropy, advantage, weight, sampler, mask, ends, advantage_by_row, sampler_by_row, psi, ratio,
+     *bounds, estimator, kl_coef, entropy_coef, share, kept, count_empty, denominator, denominator_at, longest,
+     longest_at, by_token, of_entropy, of_entropy_at) = arguments  # fmt: skip
+    wide, total = torch.promote_types(x.dtype, torch.float32), x.numel()
+    count = x.shape[0] if ends is None else ends.shape[0] - 1
+    chunks, moves = -(-total // 1024), entropy is not None and entropy_coef != 0
+    tensors = (ends, mask, x, old, ref, entropy, advantage, weight, sampler, denominator_at, longest_at, of_entropy_at)
+    flat = [
+        t if t is None else t.reshape(-1).to(torch.uint8) if t.dtype == torch.bool else t.reshape(-1) for t in tensors
+    ]
+    pads = (1 << 20, 1, *[torch.nan] * 10)
+    inputs = [None if t is None else Zoned(t, pad) for t, pad in zip(flat, pads, strict=True)]
+    sizes = (1, 8, total, total, total if moves else 0)
+    outs = [Zoned(torch.full((size,), -77.0, dtype=wide), -99.0) for size in sizes]
+    room = [Zoned(torch.full((n,), torch.nan, dtype=torch.float64), -99.0) for n in (3 * count, 9 * chunks, 4)]
+    pointers = [t and t.pointer for t in inputs] + [t.pointer for t in outs] + [t.pointer for t in room]
+    if not moves:
+        pointers[16] = None
+    integers = (
+        ends is not None and ends.dtype == torch.int64, count, total, total // count if ends is None and count else 0,
+        DTYPES[x.dtype], advantage_by_row, sampler_by_row and sampler is not None, psi, ratio, estimator, share,
+        kept and weight is not None, count_empty, by_token,
+    )  # fmt: skip
+    numbers = (*bounds, kl_coef, entropy_coef, denominator, longest, of_entropy)
+    code = lib.emu_policy_forward(
+        (ctypes.c_void_p * 20)(*pointers),
+        (ctypes.c_int64 * 14)(*integers),
+        (ctypes.c_double * 10)(*numbers),
+        ctypes.c_int64(each),
+        order,
+        ctypes.c_uint(7),
+    )
+    if code:
+        raise DeviceFailure
+    assert all(buffer.zones_untouched() for buffer in (*outs, *room))
+    return [out.inner for out in outs]
+
+
+def policy_backward_on_host(lib, upstream, d, dtype, blocks, order):
+    source, up, out = (
+        Zoned(d, torch.nan),
+        Zoned(upstream.reshape(1), torch.nan),
+        Zoned(torch.zeros_like(d).to(dtype), -99.0),
+    )
+    code = lib.emu_policy_backward(
+        up.pointer,
+        source.pointer,
+        out.pointer,
+        DTYPES[dtype],
+        ctypes.c_int64(d.numel()),
+        blocks,
+        order,
+        ctypes.c_uint(7),
+    )
+    if code:
+        raise DeviceFailure
+    assert out.zones_untouched()
+    return out.inner
+
+
+def check_policies(lib, layout, dtype, cases=(*POLICIES, BARE)):
+    """Bits of the native CPU kernels, which test_policy_loss.py holds to float64."""
+    for n, case in enumerate(cases):
+        order, each = n % 3, (1, 3, 8)[n // 3 % 3]
+        arguments = policy_arguments(layout, dtype, case, n)
+        exact = torch.ops.finealign.policy_loss_fwd(*arguments)
+        actual = policy_on_host(lib, arguments, each, order)
+        for place, (a, b) in enumerate(zip(actual, exact, strict=True)):
+            assert torch.equal(a, b.reshape(-1)), (case, place, a, b)
+        assert not any(x.isnan().any() for x in exact)
+        upstream = torch.tensor(-1.7, dtype=exact[0].dtype)
+        expected = torch.ops.finealign.policy_loss_bwd(upstream, exact[3], dtype).reshape(-1)
+        blocks = max(1, -(-expected.numel() // 256) - n % 2)  # all at once, or one walks on
+        assert torch.equal(policy_backward_on_host(lib, upstream, exact[3].reshape(-1), dtype, blocks, order), expected)
+
+
+def check_bad_bounds_of_policies(lib):
+    """The loss and the gradients of all tokens are NaN, whichever bound is wrong."""
+    for ends in ([1, 4, 8], [0, 4, 7], [-3, 4, 8], [0, 4, 60], [0, 60, 8], [0, 6, 3, 8], [0, 4, 8]):
+        cu_seqlens = torch.tensor(ends)
+        bad = ends != [0, 4, 8]
+        for case in (POLICIES[0], POLICIES[4]):
+            arguments = list(policy_arguments("padded", torch.float32, case))
+            each = torch.ones(len(ends) - 1)
+            arguments[:7] = [x if x is None else torch.full((8,), 0.5) for x in arguments[:7]]
+            if case[6]:
+                arguments[4], arguments[6] = each, each
+            arguments[7:9] = None, cu_seqlens
+            loss, _, losses, dlogp, dentropy = policy_on_host(lib, arguments)
+            assert loss.isnan().all() == bad
+            assert dlogp.isnan().all() == dentropy.isnan().all() == bad and not (losses == -77).any()
+
+
+@pytest.fixture(scope="session")
+def policy_lib(tmp_path_factory, shim):
+    return build("policy_loss", tmp_path_factory.mktemp("emu"), shim)
+
+
+@on_host
+@pytest.mark.parametrize("layout", POLICY_LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_policy_losses_on_the_host(policy_lib, layout, dtype):
+    check_policies(policy_lib, layout, dtype)
+
+
+@on_host
+def test_policies_of_bad_cu_seqlens_are_nan(policy_lib):
+    check_bad_bounds_of_policies(policy_lib)
+
+
+POLICY_BUGS = {
+    "mask not looked at by rows": ("if (!op.segments.keeps(i)) continue;", ""),
+    "mask not looked at by tokens": ("if (op.segments.keeps(i)) one_token", "if (true) one_token"),
+    "half the warp is not added": ("int half = kLanes / 2", "int half = kLanes / 4"),
+    "no barrier before the next round": ("    __syncthreads();  // before the next round writes parts\n", ""),
+    "no barrier before the totals": ("  __syncthreads();\n  if (threadIdx.x != 0)", "  if (threadIdx.x != 0)"),
+    "no barrier before the results": ("  __syncthreads();\n  const int term", "  const int term"),
+    "rows do not go on": ("op.segments.start(s + 1) <= i) ++s", "op.segments.start(s + 1) < i) ++s"),
+    "bounds not looked at": ("bad += bounds(op.segments, s).valid ? 0 : 1;", ""),
+    "rows not all counted": ("s += chunks * kLanes", "s += chunks * kLanes + 1"),
+    "empty rows counted": ("op.rows[s].length > 0 ? 1 : 0", "1"),
+    "tokens for weights": ("if (!op.kept) part.weight = part.length;", "part.weight = part.length;"),
+    "stretch lost": ("psi.slope * stretch_of(op.ratio, row)", "psi.slope"),
+    "sampler by token lost": ("if (op.sampler != nullptr && !op.sampler_by_row) weight", "if (false) weight"),
+    "the row's ratio in k3_is": ("op.ratio == RatioOf::token ? ratio : ratio_of(log_ratio)", "ratio"),
+    "one token beyond the end": ("for (int64_t i = first; i < stop;", "for (int64_t i = first; i <= stop;"),
+    "backward stops early": ("i < op.total; i += step", "i < op.total; i += op.total"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def policy_mutants(tmp_path_factory, shim):
+    return planted("policy_loss", POLICY_BUGS, tmp_path_factory, shim)
+
+
+@on_host
+@pytest.mark.parametrize("name", POLICY_BUGS)
+def test_bug_planted_in_policy_losses_is_found(policy_mutants, name):
+    with pytest.raises((AssertionError, DeviceFailure)):
+        for layout in ("ragged", "rounds", "many"):
+            check_policies(policy_mutants[name], layout, torch.bfloat16)
+        check_bad_bounds_of_policies(policy_mutants[name])
 
 
 @with_nvcc

@@ -13,6 +13,8 @@ from finealign_kernels.losses.policy import KL, POLICY, PolicyRow, policy_loss, 
 from finealign_kernels.losses.table import Hyper
 from finealign_kernels.testing import samples
 
+pytestmark = pytest.mark.usefixtures("route")  # by the fused op, and as the composition of small ones
+
 F64 = torch.float64
 E = fixture_e()
 DENSE, W = E.dense, E.weight

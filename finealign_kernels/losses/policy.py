@@ -15,9 +15,12 @@ from torch import Tensor
 from ..formulas import divergence, surrogate
 from ..ops._check import check_number, fail
 from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like, unflatten
+from ..ops.policy_loss import Reduction, missing
+from ..ops.policy_loss import policy_loss as fused_policy_loss
 from ..ops.segments import segment_broadcast, segment_mean, segment_sum
 from .reduce import (
     FromTokens,
+    check_denominator,
     check_token_reduction,
     mean_of_tokens,
     per_token,
@@ -233,9 +236,77 @@ def policy_loss(
     kl_coef = row.kl_coef if kl_coef is None else kl_coef
     _check_terms(kl_coef, kl, ref_logp, entropy_coef, entropy, entropy_reduction, entropy_denominator)
 
+    for argument, value in (
+        ("denominator", denominator),
+        ("max_length", max_length),
+        ("entropy_denominator", entropy_denominator),
+    ):
+        if value is not None:
+            check_denominator(value, argument)
+
     tokens = flatten(logp, mask, cu_seqlens, name="logp")
     if row.whole:
         _check_whole(name, row, tokens, advantages, token_weight, reduction)
+    terms = _Terms(
+        Reduction(reduction, average, denominator, max_length, count_empty),
+        ref_logp=ref_logp,
+        kl=kl,
+        kl_coef=kl_coef,
+        entropy=entropy,
+        entropy_coef=entropy_coef,
+        entropy_by_token=entropy_reduction == "token",
+        entropy_denominator=entropy_denominator,
+        token_weight=token_weight,
+        sampler_weight=sampler_weight,
+    )
+    if is_fused(row, tokens, advantages, sampler_weight, kl):
+        return _fused(row, tokens, old_logp, advantages, hyper, terms)
+    return _composed(name, row, tokens, old_logp, advantages, hyper, terms)
+
+
+class _Terms(NamedTuple):
+    """What stands beside psi in a policy loss, checked; as the arguments of policy_loss."""
+
+    reduction: Reduction
+    ref_logp: TokenTensor | None
+    kl: str
+    kl_coef: float
+    entropy: TokenTensor | None
+    entropy_coef: float
+    entropy_by_token: bool
+    entropy_denominator: float | Tensor | None
+    token_weight: TokenTensor | None
+    sampler_weight: TokenTensor | None
+
+
+def is_fused(row: PolicyRow, tokens: Tokens, advantages, sampler_weight, kl: str) -> bool:
+    """Does ops.policy_loss run the row there: known functions, and nothing given whose values decide what it means."""
+    if missing(row.psi, kl, tokens.whole.device):
+        return False
+    if row.whole and sampler_weight is not None and not _is_by_row(sampler_weight, tokens):
+        return False  # it must not change inside a row
+    single = tokens.ends is not None and tokens.segments == tokens.whole.shape[0]
+    each = (advantages, sampler_weight)
+    return not (single and any(isinstance(x, Tensor) and x.dim() == 1 for x in each))  # a row, or a token: see reduce
+
+
+def _is_by_row(x, tokens: Tokens) -> bool:
+    return isinstance(x, Tensor) and tuple(x.shape) in ((tokens.segments,), (tokens.segments, 1))
+
+
+def _fused(row: PolicyRow, tokens: Tokens, old_logp, advantages, hyper: dict, terms: _Terms) -> PolicyLoss:
+    bounds = row.bounds(**hyper) if row.bounds else (0.0, torch.inf)
+    options = dict(psi=row.psi, hyper=hyper, ratio=row.ratio, bounds=bounds)
+    out = fused_policy_loss(tokens, old_logp, advantages, **options, **terms._asdict())
+    losses = out.losses if len(tokens.shapes) == 1 else unflatten(out.losses, tokens.shapes)
+    return PolicyLoss(out.loss, losses, *out.numbers.unbind())
+
+
+def _composed(
+    name: str, row: PolicyRow, tokens: Tokens, old_logp, advantages, hyper: dict, terms: _Terms
+) -> PolicyLoss:
+    """The same from small ops, for any row on any device."""
+    ref_logp, kl_coef, entropy, entropy_coef = terms.ref_logp, terms.kl_coef, terms.entropy, terms.entropy_coef
     logps = read(tokens.x, tokens)
     if old_logp is None:
         log_ratio = torch.where(logps == logps, 0, logps)
@@ -247,9 +318,10 @@ def policy_loss(
     if row.ratio == "sum":  # each token moves the whole row's loss, of which c_t is a share
         slope = slope * _lengths(tokens)
 
-    options = dict(denominator=denominator, max_length=max_length, count_empty=count_empty)
+    reduction, average, *counts = terms.reduction
+    options = dict(zip(("denominator", "max_length", "count_empty"), counts, strict=True))
     share = token_shares(tokens, reduction, **options)
-    scale, counted = _scale(name, row, tokens, token_weight, sampler_weight)
+    scale, counted = _scale(name, row, tokens, terms.token_weight, terms.sampler_weight)
     kept = share if average == "all" or counted is None else token_shares(tokens, reduction, counted, **options)
     weight = kept if scale is None else kept * scale
     policy, dlogp = weigh(weight, losses).sum(), weigh(weight, slope)
@@ -257,15 +329,15 @@ def policy_loss(
 
     if ref_logp is not None:
         to_reference = logps - read(flatten_like(ref_logp, tokens, "ref_logp"), tokens)
-        kappa, push = KL[kl](to_reference, log_ratio)
+        kappa, push = KL[terms.kl](to_reference, log_ratio)
         divergence_term = (share * kappa).sum()
         if kl_coef != 0:
             loss, dlogp = loss + kl_coef * divergence_term, dlogp + kl_coef * (share * push)
     entropies, dentropy = None, None
     if entropy is not None:
         entropies = flatten_like(entropy, tokens, "entropy")
-        if entropy_reduction == "token":
-            share = token_shares(tokens, "token", denominator=entropy_denominator)
+        if terms.entropy_by_token:
+            share = token_shares(tokens, "token", denominator=terms.entropy_denominator)
         entropy_term = (share * read(entropies, tokens)).sum()
         if entropy_coef != 0:
             loss, dentropy = loss - entropy_coef * entropy_term, -entropy_coef * share

@@ -17,13 +17,33 @@
 
 namespace finealign {
 
-// e^x to an ulp; 0 below -708, where float64 goes on in subnormals, inf above 709.
-FINEALIGN_FORMULA double exp_of(double x) {
+// a + b and a b, never made one fma with what stands around them.
+FINEALIGN_FORMULA double sum_of(double a, double b) {
+#ifdef __CUDA_ARCH__
+  return __dadd_rn(a, b);
+#else
+  return a + b;
+#endif
+}
+
+FINEALIGN_FORMULA double product_of(double a, double b) {
+#ifdef __CUDA_ARCH__
+  return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+// e^x = (1 + r tail) 2^k, for x in [-708, 709].
+struct Exponential {
+  double r, tail, power;  // |r| <= log(2) / 2
+};
+
+FINEALIGN_FORMULA Exponential exponential_of(double x) {
   constexpr double kPlaces = 0x1.8p52;  // a float64 of this size has no places behind the point
-  const double inside = x < -708 ? -708 : x > 709 ? 709 : x;
-  const double shifted = fma(inside, 0x1.71547652b82fep0, kPlaces), k = shifted - kPlaces;  // x = k log 2 + r
-  const double r = fma(k, -0x1.abc9e3b39803fp-56, fma(k, -0x1.62e42fefa39efp-1, inside));
-  double sum = 1.0 / 6227020800;  // Σ rⁿ / n! to n = 13, |r| <= log(2) / 2
+  const double shifted = fma(x, 0x1.71547652b82fep0, kPlaces), k = shifted - kPlaces;  // x = k log 2 + r
+  const double r = fma(k, -0x1.abc9e3b39803fp-56, fma(k, -0x1.62e42fefa39efp-1, x));
+  double sum = 1.0 / 6227020800;  // Σ rⁿ / (n + 1)! to n = 12
   sum = fma(sum, r, 1.0 / 479001600);
   sum = fma(sum, r, 1.0 / 39916800);
   sum = fma(sum, r, 1.0 / 3628800);
@@ -36,14 +56,25 @@ FINEALIGN_FORMULA double exp_of(double x) {
   sum = fma(sum, r, 1.0 / 6);
   sum = fma(sum, r, 0.5);
   sum = fma(sum, r, 1.0);
-  sum = fma(sum, r, 1.0);
   uint64_t bits;
   memcpy(&bits, &shifted, sizeof bits);
   bits = (bits << 52) + 0x3ff0000000000000u;  // of 2^k
   double power;
   memcpy(&power, &bits, sizeof power);
-  const double y = sum * power;
+  return {r, sum, power};
+}
+
+// e^x to an ulp; 0 below -708, where float64 goes on in subnormals, inf above 709.
+FINEALIGN_FORMULA double exp_of(double x) {
+  const Exponential e = exponential_of(x < -708 ? -708 : x > 709 ? 709 : x);
+  const double y = fma(e.tail, e.r, 1.0) * e.power;
   return x < -708 ? 0 : x > 709 ? static_cast<double>(INFINITY) : y;
+}
+
+// e^x - 1 to an ulp or two, for x in [-708, 709].
+FINEALIGN_FORMULA double expm1_of(double x) {
+  const Exponential e = exponential_of(x);
+  return fma(e.power, e.tail * e.r, e.power - 1);
 }
 
 // log(1 + e) for e in [0, 1]: 2 atanh(f), f = e / (2 + e) <= 1/3, to its term f^35.
@@ -112,23 +143,6 @@ FINEALIGN_FORMULA Item margin_loss(Phi phi, double m, double a) {
   return {fma(turned.down, at.cost, steep), fma(-turned.down, at.down, turn / a) - steep};
 }
 
-// a + b and a b, never made one fma with what stands around them.
-FINEALIGN_FORMULA double sum_of(double a, double b) {
-#ifdef __CUDA_ARCH__
-  return __dadd_rn(a, b);
-#else
-  return a + b;
-#endif
-}
-
-FINEALIGN_FORMULA double product_of(double a, double b) {
-#ifdef __CUDA_ARCH__
-  return __dmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
-
 // The two margins of an item: of phi, and of `first` where the form has it. rejected is not read without pairs.
 struct Margins {
   double phi, first;
@@ -157,6 +171,121 @@ FINEALIGN_FORMULA Outcome outcome_of(Form form, bool paired, double beta, double
                   : Outcome{scale * phi.value, -step * phi.slope, 0};
 }
 
+// ---- policy losses -------------------------------------------------------------------------------------------------
+
+constexpr double kLargestLogRatio = 20;
+
+FINEALIGN_FORMULA bool is_beyond(double log_ratio) { return fabs(log_ratio) > kLargestLogRatio; }
+
+// A NaN goes through.
+FINEALIGN_FORMULA double held(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
+
+FINEALIGN_FORMULA double near_of(double log_ratio) { return held(log_ratio, -kLargestLogRatio, kLargestLogRatio); }
+
+FINEALIGN_FORMULA double ratio_of(double log_ratio) { return exp_of(near_of(log_ratio)); }
+
+// A token's log-ratio without an old log-prob.
+FINEALIGN_FORMULA double no_log_ratio(double logp) { return logp == logp ? 0 : logp; }
+
+// formulas/surrogate.py; ratio is ratio_of(log_ratio), a the advantage. One choice at a time, so that a
+// compiler makes vectors of a loop over tokens.
+FINEALIGN_FORMULA Item surrogate_of(Psi psi, double log_ratio, double ratio, double a, double logp, double first,
+                                    double second, double dual) {
+  if (psi == Psi::score_function) return {-a * logp, -a};
+  if (psi == Psi::capped) {
+    const double push = -held(ratio, first, second) * a;
+    return {push * logp, push};
+  }
+  const bool beyond = is_beyond(log_ratio);
+  if (psi == Psi::soft_gate) {
+    const double tau = a > 0 ? first : second;
+    const Logistic at = logistic_of(tau * sum_of(ratio, -1));
+    const double slope = -4 * a * ratio * at.up * at.down;
+    return {-4 * a * at.up / tau, beyond ? 0 : slope};
+  }
+  const double free = -a * ratio, clipped = -a * held(ratio, first, second), most = -a * dual;
+  const double larger = clipped > free ? clipped : free;  // a NaN is in both
+  const double moving = clipped > free ? 0 : free, slope = beyond ? 0 : moving;
+  const double least = most < larger ? most : larger, below = ratio > dual ? 0 : slope;
+  return {a < 0 ? least : larger, a < 0 ? below : slope};
+}
+
+// The same, where an A of 0 is an exact 0; of a NaN, which goes through, nothing is known.
+FINEALIGN_FORMULA Item policy_loss_of(Psi psi, double log_ratio, double ratio, double a, double logp, double first,
+                                      double second, double dual) {
+  const Item item = surrogate_of(psi, log_ratio, ratio, a, logp, first, second, dual);
+  const bool none = (a == 0) & (log_ratio == log_ratio);
+  return {none ? 0 : item.value, none ? 0 : item.slope};
+}
+
+// formulas/divergence.py, d = logp - ref_logp; log_ratio and ratio are the token's, whatever psi reads.
+FINEALIGN_FORMULA Item divergence_of(Estimator estimator, double d, double log_ratio, double ratio) {
+  if (estimator == Estimator::k1) return {d, 1};
+  if (estimator == Estimator::k2) return {d * d / 2, d};
+  const double near = near_of(d), less = expm1_of(-near), value = less + near, slope = is_beyond(d) ? 0 : -less;
+  if (estimator == Estimator::k3) return {value, slope};
+  if (estimator == Estimator::k3_k2grad) return {value, is_beyond(d) ? 0 : d};
+  return {ratio * value, ratio * (is_beyond(log_ratio) ? slope : is_beyond(d) ? value : d)};
+}
+
+// One over a share, less the tokens of the row where ShareOf::row says so.
+struct Divisors {
+  double policy, kl, entropy;
+};
+
+FINEALIGN_BOTH inline double one_for_none(double x) { return x == 0 ? 1 : x; }
+
+FINEALIGN_BOTH inline Divisors divisors_of(const PolicyLossForward& op, const Totals& of) {
+  if (of.bad != 0) return {NAN, NAN, NAN};
+  Divisors by{one_for_none(of.weight), one_for_none(of.length), one_for_none(of.length)};
+  if (op.share != ShareOf::batch)
+    by.policy = by.kl = one_for_none(op.count_empty ? static_cast<double>(op.segments.count) : of.rows);
+  if (op.denominator.given()) by.policy = by.kl = op.denominator();
+  if (op.max_length.given()) by.policy *= op.max_length(), by.kl *= op.max_length();
+  if (op.entropy_denominator.given()) by.entropy = op.entropy_denominator();
+  return by;
+}
+
+// Those of a token: of its row where the row is what shares divide by.
+struct Shares {
+  double policy, kl, entropy;
+};
+
+FINEALIGN_BOTH inline Shares shares_of(const PolicyLossForward& op, const Divisors& by, const Row* row) {
+  const bool divides = op.share == ShareOf::row;
+  const double kl = 1 / (divides ? by.kl * one_for_none(row->length) : by.kl);
+  const double policy = 1 / (divides ? by.policy * one_for_none(row->weight) : by.policy);
+  return {policy, kl, op.entropy_by_token ? 1 / by.entropy : kl};
+}
+
+// What psi reads in a row, and by how much more than its share a token moves that.
+FINEALIGN_BOTH inline double log_ratio_of(RatioOf ratio, const Row& row) {
+  return ratio == RatioOf::row_mean ? row.log_ratio / one_for_none(row.length) : row.log_ratio;
+}
+FINEALIGN_BOTH inline double stretch_of(RatioOf ratio, const Row* row) {
+  return ratio == RatioOf::row_sum ? row->length : 1;
+}
+
+// d loss / d logp; kl_step = kl_coef c'. What weighs nothing may be NaN.
+FINEALIGN_FORMULA double policy_slope_of(double weight, double slope, double kl_step, double push) {
+  return fma(kl_step, push, weight != 0 ? weight * slope : 0);
+}
+
+// The loss from sums over the batch.
+FINEALIGN_BOTH inline double loss_of(const PolicyLossForward& op, const Terms& total) {
+  double loss = total.of[kPolicyTerm];
+  if (op.kl_coef != 0) loss = fma(op.kl_coef, total.of[kKlTerm], loss);
+  if (op.entropy_coef != 0) loss = fma(-op.entropy_coef, total.of[kEntropyTerm], loss);
+  return loss;
+}
+
+FINEALIGN_BOTH inline double number_of(const Terms& total, int term) {
+  const double tokens = one_for_none(total.of[kTokens]);
+  return term < kRatio ? total.of[term] : total.of[term] / tokens;
+}
+
+// ---- moments and KL rewards ----------------------------------------------------------------------------------------
+
 // Σx, Σx² and the count of n values, which add up over parts of a batch.
 struct Moments {
   double n, sum, squares;
@@ -177,7 +306,7 @@ FINEALIGN_BOTH inline Standard standard(Moments of, Scale scale, bool unbiased) 
   return {mean, 1 / sqrt(spread)};
 }
 
-// Estimate of KL from one token, d = old_logp - ref_logp: formulas/divergence.py.
+// Estimate of KL from one token, d = old_logp - ref_logp: formulas/divergence.py, one of the first three.
 FINEALIGN_BOTH inline double divergence(Estimator estimator, double d) {
   if (estimator == Estimator::k1) return d;
   if (estimator == Estimator::k2) return d * d / 2;

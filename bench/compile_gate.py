@@ -12,6 +12,8 @@ Rules, for each kernel and GPU:
     shared      no more shared memory than a block may have on that GPU
     atomics     none, so that every run repeats
     precision   no product of float32 by tf32 or its like: a Triton dot says input_precision="ieee"
+    invariance  cases of one name in `same` add up alike: sums in one layout, so that a row has one result however many
+                rows there are, whichever are left out, and whatever is stored beside it
     addresses   no product of two 32-bit integers that may leave 32 bits reaches an address. Read from Triton's IR,
                 where nothing is optimised away yet, and from PTX for .cu files. What has a bound: constants, thread
                 ids, tl.arange, and what is made of them. An index that a loop counts up is no product.
@@ -67,6 +69,7 @@ class Case(NamedTuple):
     aligned: tuple[str, ...] = ()  # arguments divisible by 16: pointers always are
     spill: int = 0  # bytes allowed outside of loops of products
     loop_spill: int = 0  # and in them
+    same: str = ""  # cases whose sums have the same layouts
     targets: tuple[str, ...] = tuple(target.name for target in TARGETS)
 
 
@@ -79,6 +82,8 @@ class Row(NamedTuple):
     spill: int | None = None  # bytes stored and loaded on NVIDIA, registers on AMD
     shared: int | None = None
     broken: tuple[str, ...] = ()
+    same: str = ""
+    sums: tuple[str, ...] = ()  # layouts of products and sums, in their order
 
 
 # ---- what we ship --------------------------------------------------------------------------------------------------
@@ -156,9 +161,12 @@ class Spill(NamedTuple):
 # fit beside 128 x 256 sums: such a head is slow there, and right. Others of sm_90 are copied by descriptors.
 ALLOWED = {
     ("linear_fwd bf16 plain odd", "sm_80"): Spill(256),
+    ("bounded_product bf16 dx", "sm_80"): Spill(128),  # under Triton 3.6
+    ("bounded_product fp16 dx", "sm_80"): Spill(128),
     ("linear_fwd bf16 plain odd", "sm_90"): Spill(640, products=512),
-    ("linear_fwd bf16 plain", "sm_90"): Spill(128),
-    ("linear_fwd fp16 plain", "sm_90"): Spill(128),
+    ("linear_fwd bf16 plain", "sm_90"): Spill(192),
+    ("linear_fwd fp16 plain", "sm_90"): Spill(192),
+    ("linear_fwd bf16 plain, every row,", "sm_90"): Spill(192),
     ("bounded_product fp32 dx", "sm_90"): Spill(16),
     ("linear_fwd bf16 full", "sm_100"): Spill(64),
     ("linear_fwd fp16 full", "sm_100"): Spill(64),
@@ -173,9 +181,10 @@ def head_cases(full: bool) -> list[Case]:
     found = [_combine(head, tiles, want) for tiles, want in ((512, 7), (2048, 0))]
     for target in TARGETS:
         found += [_head_fwd(head, target.name, dtype, capped=True) for dtype in ("bf16", "fp32")]
-        found += [_head_fwd(head, target.name, "bf16", capped=False)]
+        plain = _head_fwd(head, target.name, "bf16", capped=False)._replace(same="plain head")
+        found += [plain]
         if target.name in head.TMA:
-            found += [_by_tma(head, _head_fwd(head, target.name, "bf16", capped)) for capped in (False, True)]
+            found += [_by_tma(head, plain), _by_tma(head, _head_fwd(head, target.name, "bf16", capped=True))]
         found += [_head_bwd(head, target.name, "bf16", capped) for capped in (False, True)]
         found += [_bounded(head, target.name, "bf16", across) for across in (False, True)]
         if full:
@@ -184,8 +193,9 @@ def head_cases(full: bool) -> list[Case]:
                 _bounded(head, target.name, dtype, across) for dtype in ("fp16", "fp32") for across in (False, True)
             ]
             found += [_head_fwd(head, target.name, "fp16", capped) for capped in (False, True)]
-            found += [_head_fwd(head, target.name, "bf16", capped=False, aligned=False)]
-            found += [_head_fwd(head, target.name, "bf16", capped=False, e=False)]
+            odd = _head_fwd(head, target.name, "bf16", capped=False, aligned=False)
+            bare = _head_fwd(head, target.name, "bf16", capped=False, e=False)
+            found += [case._replace(same=plain.same) for case in (odd, bare, _every_row(bare), _every_row(plain))]
     return [_allowed(case) for case in found]
 
 
@@ -221,6 +231,12 @@ def _head_fwd(head, target: str, dtype: str, capped: bool, aligned=True, e=True)
         aligned=("x_stride_n", "w_stride_v", "depth", "chunk") if aligned else (),
         targets=(target,),
     )
+
+
+def _every_row(case: Case) -> Case:
+    """The same tile where no row is left out."""
+    constexprs = case.constexprs | dict.fromkeys(("index_ptr", "count_ptr"))
+    return case._replace(name=case.name.replace(" plain", " plain, every row,"), constexprs=constexprs)
 
 
 def _by_tma(head, case: Case) -> Case:
@@ -509,6 +525,18 @@ def atomics(assembly: str) -> list[str]:
     return sorted(set(re.findall(r"(?<![\w.])(?:atom|red)\.[\w.:]+|\btt\.atomic_\w+", assembly)))
 
 
+def layouts(text: str) -> tuple[str, ...]:
+    """Types of what is summed in Triton's GPU IR, names of layouts replaced by what they stand for."""
+    names = dict(re.findall(r"^(#\w+) = (.*)$", text, re.M))
+    summed = re.findall(r"tt\.reduce\.return[^\n]*\n\s*\}\) : \(([^\n]*?)\) ->", text)
+    summed += re.findall(r"(?:tt\.dot|warp_group_dot|tc_gen5_mma) [^\n]* -> (tensor<[^\n]*>)", text)
+
+    def spelled(layout: str) -> str:
+        return re.sub(r"#\w+(?![\w.])", lambda name: spelled(names.get(name[0], "?")), layout)
+
+    return tuple(map(spelled, summed))
+
+
 WIDTHS = {"": 4, ".64": 8, ".128": 16}  # bytes of a store to or a load from local memory
 PRODUCT = r"\w*MMA|FFMA"
 
@@ -590,7 +618,8 @@ def compile_case(case: Case, target: Target) -> Row:
             spill, in_products = spills(listing)
     except Exception as error:
         return Row(case.name, target.name, broken=(f"compiles: {type(error).__name__}: {_line(str(error))}",))
-    row = Row(case.name, target.name, registers, spill, compiled.metadata.shared)
+    row = Row(case.name, target.name, registers, spill, compiled.metadata.shared, same=case.same)
+    row = row._replace(sums=layouts(compiled.asm["ttgir"])) if case.same else row
     ir = compiled.asm["ttir"]
     rounded = sorted(set(re.findall(r"inputPrecision = (?!ieee)(\w+)", ir)))
     row = row._replace(broken=(f"precision: {', '.join(rounded)}",)) if rounded else row
@@ -656,8 +685,13 @@ def check(triton_cases: list[Case], cuda_files: list[Path]) -> Iterator[Row]:
     work += [(compile_case, (case, targets[name])) for case in triton_cases for name in case.targets]
     _work[:] = work  # a kernel does not pickle: the processes inherit it
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        first = {}
         for result in pool.imap(_run, range(len(work))):
-            yield from result if isinstance(result, list) else [result]
+            for row in result if isinstance(result, list) else [result]:
+                known = first.setdefault((row.same, row.target), row)
+                if known.sums != row.sums:
+                    row = row._replace(broken=(*row.broken, f"invariance: its sums are not those of {known.case}"))
+                yield row
 
 
 _work: list = []

@@ -44,8 +44,8 @@ HEAD = {
     ),
     # how time and memory grow with the rows and with the vocabulary; the larger ones are for a GPU
     "sweep": (
-        *(Head(f"rows {n}", n, 576, 49152) for n in (256, 512, 1024, 2048)),
-        *(Head(f"vocabulary {v}", 1024, 576, v) for v in (8192, 16384, 32768)),
+        *(Head(f"rows {n}", n, 576, 49152) for n in (128, 256, 512, 1024)),
+        *(Head(f"vocabulary {v}", 512, 576, v) for v in (8192, 16384, 32768)),
     ),
     "models-sweep": (
         *(Head(f"rows {n}", n, 4096, 128256) for n in (1024, 2048, 4096, 8192, 16384, 32768)),

@@ -505,7 +505,9 @@ def test_a_call_on_a_gpu_machine_is_whole_and_goes_on_where_it_was_cut(session):
     assert status == 0, told
     assert any("segments --size small" in call for call in calls)
     rows = json.loads((session.out / "results.json").read_text())
-    assert {"race_head_dense", "race_rest", "sweep_rows", "sweep_forward", "sweep_backward"} <= {row["step"] for row in rows}
+    assert {"race_head_dense", "race_rest", "sweep_rows", "sweep_forward", "sweep_backward"} <= {
+        row["step"] for row in rows
+    }
     assert sorted(file.name for file in session.out.iterdir()) == ["results.json", "session.log", "state.tgz"]
     assert "===== doctor.log" in (session.out / "session.log").read_text()
     status, told, calls = session()  # only the build, which another machine may lack, and the summary

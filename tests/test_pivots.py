@@ -156,6 +156,12 @@ def test_golden_masked_segments_of_advantages():
         expected = [0.3933463292, -0.0008885583, -0.000533135]
         got = torch.stack(masked_policy_loss(found.token_weight))
         assert_close(got, torch.tensor(expected, dtype=F64), rtol=0, atol=1e-9)
+    cu_segments = torch.tensor([0, 3, 5, 6, 8, 10])
+    mean = fk.segment_mean(ADVANTAGES[MASK_D], cu_segments)
+    expected = [1.0027107455, 0.6630592124, 0.2597758826, -1.3799253581, -0.9170879138]
+    assert_close(mean, torch.tensor(expected, dtype=mean.dtype), rtol=0, atol=1e-9)
+    score = fk.segment_mean(Q_D[MASK_D], cu_segments)
+    assert_close(score, torch.tensor([0.1, -0.1, 0.2, -0.35, -0.05], dtype=score.dtype), rtol=0, atol=1e-7)
 
 
 def test_masking_before_whitening_and_after_it():

@@ -363,6 +363,46 @@ def test_golden_of_the_fine_grained_pipeline():
             assert_close(grad, numbers(grads[place]), rtol=0, atol=2e-9)
 
 
+def test_golden_of_each_token_of_the_fine_grained_pipeline():
+    """Section 4.9: ratios, losses and which of them are clipped."""
+    d = fixture_d()
+    log_ratio = torch.where(d.mask, d.logp - d.old, 0)
+    ratio = numbers("""
+        1.0512710964 0.7408182207 1.1051709181 1.2840254167 0.9801986733 1
+        1.3498588076 0.9512294245 0.670320046 1.1051709181 0 0""")
+    each = numbers("""
+        -0.9819530106 -0.7655105768 -1.1501938627 -0.8149791031 -0.6341583243 -0.2597758826
+        1.7840485137 1.3680534694 1.1462879881 0.4435225982 0 0""")
+    value, slope = token_loss("ppo", log_ratio, d.advantages, d.logp)
+    assert_close(torch.where(d.mask, log_ratio.exp(), 0), ratio, rtol=0, atol=1e-9)
+    assert_close(value, each, rtol=0, atol=2e-9)  # the advantages are rounded to 10 decimals
+    assert torch.equal((slope == 0) & d.mask, rows([0, 0, 0, 1, 0, 0], [0, 0, 1]).bool())
+    out = policy_loss("ppo", torch.where(d.mask, d.logp, torch.nan), d.old, d.advantages, mask=d.mask)
+    assert_close(out.ratio.item(), ratio.sum().item() / 10, rtol=0, atol=1e-9)
+    found = out.clip_fraction_high.item(), out.clip_fraction_low.item()  # one good token went up, one bad token down
+    assert_close(found, (0.1, 0.1), check_dtype=False)
+
+
+def test_golden_weights_of_micro_batches():
+    """Section 4.7: the released code weighs token means by mean lengths, and so counts the global mean twice here."""
+    lengths = torch.tensor([2, 4, 6, 8])
+    mask = torch.arange(8) < lengths[:, None]
+    rng = torch.Generator().manual_seed(0)
+    old, logp, advantages = (torch.randn(4, 8, generator=rng, dtype=F64) for _ in range(3))
+
+    def loss(part, **options):
+        return policy_loss("ppo", logp[part], old[part], advantages[part], mask=mask[part], **options).loss
+
+    parts = slice(0, 2), slice(2, 4)
+    weights = torch.stack([lengths[part].double().mean() for part in parts]) / lengths.double().mean()
+    assert_close(weights, torch.tensor([0.6, 1.4], dtype=F64))
+    whole = loss(slice(0, 4))
+    released = sum(weight * loss(part) for weight, part in zip(weights, parts, strict=True))
+    assert_close(released, 2 * whole)
+    corrected = [loss(part, reduction="token_global", denominator=int(lengths.sum())) for part in parts]
+    assert_close(sum(corrected), whole)
+
+
 ONE_SIDED = [  # A, ρ, dual, loss, gradient
     (0.5, 1.35, None, -0.6, 0),
     (0.5, 0.70, None, -0.35, -0.35),

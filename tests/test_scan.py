@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nan, tensor
+from torch import inf, nan, tensor
 from torch.testing import assert_close
 
 from finealign_kernels.ops import _native
@@ -151,6 +151,15 @@ def test_a_nan_stays_in_its_sequence(backend):
     x[1, 9000] = nan
     found = reverse_scan(x, 0.9, backend=backend)
     assert found[1, :9001].isnan().all() and found[[0, 2]].isfinite().all() and found[1, 9001:].isfinite().all()
+
+
+@pytest.mark.parametrize("junk", [nan, inf, -1e300])
+def test_the_decay_of_the_last_token_has_no_effect(backend, junk):
+    x, decay, cu_seqlens, _ = batch([1, 9, 600, 40_000])
+    x, decay = x.nan_to_num(0.5), decay.nan_to_num(0.5)
+    clean = reverse_scan(x, decay, cu_seqlens, backend=backend)
+    decay[cu_seqlens[1:] - 1] = junk
+    assert torch.equal(reverse_scan(x, decay, cu_seqlens, backend=backend), clean)
 
 
 @native_only

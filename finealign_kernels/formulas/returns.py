@@ -27,6 +27,7 @@ def reverse_scan(x: Tensor, decay: Tensor, cu_seqlens: Tensor, mask: Tensor | No
     y, a = _kept(x, mask, 0), _kept(decay.expand(x.shape), mask, 1)
     place = torch.arange(x.shape[0], device=x.device)
     stop = cu_seqlens.long()[1:][segment_ids(cu_seqlens, x.shape[0])]
+    a = torch.where(place + 1 < stop, a, 0)  # behind a last token stands nothing, whatever its decay is
     step = 1
     while step < x.shape[0]:  # y_t holds the sum over [t, t + step), a_t the product of its decays
         inside = place[step:] < stop[:-step]

@@ -27,7 +27,8 @@ VERSION = "0.1.0"
 OLDEST_TORCH = (2, 10)
 OLDEST_PYTHON = (3, 10)
 DEFAULT_ARCHS = "80;90a;100f;120+PTX"
-WIDE = {  # files compiled for one instruction set; row_logprobs.cpp asks the processor before it calls into them
+WIDE = {  # files compiled for one instruction set; a file beside them asks the processor before it calls into them
+    "_wide": "-mavx2",  # no fused multiply-add: as the baseline rounds
     "_avx2": "-mavx2 -mfma",
     "_avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma",
 }

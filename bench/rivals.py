@@ -443,10 +443,11 @@ def _masked_whiten(x, mask, keep_mean=False):
 
 
 def rl_copy(x):
-    """As many bytes as have to be read and written, into new tensors as any answer is."""
+    """As many bytes as have to be read and written, into new tensors as any answer is: all held until the last is made,
+    because one freed before would lend the next its warm memory."""
     vectors = (x.old_logp, x.ref_logp, x.values, x.rewards) if x.case == "advantages" else (x.rewards, x.values)
-    for vector in vectors if x.mask is None else (*vectors, x.mask):
-        vector.clone()
+    copies = [vector.clone() for vector in (vectors if x.mask is None else (*vectors, x.mask))]
+    del copies
     return {}
 
 

@@ -331,9 +331,8 @@ const char* policy_loss_backward_cuda(const PolicyLossBackward& op, void* stream
 // ---- scans (csrc/cpu/scan.cpp) -------------------------------------------------------------------------------------
 
 // What is computed for a sequence depends on its own tokens and their places in it alone: not on the batch around it,
-// on threads, nor on masked tokens after its end. Arithmetic is float64, each result rounded once. Groups of kGroup
-// tokens are counted from the sequence's start; so are cuts at every kCut tokens, where two pieces are composed.
-constexpr int kGroup = 8;
+// on threads, nor on masked tokens after its end. Arithmetic is float64, each result rounded once. Tiles of kTile tokens
+// are counted from the sequence's start; so are cuts at every kCut tokens, where two pieces are composed.
 constexpr int kTile = 512;
 constexpr int64_t kCut = 64 * kTile;
 

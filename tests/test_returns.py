@@ -1,7 +1,10 @@
 """GAE, discounted returns, the KL penalty and whitening: worked examples, a loop over time in float64, odd batches."""
 
 import math
+import os
 import random
+import subprocess
+import sys
 
 import oracles
 import pytest
@@ -424,6 +427,80 @@ def test_a_nan_reaches_what_it_should_and_nothing_else(backend):
         bad[900] = 0.5
 
 
+SHORT = [1, 1, 1, 2, 0, 3, 8, 9, 1, 0, 5, 7, 64, 1, 4, 600, 2, 2, 6] + [1] * 700 + [3, 8] * 90
+
+
+def short_ones(dtype):
+    cu_seqlens = tensor([0, *SHORT]).cumsum(0)
+    rng = torch.Generator().manual_seed(1)
+    r, v = (torch.randn(int(cu_seqlens[-1]), generator=rng, dtype=F64).to(dtype) for _ in range(2))
+    return r, v, cu_seqlens, torch.rand(len(SHORT), generator=rng, dtype=F64)
+
+
+@pytest.mark.parametrize("boots", [False, True])
+def test_short_sequences_without_a_mask(backend, boots):
+    r, v, cu_seqlens, boot = short_ones(F64)
+    gamma, lam = (torch.full((len(SHORT),), rate, dtype=F64) for rate in (0.9, 0.8))
+    boot = boot if boots else torch.zeros_like(boot)
+    valid = torch.ones_like(r, dtype=torch.bool)
+    exact = by_loop(r, v, valid, cu_seqlens, gamma, lam, boot, "carry")
+    options = {"cu_seqlens": cu_seqlens, "bootstrap": boot if boots else None, "backend": backend}
+    for rates in ((0.9, 0.8), (gamma, lam)):
+        found = gae(r, v, gamma=rates[0], lam=rates[1], **options)
+        for one, other in zip(found, exact, strict=True):
+            assert_close(one, other, rtol=1e-12, atol=1e-12)
+    togo = by_loop(r, torch.zeros_like(r), valid, cu_seqlens, gamma, gamma**0, boot * 0, "carry")[0]
+    assert_close(discounted_returns(r, gamma=0.9, cu_seqlens=cu_seqlens, backend=backend), togo, rtol=1e-12, atol=1e-12)
+
+
+@native_only
+@pytest.mark.parametrize("bad", [nan, inf, -inf, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_short_sequences_keep_to_themselves(dtype, bad):
+    """Bit for bit what each is alone, and where the others are all masked."""
+    r, v, cu_seqlens, boot = short_ones(dtype)
+    options = {"gamma": 0.9, "lam": 0.8, "backend": "native"}
+    clean = gae(r, v, cu_seqlens=cu_seqlens, bootstrap=boot, **options)
+    masked = gae(r, v, mask=torch.ones_like(r, dtype=torch.bool), cu_seqlens=cu_seqlens, bootstrap=boot, **options)
+    assert all(torch.equal(*pair) for pair in zip(clean, masked, strict=True))
+    for s in (0, 3, 6, 7, 10, 15, 18, 19, 800):
+        own = slice(int(cu_seqlens[s]), int(cu_seqlens[s + 1]))
+        alone = gae(r[None, own], v[None, own], bootstrap=boot[s : s + 1], **options)
+        assert all(torch.equal(one[own], other[0]) for one, other in zip(clean, alone, strict=True))
+        for x in (r, v):
+            kept, x[own] = x[own].clone(), bad
+            found = gae(r, v, cu_seqlens=cu_seqlens, bootstrap=boot, **options)
+            for one, other in zip(found, clean, strict=True):
+                assert torch.equal(one[: own.start], other[: own.start])
+                assert torch.equal(one[own.stop :], other[own.stop :])
+                assert one[own].isfinite().all() == math.isfinite(bad)
+            x[own] = kept
+
+
+PRINTS = """
+import hashlib, torch
+from finealign_kernels import gae, reverse_scan
+torch.manual_seed(0)
+for dtype in (torch.float32, torch.float64):
+    r, v = torch.randn(2, 40, 1111, dtype=dtype)
+    mask = torch.rand(40, 1111) < 0.9
+    cuts = torch.arange(0, r.numel() + 1, 4)
+    made = *gae(r, v, gamma=0.99), *gae(r, v, mask=mask), *gae(r.view(-1), v.view(-1), cu_seqlens=cuts)
+    made += reverse_scan(r, 0.97), reverse_scan(r, v.sigmoid(), mask=mask)
+    print(*(hashlib.sha256(x.numpy().tobytes()).hexdigest() for x in made))
+"""
+
+
+@native_only
+def test_every_instruction_set_rounds_alike():
+    def printed(cpu):
+        run = [sys.executable, "-c", PRINTS]
+        env = {**os.environ, "FINEALIGN_CPU": cpu}
+        return subprocess.run(run, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+    assert len(printed("").split()) == 16 and printed("") == printed("baseline")
+
+
 def test_identities(backend):
     """γ = λ = 1: rewards to go less the value. λ = 0: δ. One token: r - V."""
     r, v = torch.randn(3, 50, dtype=F64), torch.randn(3, 50, dtype=F64)
@@ -480,6 +557,7 @@ X = torch.zeros(2, 3)
         (lambda: gae(X, X, backend="triton"), ValueError, "backend must be 'auto', 'reference' or 'native'"),
         (lambda: discounted_returns(X, masked="no"), ValueError, "masked must be one of .*'restart'.*, got 'no'"),
         (lambda: kl_penalty(X, X, estimator="k4"), ValueError, r"estimator must be one of .*, got 'k4'"),
+        (lambda: kl_penalty(X, X, estimator=["k1"]), ValueError, r"estimator must be one of .*, got \['k1'\]"),
         (lambda: kl_penalty(X, X[:, :2]), ValueError, r"ref_logp must have shape \(2, 3\), got \(2, 2\)"),
         (lambda: whiten(X, mode="var"), ValueError, "mode must be one of .*, got 'var'"),
         (lambda: whiten(X, sum_moments=lambda m: m[:2]), TypeError, r"sum_moments must return .*, got \(2,\)"),

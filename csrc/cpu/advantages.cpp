@@ -45,23 +45,23 @@ FINEALIGN_INLINE int select_kept(double* __restrict x, const Keep* __restrict ke
   return count;
 }
 
-using Half = double __attribute__((vector_size(kGroup / 2 * sizeof(double))));  // an array would be kept in memory
+using Half = double __attribute__((vector_size(kFour * sizeof(double))));  // an array would be kept in memory
 
 FINEALIGN_INLINE double added_up(Half lanes) { return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]); }
 
 // Of at most kTile values; keep is null, or says which count.
 template <typename T, typename Keep>
 FINEALIGN_INLINE Moments tile_moments(const T* __restrict x, const Keep* __restrict keep, int n) {
-  double value[kTile];
+  double value[kTile + 2 * kFour];
   for (int i = 0; i < n; ++i) value[i] = x[i];
-  const int count = select_kept(value, keep, n), whole = whole_groups(n);
+  const int count = select_kept(value, keep, n);
   if (count == 0) return {0, 0, 0};
-  for (int i = n; i < whole; ++i) value[i] = 0;
+  for (int i = n; i < n + 2 * kFour; ++i) value[i] = 0;
   Half sum[2] = {}, squares[2] = {};
-  for (int i = 0; i < whole; i += kGroup) {
+  for (int i = 0; i < n; i += 2 * kFour) {
     Half left, right;
     std::memcpy(&left, value + i, sizeof left);
-    std::memcpy(&right, value + i + kGroup / 2, sizeof right);
+    std::memcpy(&right, value + i + kFour, sizeof right);
     sum[0] += left, sum[1] += right;
     squares[0] += left * left, squares[1] += right * right;
   }
@@ -157,13 +157,6 @@ FINEALIGN_INLINE void shape(const Advantages& op, int64_t first, int64_t stop) {
 
 // ---- advantages and returns ----------------------------------------------------------------------------------------
 
-// What comes from the right of a token.
-struct State {
-  double y;      // the advantage
-  double ahead;  // the value that the next valid token to the left takes for V_u
-  bool seen;     // a valid token
-};
-
 template <typename T>
 State at_end(const Advantages& op, int64_t s) {
   return {0, op.bootstrap ? op.bootstrap[s] : 0, false};
@@ -180,6 +173,45 @@ Standard standard_of(const Whitening& by) {
   return standard({by.moments[0], by.moments[1], by.moments[2]}, by.scale, by.unbiased);
 }
 
+Rates rates_of(const Advantages& op, int64_t s, Standard by) {
+  const double gamma = op.gamma[s * op.gamma_stride];
+  return {gamma, gamma * op.lam[s * op.lam_stride], op.whiten_rewards.moments != nullptr, by.mean, by.scale};
+}
+
+inline ScanValid<float> scan_valid(float) { return recurrences().valid_f32; }
+inline ScanValid<double> scan_valid(double) { return recurrences().valid_f64; }
+
+// At most kTile tokens of which some are masked, mask and all else from the first of them on. Returns the state at their
+// left; all becomes all times the product of their decays.
+template <typename T>
+FINEALIGN_INLINE State scan_masked(const uint8_t* mask, const T* rewards, const T* values, int n, State state, bool zero,
+                                   const Rates& rates, T* advantages, T* returns, bool stores, double& all) {
+  double d[kTile], a[kTile], v[kTile];
+  for (int i = 0; i < n; ++i) d[i] = rewards[i];
+  if (rates.whitens) whiten(d, n, {rates.mean, rates.scale}, false);
+  for (int i = 0; i < n; ++i) v[i] = 0;
+  if (values != nullptr)
+    for (int i = 0; i < n; ++i) v[i] = values[i];
+  for (int i = n - 1; i >= 0; --i) {
+    const bool valid = mask[i] != 0;
+    const double ahead = rates.gamma * state.ahead, delta = (d[i] - v[i]) + ahead;
+    const double step = zero && state.seen ? ahead : 0;
+    d[i] = valid ? delta : step;
+    a[i] = valid || zero ? rates.decay : 1;
+    state.ahead = valid ? v[i] : zero && state.seen ? 0 : state.ahead;
+    state.seen = state.seen || valid;
+  }
+  const int whole = whole_fours(n);
+  for (int i = n; i < whole; ++i) d[i] = 0, a[i] = 1;  // after the sequence's end, where y is 0
+  if (!stores) all *= product(a, whole);
+  state.y = recurrences().back(d, a, whole, state.y);
+  if (!stores) return state;
+  select_kept(d, mask, n), select_kept(v, mask, n);
+  for (int i = 0; i < n; ++i) advantages[i] = static_cast<T>(d[i]);
+  for (int i = 0; i < n; ++i) returns[i] = static_cast<T>(d[i] + v[i]);
+  return state;
+}
+
 // Tokens of a piece, from the state at its right. Returns the advantage at its left and the product of its decays;
 // stores where `stores`.
 template <typename T>
@@ -188,13 +220,12 @@ FINEALIGN_INLINE Affine scan_tokens(const Advantages& op, const Piece& piece, St
   const T* values = static_cast<const T*>(op.values);
   T *advantages = static_cast<T*>(op.advantages), *returns = static_cast<T*>(op.returns);
   const uint8_t* mask = op.segments.mask;
-  const double gamma = op.gamma[piece.s * op.gamma_stride], decay = gamma * op.lam[piece.s * op.lam_stride];
-  const bool whitens = op.whiten_rewards.moments != nullptr;
-  double d[kTile], v[kTile + 1], a[kTile], all = 1;
+  const Rates rates = rates_of(op, piece.s, by);
+  double all = 1;
   const int64_t tiles = (piece.stop - piece.first + kTile - 1) / kTile;
   for (int64_t tile = tiles - 1; tile >= 0; --tile) {
     const int64_t first = piece.first + tile * kTile;
-    const int n = static_cast<int>(std::min<int64_t>(kTile, piece.stop - first)), whole = whole_groups(n);
+    const int n = static_cast<int>(std::min<int64_t>(kTile, piece.stop - first));
     if (tile > 0) {  // the next tile, which is a whole one
       prefetch(rewards + first - kTile, kTile);
       if (values != nullptr) prefetch(values + first - kTile, kTile);
@@ -202,121 +233,78 @@ FINEALIGN_INLINE Affine scan_tokens(const Advantages& op, const Piece& piece, St
       if (stores) prefetch(advantages + first - kTile, kTile), prefetch(returns + first - kTile, kTile);
     }
     const int kept = mask ? count_kept(mask + first, n) : n;
-    if (kept == 0 && !op.zero) {
-      if (stores) std::fill_n(advantages + first, n, T(0)), std::fill_n(returns + first, n, T(0));
-      continue;
-    }
-    for (int i = 0; i < n; ++i) d[i] = rewards[first + i];
-    if (whitens) whiten(d, n, by, op.whiten_rewards.shift);
-    if (values != nullptr)
-      for (int i = 0; i < n; ++i) v[i] = values[first + i];
-    else
-      for (int i = 0; i < n; ++i) v[i] = 0;
-    const auto pad = [&] {  // after the sequence's end, where y is 0
-      for (int i = n; i < whole; ++i) d[i] = 0, a[i] = 1;
-    };
-    if (kept == n) {
-      v[n] = state.ahead;
-      for (int i = 0; i < n; ++i) d[i] = (d[i] - v[i]) + gamma * v[i + 1];
-      pad();
-      if (!stores) {
-        for (int i = 0; i < n; ++i) a[i] = decay;
-        all *= product(a, whole);
+    int64_t start = first, stop = kept == 0 ? first : first + n;  // where the valid ones may stand
+    while (start < stop && kept < n && !mask[stop - 1]) --stop;
+    while (start < stop && kept < n && !mask[start]) ++start;
+    if (stop - start == kept && (!op.zero || (start == first && !state.seen))) {
+      for (T* out : {advantages, returns}) {
+        if (!stores || kept == n) break;
+        std::fill(out + first, out + start, T(0)), std::fill(out + stop, out + first + n, T(0));
       }
-      state = {scan_back(d, decay, whole, state.y), v[0], true};
+      if (kept == 0) continue;
+      if (!stores) all *= power(rates.decay, kept);
+      scan_valid(T())(rewards + start, values ? values + start : nullptr, kept, state, rates,
+                      stores ? advantages + start : nullptr, returns + start);
     } else {
-      for (int i = n - 1; i >= 0; --i) {
-        const bool valid = mask[first + i] != 0;
-        const double ahead = gamma * state.ahead, delta = (d[i] - v[i]) + ahead;
-        const double step = op.zero && state.seen ? ahead : 0;
-        d[i] = valid ? delta : step;
-        a[i] = valid || op.zero ? decay : 1;
-        state.ahead = valid ? v[i] : op.zero && state.seen ? 0 : state.ahead;
-        state.seen = state.seen || valid;
-      }
-      pad();
-      if (!stores) all *= product(a, whole);
-      state.y = scan_back(d, a, whole, state.y);
+      state = scan_masked(mask + first, rewards + first, values ? values + first : nullptr, n, state, op.zero, rates,
+                          advantages + first, returns + first, stores, all);
     }
-    if (!stores) continue;
-    if (kept != n) select_kept(d, mask + first, n), select_kept(v, mask + first, n);
-    for (int i = 0; i < n; ++i) advantages[first + i] = static_cast<T>(d[i]);
-    for (int i = 0; i < n; ++i) returns[first + i] = static_cast<T>(d[i] + v[i]);
   }
   return {all, state.y};
 }
 
-constexpr int64_t kFew = 8 * kGroup;
+constexpr int64_t kShort = 8;
 
-// The same, bit for bit, a group after another: for sequences whose tiles would be mostly empty.
+// The same, bit for bit, of unmasked sequences first to last - 1, of one gamma and lam and at most kTile tokens together:
+// in one recurrence, which decays of 0 cut. Returns whether all of it is finite: else more than 0 went over a cut.
 template <typename T>
-FINEALIGN_INLINE void scan_few(const Advantages& op, const Piece& piece, State state, Standard by) {
-  const T* rewards = static_cast<const T*>(op.shaped ? op.shaped : op.rewards);
-  const T* values = static_cast<const T*>(op.values);
-  T *advantages = static_cast<T*>(op.advantages), *returns = static_cast<T*>(op.returns);
-  const double gamma = op.gamma[piece.s * op.gamma_stride], decay = gamma * op.lam[piece.s * op.lam_stride];
-  for (int64_t stop = piece.stop, first; stop > piece.first; stop = first) {
-    first = piece.first + (stop - 1 - piece.first) / kGroup * kGroup;
-    double p = 0, q = 1, without[kGroup], times[kGroup], v[kGroup];  // y = without + times · the y of the group's right
-    for (int64_t t = stop - 1; t >= first; --t) {
-      const double ahead = gamma * state.ahead;
-      double delta = op.zero && state.seen ? ahead : 0, step = op.zero ? decay : 1;
-      v[t - first] = 0;
-      if (op.segments.keeps(t)) {
-        double r = rewards[t];
-        if (op.whiten_rewards.moments) whiten(&r, 1, by, op.whiten_rewards.shift);
-        const double value = values ? values[t] : 0;
-        delta = (r - value) + ahead, step = decay;
-        v[t - first] = state.ahead = value, state.seen = true;
-      } else if (op.zero && state.seen) {
-        state.ahead = 0;
-      }
-      without[t - first] = p = delta + step * p;
-      times[t - first] = q = step * q;
-    }
-    for (int64_t t = first; t < stop; ++t) {
-      const double y = without[t - first] + times[t - first] * state.y;
-      const bool valid = op.segments.keeps(t);
-      advantages[t] = static_cast<T>(valid ? y : 0);
-      returns[t] = static_cast<T>(valid ? y + v[t - first] : 0);
-    }
-    state.y = without[0] + times[0] * state.y;
+FINEALIGN_INLINE bool scan_packed(const Advantages& op, int64_t first, int64_t last, int64_t longest, Standard by) {
+  const int64_t start = op.segments.start(first);
+  const int n = static_cast<int>(op.segments.start(last) - start), whole = whole_fours(n);
+  const T* rewards = static_cast<const T*>(op.shaped ? op.shaped : op.rewards) + start;
+  const Rates rates = rates_of(op, first, by);
+  double here[kTile], d[kTile], a[kTile], v[kTile + 1];
+  for (int i = 0; i < n; ++i) here[i] = rewards[i];
+  if (rates.whitens) whiten(here, n, by, false);
+  for (int i = 0; i <= n; ++i) v[i] = 0;
+  if (op.values != nullptr)
+    for (int i = 0; i < n; ++i) v[i] = static_cast<const T*>(op.values)[start + i];
+  for (int i = 0; i < n; ++i) here[i] -= v[i];
+  for (int i = 0; i < n; ++i) d[i] = here[i] + rates.gamma * v[i + 1];
+  for (int i = 0; i < n; ++i) a[i] = rates.decay;
+  for (int i = n; i < whole; ++i) d[i] = 0, a[i] = 1;
+  for (int64_t s = first, behind; s < last; ++s) {
+    behind = op.segments.start(s + 1) - start;
+    if (behind == op.segments.start(s) - start) continue;
+    d[behind - 1] = here[behind - 1] + rates.gamma * (op.bootstrap ? op.bootstrap[s] : 0), a[behind - 1] = 0;
   }
-}
-
-// The same, bit for bit, of a sequence of one group: nothing comes from its right.
-template <typename T>
-FINEALIGN_INLINE void scan_group(const Advantages& op, const Piece& piece, State state, Standard by) {
-  const T* rewards = static_cast<const T*>(op.shaped ? op.shaped : op.rewards);
-  const T* values = static_cast<const T*>(op.values);
-  T *advantages = static_cast<T*>(op.advantages), *returns = static_cast<T*>(op.returns);
-  const double gamma = op.gamma[piece.s * op.gamma_stride], decay = gamma * op.lam[piece.s * op.lam_stride];
-  double y = 0;
-  for (int64_t t = piece.stop - 1; t >= piece.first; --t) {
-    const double ahead = gamma * state.ahead;
-    if (op.segments.keeps(t)) {
-      double r = rewards[t];
-      if (op.whiten_rewards.moments) whiten(&r, 1, by, op.whiten_rewards.shift);
-      const double value = values ? values[t] : 0;
-      y = ((r - value) + ahead) + decay * y;
-      state.ahead = value, state.seen = true;
-      advantages[t] = static_cast<T>(y + 0.0), returns[t] = static_cast<T>((y + 0.0) + value);  // -0 becomes 0
-    } else {
-      if (op.zero) y = (state.seen ? ahead : 0) + decay * y, state.ahead = state.seen ? 0 : state.ahead;
-      advantages[t] = returns[t] = 0;
-    }
-  }
+  if (longest > 1) recurrences().back(d, a, whole, 0);
+  double zeros[kFour] = {};
+  for (int i = 0; i < whole; i += kFour)
+    for (int k = 0; k < kFour; ++k) zeros[k] += d[i + k] * 0;
+  T *advantages = static_cast<T*>(op.advantages) + start, *returns = static_cast<T*>(op.returns) + start;
+  for (int i = 0; i < n; ++i) advantages[i] = static_cast<T>(d[i]);
+  for (int i = 0; i < n; ++i) returns[i] = static_cast<T>(d[i] + v[i]);
+  return longest == 1 || (zeros[0] + zeros[1]) + (zeros[2] + zeros[3]) == 0;
 }
 
 // All sequences from first to last - 1, each of at most kCut tokens.
 template <typename T>
 FINEALIGN_INLINE void scan_sequences(const Advantages& op, int64_t first, int64_t last) {
   const Standard by = standard_of(op.whiten_rewards);
-  for (int64_t s = first; s < last; ++s) {
-    const Piece all{s, op.segments.start(s), op.segments.start(s + 1)};
-    if (all.stop - all.first <= kGroup) scan_group<T>(op, all, at_end<T>(op, s), by);
-    else if (all.stop - all.first <= kFew) scan_few<T>(op, all, at_end<T>(op, s), by);
-    else scan_tokens<T>(op, all, at_end<T>(op, s), by, true);
+  const bool packs = op.segments.mask == nullptr && op.gamma_stride == 0 && op.lam_stride == 0;
+  for (int64_t s = first, end; s < last; s = end) {
+    const int64_t start = op.segments.start(s);
+    int64_t longest = 0;
+    for (end = s; packs && end < last; ++end) {
+      const int64_t length = op.segments.start(end + 1) - op.segments.start(end);
+      if (length > kShort || op.segments.start(end + 1) - start > kTile) break;
+      longest = std::max(longest, length);
+    }
+    if (end - s > 1 && scan_packed<T>(op, s, end, longest, by)) continue;
+    end = std::max(end, s + 1);
+    for (int64_t one = s; one < end; ++one)
+      scan_tokens<T>(op, {one, op.segments.start(one), op.segments.start(one + 1)}, at_end<T>(op, one), by, true);
   }
 }
 

@@ -11,14 +11,14 @@ template <typename T>
 FINEALIGN_INLINE Affine scan_tokens(const Scan& op, Piece piece, double y, T* __restrict out, bool wants_product) {
   const T *x = static_cast<const T*>(op.x), *decay = static_cast<const T*>(op.decay);
   const uint8_t* mask = op.segments.mask;
-  const int64_t start = op.segments.start(piece.s);
+  const int64_t start = op.segments.start(piece.s), end = op.segments.start(piece.s + 1);
   const double rate = op.rates ? op.rates[piece.s * op.rate_stride] : 0;  // no tokens: decay is null as well
   const int back = op.forward ? 1 : 0;  // whose decay stands before y
   double d[kTile], a[kTile], all = 1;
   const int64_t tiles = (piece.stop - piece.first + kTile - 1) / kTile;
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t first = piece.first + (op.forward ? tile : tiles - 1 - tile) * kTile;
-    const int n = static_cast<int>(std::min<int64_t>(kTile, piece.stop - first)), whole = whole_groups(n);
+    const int n = static_cast<int>(std::min<int64_t>(kTile, piece.stop - first)), whole = whole_fours(n);
     for (int i = 0; i < n; ++i) d[i] = x[first + i];
     if (mask != nullptr)
       for (int i = 0; i < n; ++i) d[i] = mask[first + i] ? d[i] : 0;
@@ -28,9 +28,10 @@ FINEALIGN_INLINE Affine scan_tokens(const Scan& op, Piece piece, double y, T* __
       const double each = decay ? static_cast<double>(decay[at]) : rate;
       a[i] = mask == nullptr || mask[at] ? each : 1;
     }
+    if (!back && first + n == end) a[n - 1] = 1;  // nothing stands behind it, whatever its decay is
     for (int i = n; i < whole; ++i) d[i] = 0, a[i] = 1;
     if (wants_product) all *= product(a, whole);
-    y = op.forward ? scan_ahead(d, a, whole, y) : scan_back(d, a, whole, y);
+    y = (op.forward ? recurrences().ahead : recurrences().back)(d, a, whole, y);
     if (out == nullptr) continue;
     if (mask != nullptr)
       for (int i = 0; i < n; ++i) d[i] = mask[first + i] ? d[i] : 0;

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "recurrence.h"
 #include "segments.h"
 
 // As FINEALIGN_WIDE, but without a fused multiply-add: both versions round alike, whatever they compute.
@@ -15,48 +16,6 @@
 namespace finealign {
 namespace {
 
-inline int whole_groups(int n) { return (n + kGroup - 1) / kGroup * kGroup; }
-
-// y_i = d_i + a_i y_(i+1), y_n = y, over d; n a multiple of kGroup. In a group the sums without y come first, so that
-// one product and one addition a group wait for the group before; the decays' products are q. Returns y_0.
-FINEALIGN_INLINE double scan_back(double* __restrict d, const double* __restrict a, int n, double y) {
-  for (int g = n - kGroup; g >= 0; g -= kGroup) {
-    double p[kGroup], q[kGroup];
-    p[kGroup - 1] = d[g + kGroup - 1], q[kGroup - 1] = a[g + kGroup - 1];
-    for (int k = kGroup - 2; k >= 0; --k) p[k] = d[g + k] + a[g + k] * p[k + 1], q[k] = a[g + k] * q[k + 1];
-    for (int k = 0; k < kGroup; ++k) d[g + k] = p[k] + q[k] * y;
-    y = d[g];
-  }
-  return y;
-}
-
-// The same, bit for bit, where every a_i is a.
-FINEALIGN_INLINE double scan_back(double* __restrict d, double a, int n, double y) {
-  double q[kGroup];
-  q[kGroup - 1] = a;
-  for (int k = kGroup - 2; k >= 0; --k) q[k] = a * q[k + 1];
-  for (int g = n - kGroup; g >= 0; g -= kGroup) {
-    double p[kGroup];
-    p[kGroup - 1] = d[g + kGroup - 1];
-    for (int k = kGroup - 2; k >= 0; --k) p[k] = d[g + k] + a * p[k + 1];
-    for (int k = 0; k < kGroup; ++k) d[g + k] = p[k] + q[k] * y;
-    y = d[g];
-  }
-  return y;
-}
-
-// y_i = d_i + a_i y_(i-1), y_(-1) = y: the mirror image.
-FINEALIGN_INLINE double scan_ahead(double* __restrict d, const double* __restrict a, int n, double y) {
-  for (int g = 0; g < n; g += kGroup) {
-    double p[kGroup], q[kGroup];
-    p[0] = d[g], q[0] = a[g];
-    for (int k = 1; k < kGroup; ++k) p[k] = d[g + k] + a[g + k] * p[k - 1], q[k] = a[g + k] * q[k - 1];
-    for (int k = 0; k < kGroup; ++k) d[g + k] = p[k] + q[k] * y;
-    y = d[g + kGroup - 1];
-  }
-  return y;
-}
-
 // Asks for bytes that will be needed soon, so that they come while something else is computed.
 template <typename T>
 FINEALIGN_INLINE void prefetch(const T* first, int64_t n) {
@@ -64,15 +23,23 @@ FINEALIGN_INLINE void prefetch(const T* first, int64_t n) {
   for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(first + i);
 }
 
-// Product of n decays, a multiple of kGroup of them.
+// Product of n decays.
 FINEALIGN_INLINE double product(const double* a, int n) {
-  double q[kGroup];
-  std::fill(q, q + kGroup, 1.0);
-  for (int i = 0; i < n; i += kGroup)
-    for (int k = 0; k < kGroup; ++k) q[k] *= a[i + k];
-  for (int half = kGroup / 2; half > 0; half /= 2)
+  constexpr int kWays = 8;
+  double q[kWays];
+  std::fill(q, q + kWays, 1.0);
+  for (int i = 0; i < n; ++i) q[i % kWays] *= a[i];
+  for (int half = kWays / 2; half > 0; half /= 2)
     for (int k = 0; k < half; ++k) q[k] *= q[k + half];
   return q[0];
+}
+
+// a to the power of n.
+inline double power(double a, int64_t n) {
+  double all = 1;
+  for (; n > 0; n /= 2, a *= a)
+    if (n % 2) all *= a;
+  return all;
 }
 
 // The map y -> b + a y of a piece.
@@ -99,19 +66,21 @@ inline std::vector<Piece> cut(const Segments& segments, int64_t longest) {
   return pieces;
 }
 
-// each(window, first, last) for all runs of neighbours among the sequences of at most kCut tokens, sequences first to
-// last - 1, which have no more than that together. Those that start in tokens [window kBlock, (window + 1) kBlock) come
-// in order, on one thread.
+constexpr int64_t kRun = 8 * kTile;  // what several steps over the same tokens find in the cache
+
+// each(window, first, last) for all sequences of at most kCut tokens, by runs of neighbours first to last - 1, which have
+// no more than kRun together or are one. Those that start in tokens [window kBlock, (window + 1) kBlock) come in order,
+// on one thread.
 template <typename Each>
 void for_short(const Segments& segments, Parallel parallel, Each each) {
   parallel(segments.total / kBlock + 1, 1, [&](int64_t begin, int64_t end) {
     for (int64_t window = begin; window < end; ++window) {
       const int64_t stop = first_from(segments, (window + 1) * kBlock);
       for (int64_t first = first_from(segments, window * kBlock), last; first < stop; first = last) {
-        const int64_t limit = segments.start(first) + kCut;
-        for (last = first; last < stop && segments.start(last + 1) <= limit;) ++last;
-        if (last == first) ++last;  // a long one
-        else each(window, first, last);
+        const int64_t start = segments.start(first);
+        for (last = first; last < stop && segments.start(last + 1) <= start + kRun;) ++last;
+        last = std::max(last, first + 1);
+        if (segments.start(last) - start <= kCut) each(window, first, last);
       }
     }
   });

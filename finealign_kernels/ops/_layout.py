@@ -22,7 +22,7 @@ class Tokens:
         self.whole_mask = mask  # in the shape of whole, bool: may this token be read
         self.ends = ends  # (S + 1,) int32 or int64, or None: the rows of whole are the sequences
         self.shapes = shapes  # as the caller has them: one, or two for a pair
-        self._flat = self._cu_seqlens = None
+        self._flat = self._flat_mask = self._cu_seqlens = None
 
     @property
     def x(self) -> Tensor:
@@ -34,7 +34,9 @@ class Tokens:
     @property
     def mask(self) -> Tensor | None:
         """(N,) bool."""
-        return None if self.whole_mask is None else self.whole_mask.reshape(-1)
+        if self._flat_mask is None and self.whole_mask is not None:
+            self._flat_mask = self.whole_mask if self.whole_mask.dim() == 1 else self.whole_mask.reshape(-1)
+        return self._flat_mask
 
     @property
     def cu_seqlens(self) -> Tensor:
@@ -98,13 +100,13 @@ def flatten_like(y: TokenTensor, tokens: Tokens, name: str, dtypes=FLOATS) -> Te
         fail(name, "be a pair of tensors" if len(tokens.shapes) > 1 else "be one tensor", len(parts), TypeError)
     for part, shape in zip(parts, tokens.shapes, strict=True):
         check_tensor(name, part, dtypes=dtypes, shape=shape, like=tokens.x)
-    return _cat([part.reshape(-1) for part in parts])
+    return _cat([part if part.dim() == 1 else part.reshape(-1) for part in parts])
 
 
 def unflatten(y: Tensor, shapes: tuple[torch.Size, ...]) -> TokenTensor:
     """(N,) -> the shapes that flatten was given."""
     if len(shapes) == 1:
-        return y.view(shapes[0])
+        return y if len(shapes[0]) == 1 else y.view(*shapes[0])
     parts = y.split([shape.numel() for shape in shapes])
     parts = tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
     return parts

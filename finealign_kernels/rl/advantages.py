@@ -19,7 +19,7 @@ from ..formulas.segments import segment_ids
 from ..ops import advantages as native
 from ..ops._check import check_number, fail
 from ..ops._layout import Tokens, flatten, flatten_like, unflatten
-from .gae import MASKED, check_estimator, gae_of, per_sequence, rate, returns_of
+from .gae import MASKED, check_estimator, constant, gae_of, per_sequence, rate, returns_of
 from .rewards import check_model, layout_of, token_rewards
 from .whitening import check_mode, moments_of, summed, whiten_of
 
@@ -139,11 +139,11 @@ def advantages(
     if bootstrap is not None and values is None:
         fail("bootstrap", "be None without values", "a tensor", TypeError)
     vectors = {"values": values, "old_logp": old_logp, "ref_logp": ref_logp, "token_score": token_score}
-    flat = {name: None if x is None else flatten_like(x, tokens, name).detach() for name, x in vectors.items()}
+    flat = {name: None if x is None else flatten_like(x, tokens, name) for name, x in vectors.items()}
     doubles = any(x.dtype == torch.float64 for x in (tokens.x, *flat.values()) if x is not None)
     wide = torch.float64 if doubles else torch.float32
-    flat = {name: None if x is None else x.to(wide) for name, x in flat.items()}
-    tokens = tokens.with_x(tokens.x.detach().to(wide))
+    flat = {name: None if x is None else constant(x, wide) for name, x in flat.items()}
+    tokens = tokens.with_x(constant(tokens.x, wide))
     plan = _Plan(
         tokens,
         models,
@@ -340,7 +340,8 @@ def _tokens(rewards, mask, cu_seqlens) -> tuple[Tokens, list[SegmentRewards] | N
     for k, model in enumerate(models):
         check_model(f"rewards[{k}]", model, tokens)
     double = any(model.reward.dtype == torch.float64 for model in models)
-    return tokens.with_x(tokens.x.double() if double else tokens.x), list(models)
+    x = torch.zeros((), dtype=torch.float64 if double else torch.float32, device=tokens.x.device)
+    return tokens.with_x(x.expand(tokens.x.shape)), list(models)
 
 
 def _kept(x: Tensor, mask: Tensor | None) -> Tensor:

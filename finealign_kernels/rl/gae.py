@@ -157,12 +157,18 @@ def constants(x: Tensor, mask, cu_seqlens, name: str, also: Tensor | None = None
     wide = torch.promote_types(tokens.x.dtype, torch.float32)
     if isinstance(also, Tensor) and also.dtype == torch.float64:
         wide = torch.float64
-    return tokens.with_x(tokens.x.detach().to(wide))
+    return tokens.with_x(constant(tokens.x, wide))
 
 
 def like(y: Tensor, tokens: Tokens, name: str) -> Tensor:
     """(N,) of the dtype of the tokens, detached."""
-    return flatten_like(y, tokens, name).detach().to(tokens.x.dtype)
+    return constant(flatten_like(y, tokens, name), tokens.x.dtype)
+
+
+def constant(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x detached, of a dtype: a call less where it is so already."""
+    x = x.detach() if x.requires_grad else x
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def rate(name: str, value: float | Tensor, tokens: Tokens) -> Tensor:
@@ -195,5 +201,5 @@ def per_token(rates: Tensor, tokens: Tokens) -> Tensor:
 
 
 def check_estimator(name: str, estimator: str) -> None:
-    if estimator not in ESTIMATORS:
+    if estimator not in tuple(ESTIMATORS):
         fail(name, f"be one of {tuple(ESTIMATORS)}", repr(estimator))

@@ -116,7 +116,7 @@ def layout_of(mask: Tensor | None, cu_seqlens: Tensor | None) -> Tokens:
         check_cu_seqlens(cu_seqlens, None, cu_seqlens)
         mask = torch.ones(int(cu_seqlens[-1]), dtype=torch.bool)
     check_tensor("mask", mask, dtypes=(torch.bool,))
-    return flatten(mask.float(), mask, cu_seqlens, name="mask")
+    return flatten(torch.zeros((), device=mask.device).expand(mask.shape), mask, cu_seqlens, name="mask")
 
 
 def check_model(name: str, model: SegmentRewards, tokens: Tokens) -> None:

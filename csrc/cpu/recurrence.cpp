@@ -1,0 +1,27 @@
+// Chooses, once, the recurrences that this processor runs; both round alike. FINEALIGN_CPU=baseline asks for less.
+#include "recurrence.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace finealign {
+
+namespace baseline {
+extern const Recurrences kRecurrences;
+}
+#if defined(__x86_64__)
+namespace wide {
+extern const Recurrences kRecurrences;
+}
+#endif
+
+const Recurrences& recurrences() {
+#if defined(__x86_64__)
+  static const char* asked = std::getenv("FINEALIGN_CPU");
+  static const bool runs = __builtin_cpu_supports("avx2") && (!asked || std::strcmp(asked, "baseline"));
+  if (runs) return wide::kRecurrences;
+#endif
+  return baseline::kRecurrences;
+}
+
+}  // namespace finealign

@@ -171,6 +171,8 @@ ALLOWED = {
     ("linear_fwd bf16 full", "sm_100"): Spill(64),
     ("linear_fwd fp16 full", "sm_100"): Spill(64),
     ("linear_fwd_tma bf16 full", "sm_100"): Spill(64),
+    ("linear_fwd_tma bf16 plain", "sm_120"): Spill(64, products=32),  # under Triton 3.6
+    ("linear_fwd_tma bf16 full", "sm_120"): Spill(64, products=32),
 }
 
 

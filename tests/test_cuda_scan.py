@@ -307,6 +307,24 @@ def test_gae_on_the_host(lib, name, dtype):
     check_gae(lib, name, dtype)
 
 
+def test_a_hundred_thousand_tokens_on_the_host(lib):
+    """One launch each way: 98 rounds of a block, the last of them ragged."""
+    batch = Batch([100_000, 1], F32, True)
+    x, values, rates = batch.tokens(), batch.tokens(), torch.tensor([0.999], dtype=F64)
+    for forward in (False, True):
+        out = batch.out()
+        op = Scan(segments=batch.segments(), forward=forward, x=batch.at(x), rates=batch.at(rates), out=out.pointer)
+        batch.run(lib.emu_scan, ctypes.byref(op), order=ORDERS["random"])
+        exact = torch.ops.finealign.reverse_scan(x, None, rates, batch.mask, batch.cu_seqlens, forward)
+        near(out.inner, exact, F32)
+    out, returns = batch.out(), batch.out()
+    op = gae_op(batch, x, values, rates, rates, None, False, None, out, returns)
+    batch.run(lib.emu_gae, ctypes.byref(op), order=ORDERS["random"])
+    exact = cpu_advantages(batch, x, values=values, gamma=rates, lam=rates)[3:5]
+    near(out.inner, exact[0], F32)
+    near(returns.inner, exact[1], F32)
+
+
 @pytest.mark.parametrize("total", [1, 300, 20_001])
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_token_kernels_on_the_host(lib, total, dtype):

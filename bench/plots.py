@@ -22,6 +22,7 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import LogLocator  # noqa: E402
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 FLOORS = {"head": "gemm3", "loss": "gemm3"}  # of other suites: copy
@@ -30,6 +31,7 @@ COLORS = {"ours": "C0", "ours-default": "C1", "ours-no-workspace": "C2", "eager"
 COLORS |= {"fused": "navy", "fused-device": "teal", "fused-no-workspace": "royalblue", "chunked-device": "olive"}
 COLORS |= {"liger": "C6", "liger-compiled": "C6", "cce": "C8", "cce-exact": "C7", "compiled": "C9"}
 FLOOR_STYLE = {"color": "black", "linestyle": "--", "linewidth": 1}
+DASHES = {"gemm3": "--", "gemm4": ":", "copy": "-."}
 
 
 class Key(NamedTuple):
@@ -85,13 +87,22 @@ def lines(axes, rows: list[dict], axis: int, value: Callable[[dict], float | Non
         points = [(row["shape"][axis], value(row)) for row in rows if row["impl"] == name]
         points = [(x, y) for x, y in points if y]
         if points:
-            style = FLOOR_STYLE if name in FLOOR_NAMES else {"color": COLORS.get(name), "marker": "o"}
+            floor = FLOOR_STYLE | {"linestyle": DASHES.get(name)}
+            style = floor if name in FLOOR_NAMES else {"color": COLORS.get(name), "marker": "o"}
             axes.plot(*zip(*points, strict=True), label=name, markersize=3, **style)
-    axes.set(xscale="log", yscale="log")
+    axes.set_xscale("log")
     ticks = sorted({row["shape"][axis] for row in rows})
     axes.set_xticks(ticks, [str(tick) for tick in ticks], rotation=30)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
+
+
+def logarithmic(axis) -> None:
+    """1, 2, 5, 10, ... in plain numbers."""
+    axis.axes.set_yscale("log")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.axes.minorticks_off()
 
 
 def growth(key: Key, rows: list[dict], axis: int, letter: str, folder: Path) -> Path | None:
@@ -103,8 +114,13 @@ def growth(key: Key, rows: list[dict], axis: int, letter: str, folder: Path) -> 
     lines(left, found, axis, lambda row: shown(row, floors))
     unit = "time on the GPU, ms" if key.device == "cuda" else "time / three bare products"
     left.set(xlabel=letter, ylabel=unit)
+    if key.device == "cuda":
+        logarithmic(left.yaxis)
+    else:
+        left.set_ylim(bottom=0)
     lines(right, found, axis, lambda row: row["peak_extra_mib"])
     right.set(xlabel=letter, ylabel="extra memory, MiB")
+    logarithmic(right.yaxis)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=8)
     fixed = ", ".join(f"{n} = {x}" for n, x in zip("NDV", found[0]["shape"], strict=True) if n != letter)
@@ -121,9 +137,11 @@ def roofline(key: Key, rows: list[dict], bandwidth: float | None, folder: Path) 
     top = max(products)
     scale, unit = (1e12, "TFLOP/s") if key.device == "cuda" else (top, "rate / that of bare products")
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    slowest = top / scale
     for name in dict.fromkeys(row["impl"] for row in rows):
         mine = [row for row in rows if row["impl"] == name]
         rates = [row["useful_flops"] / time_of(row) / scale for row in mine]
+        slowest = min(slowest, *rates)
         style = {"color": "black", "marker": "_"} if name in FLOOR_NAMES else {"color": COLORS.get(name)}
         axes.scatter([intensity(row) for row in mine], rates, label=name, s=14, **style)
     axes.axhline(top / scale, **FLOOR_STYLE)
@@ -131,8 +149,9 @@ def roofline(key: Key, rows: list[dict], bandwidth: float | None, folder: Path) 
         low, high = (f(map(intensity, rows)) for f in (min, max))
         low = min(low, top / bandwidth / 2)
         axes.plot([low, high], [low * bandwidth / scale, high * bandwidth / scale], **FLOOR_STYLE)
-        axes.set_ylim(top=top / scale * 2)
-    axes.set(xscale="log", yscale="log", xlabel="useful FLOPs / byte of inputs and gradients", ylabel=unit)
+    axes.set(xscale="log", xlabel="useful FLOPs / byte of inputs and gradients", ylabel=unit)
+    logarithmic(axes.yaxis)
+    axes.set_ylim(slowest / 1.5, top / scale * 1.5)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right center", fontsize=8)
     figure.suptitle(f"{key.suite}, {key.case}, {key.dtype}", fontsize=10)

@@ -70,8 +70,10 @@ def linear_logprobs(
                  direction on a GPU), "device" does not and computes them ("triton_fused": its products stop at the
                  number, which stays on the device), "auto" is host unless a graph is captured
     batch_invariant  True takes "triton_fused" or raises. Then every output of a row has the same bits for any number
-                 of rows, place, mask and workspace, on one GPU with one version of Triton. Outputs only: gradients
-                 repeat bit for bit, but the shapes of their products follow the rows with a gradient
+                 of rows, place, mask, compact and workspace: on one GPU with one version of Triton, for one head
+                 (weight and bias where they stand, options, outputs) and hidden of one layout (its strides, its start
+                 at a multiple of 16 bytes or not). Outputs only: gradients repeat bit for bit, but the shapes of their
+                 products follow the rows with a gradient
     backend      "auto", "reference" (any order of derivative), "torch", "native", "triton", "triton_fused" (the product
                  and its rows in one kernel). No GPU has measured the last: "auto" is "triton" on every GPU, which
                  multiplies by the vendor's library, and "triton_fused" only for batch_invariant=True

@@ -253,15 +253,18 @@ def segments(shape: shapes.Packed, case: str, dtype: torch.dtype, device: torch.
 
 
 def sequence(shape: shapes.Packed, case: str, dtype: torch.dtype, device: torch.device) -> Sample:
-    """S padded sequences of N / S tokens, of which a mask keeps about nine in ten. weight is that of the case."""
+    """S padded sequences of N / S tokens, of which a mask keeps about nine in ten. weight is that of the case.
+
+    "dpo" is the loss of the batch with what a trainer logs of it, from log-probs that the head has masked already.
+    """
     random = _generator(device)
     logp, ref_logp = (-torch.rand(shape.S, shape.N // shape.S, generator=random, device=device) for _ in range(2))
     mask = torch.rand(logp.shape, generator=random, device=device) < 0.9
     lengths = mask.sum(1, keepdim=True).clamp(min=1) if case == "mean" else 1
     return Sample(
-        output="losses",
+        output="loss" if case == "dpo" else "losses",
         case=case,
-        upstream=torch.randn(shape.S // 2, generator=random, device=device),
+        upstream=torch.randn(() if case == "dpo" else shape.S // 2, generator=random, device=device),
         logp=logp.to(dtype).requires_grad_(),
         ref_logp=ref_logp.to(dtype),
         mask=mask,
@@ -383,10 +386,11 @@ SUITES = {
         Suite(
             name="sequence",
             shapes=shapes.SEQUENCES,
-            cases=tuple(product([torch.float32], ["sum", "mean"])),
+            cases=tuple(product([torch.float32], ["sum", "mean", "dpo"])),
             sample=sequence,
+            fits=lambda shape, case: case != "dpo" or shape.batch in shapes.DPO,
             rivals=rivals.SEQUENCE,
-            truth=rivals.sequence_eager,
+            truth=rivals.sequence_truth,
             rounds=15,
             least=TURN,
         ),

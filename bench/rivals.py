@@ -300,7 +300,8 @@ def segments_ours(x):
 SEGMENTS = (Rival("eager", segments_eager), Rival("torch", segments_torch), Rival("ours", segments_ours))
 
 
-# sequence_loss: -log σ(beta (h_chosen - h_rejected)) of padded pairs (S, T); nobody loops over sequences
+# sequence_loss: -log σ(beta (h_chosen - h_rejected)) of padded pairs (S, T); nobody loops over sequences. In case "dpo"
+# its mean, with rewards, margins and accuracies: ours is the public call.
 
 
 def _pair_losses(score):
@@ -314,12 +315,28 @@ def sequence_eager(x):
     return x.answers(_pair_losses(score / x.mask.sum(1).clamp(min=1) if x.case == "mean" else score))
 
 
+def sequence_truth(x):
+    return sequence_trl(x) if x.case == "dpo" else sequence_eager(x)
+
+
 def sequence_product(x):
     """The fewest torch ops: an inner product with weights made beforehand. A NaN at a masked place would spread."""
     return x.answers(_pair_losses(torch.linalg.vecdot(x.logp - x.ref_logp, x.weight)))
 
 
+def sequence_trl(x):
+    """TRL's arithmetic, and what it logs."""
+    scores = (of.sum(1).chunk(2) for of in (x.logp, x.ref_logp))
+    chosen, rejected = (of - ref for of, ref in zip(*scores, strict=True))
+    loss = -F.logsigmoid(0.1 * (chosen - rejected)).mean()
+    rewards = 0.1 * chosen.detach(), 0.1 * rejected.detach()
+    _ = (rewards[0] > rewards[1]).float(), rewards[0] - rewards[1]
+    return x.answers(loss)
+
+
 def sequence_ours(x):
+    if x.case == "dpo":
+        return x.answers(fk.dpo(x.logp, x.ref_logp).loss)
     average = "kept" if x.case == "mean" else False
     return x.answers(sequence_loss(flatten(x.logp, x.mask), x.ref_logp, beta=0.1, average=average).losses)
 
@@ -329,8 +346,9 @@ def _has_sequence_kernel(dtype, device):
 
 
 SEQUENCE = (
-    Rival("eager", sequence_eager),
-    Rival("product", sequence_product),
+    Rival("eager", sequence_eager, cases=("sum", "mean")),
+    Rival("product", sequence_product, cases=("sum", "mean")),
+    Rival("trl", sequence_trl, cases=("dpo",)),
     Rival("ours", sequence_ours, _has_sequence_kernel),
 )
 

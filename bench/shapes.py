@@ -81,12 +81,14 @@ SEQUENCES = {
     "default": (
         Packed("fixed cost", 2, 2 * 4),  # what every call pays: take it off before dividing by tokens
         Packed("20 of 512", 20, 20 * 512),
+        Packed("8 of 1024", 8, 8 * 1024),
         Packed("64 of 512", 64, 64 * 512),
         Packed("a token each", 10**6, 10**6),
         Packed("32 of 32768", 32, 32 * 32768),
     ),
 }
 SEQUENCES["full"] = (*SEQUENCES["default"], Packed("ten million tokens", 20000, 20000 * 500))
+DPO = ("small", "8 of 1024", "64 of 512")  # where a whole DPO call is raced too
 RL_CASES = {  # which cases are raced at which batch
     "32 of 4096": ("gae",),  # with the loops over time of verl and OpenRLHF
     "1024 of 4096": ("gae-large", "advantages"),

@@ -179,41 +179,34 @@ def _losses(
     ends = tokens.ends if tokens.ends is None else tokens.ends.contiguous()
     numbers = (AVERAGES[average], PAIRS[pairs], form, code.number, other.number)
     numbers = (*numbers, beta, scale, shift, shifts, a, each, sign)
+    losses, score, slope, divisor = forward(x.detach(), ref, ref_sum, mask, weight, ends, *numbers)
     if x.requires_grad and torch.is_grad_enabled():
-        return _FromTokens.apply(x, ref, ref_sum, mask, weight, ends, numbers, denominator)
-    out = forward(x, ref, ref_sum, mask, weight, ends, *numbers)[:3]
-    return out if denominator is None else (out[0].sum() / denominator, *out)
+        divisor = divisor if average else None
+        carried = _FromTokens.apply(x, losses, slope, divisor, mask, weight, ends, PAIRS[pairs], denominator)
+    else:
+        carried = losses if denominator is None else losses.sum() / denominator
+    return (carried, score, slope) if denominator is None else (carried, losses, score, slope)
 
 
 class _FromTokens(torch.autograd.Function):
-    """Losses with their slopes, or their sum over a denominator; backward is upstream · slope · weight / D by token."""
+    """Losses whose slopes are known, or their sum over a denominator; backward is upstream · slope · weight / D."""
 
     @staticmethod
-    def forward(ctx, x, ref, ref_sum, mask, weight, ends, numbers, denominator):
-        losses, score, slope, divisor = forward(x.detach(), ref, ref_sum, mask, weight, ends, *numbers)
-        average, pairs, *_ = numbers
+    def forward(ctx, x, losses, slope, divisor, mask, weight, ends, pairs, denominator):
         ctx.pairs, ctx.size, ctx.dtype, ctx.items = pairs, x.shape[-1], x.dtype, losses.shape[0]
         ctx.number, tensor = (None, denominator) if isinstance(denominator, Tensor) else (denominator, None)
-        # x is not read
-        ctx.save_for_backward(x, tensor, slope, divisor if average else None, mask, weight, ends)
-        ctx.set_materialize_grads(False)
-        if denominator is None:
-            ctx.mark_non_differentiable(score, slope)
-            return losses, score, slope
-        ctx.mark_non_differentiable(losses, score, slope)
-        return losses.sum() / denominator, losses, score, slope
+        ctx.save_for_backward(x, tensor, slope, divisor, mask, weight, ends)  # x is not read
+        return losses.clone() if denominator is None else losses.sum() / denominator
 
     @staticmethod
-    def backward(ctx, upstream, *_):
-        if upstream is None:
-            return (None,) * 8
-        x, tensor, *given = ctx.saved_tensors
+    def backward(ctx, upstream):
+        x, tensor, slope, *given = ctx.saved_tensors
         each, denominator = upstream.detach(), ctx.number if tensor is None else tensor
         if denominator is not None:
-            each = (each / denominator).to(given[0].dtype).expand(ctx.items)
-        dlogp = backward(each, *given, ctx.pairs, ctx.size, ctx.dtype)
+            each = (each / denominator).to(slope.dtype).expand(ctx.items)
+        dlogp = backward(each, slope, *given, ctx.pairs, ctx.size, ctx.dtype)
         (dlogp,) = once("sequence_loss", (dlogp,), (x, upstream), instead="use torch's own arithmetic")
-        return dlogp, None, None, None, None, None, None, None
+        return dlogp, None, None, None, None, None, None, None, None
 
 
 def _inputs(tokens: Tokens, ref_logp, token_weight, average) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:

@@ -1,22 +1,28 @@
 """TRL's trainers with linear_logprobs under them: the same function, the same training, and a way back."""
 
 import os
+import queue
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 
-os.environ["HF_HUB_OFFLINE"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 import pytest
 import torch
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
+import numpy as np  # noqa: E402
 import transformers  # noqa: E402
 import trl  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
+from torch.distributed.fsdp import fully_shard  # noqa: E402
+from trl.experimental import async_grpo  # noqa: E402
+from trl.experimental.async_grpo import async_grpo_trainer  # noqa: E402
+from trl.experimental.async_grpo.async_rollout_worker import RolloutSample  # noqa: E402
 from trl.kernels import ChunkedLogProbFunction as Stock  # noqa: E402
 from trl.trainer import utils  # noqa: E402
 
@@ -414,6 +420,194 @@ def test_shifted_labels_break_the_bound(name, folder, monkeypatch):
         monkeypatch.setattr(patched, "apply", lambda h, w, b, labels, *rest: right(h, w, b, labels.roll(1), *rest))
         wrong = logs(name, "Qwen2", folder)
     assert max(differences(name, wrong, stock_logs(name, "Qwen2", folder))) > 100 * BOUND
+
+
+# ---- AsyncGRPO: its trainer in this process, with rollouts made beforehand ------------------------------------------
+
+
+class PlainAttention:
+    """What TRL asks of FlashAttention 3 over packed sequences, in torch."""
+
+    @staticmethod
+    def flash_attn_varlen_func(query, key, value, ends_q, ends_k, max_q, max_k, *, softmax_scale, causal, **options):
+        assert causal and options == {"window_size": (-1, -1)}
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        out = []
+        for q, k, v in zip(
+            *(split(x, ends) for x, ends in ((query, ends_q), (key, ends_k), (value, ends_k))), strict=True
+        ):
+            scores = softmax_scale * torch.einsum("qhd,khd->hqk", q, k)
+            later = torch.ones(len(q), len(k), dtype=torch.bool).triu(1 + len(k) - len(q))
+            out.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(later, -torch.inf).softmax(-1), v))
+        return torch.cat(out)
+
+
+def split(x, ends):
+    return x.tensor_split(ends[1:-1].long())
+
+
+class Rollouts:
+    """A worker whose rollouts are there from the start, and a transfer of weights to nobody."""
+
+    def __init__(self):
+        self.rollout_buffer, self.metrics_queue = queue.Queue(), queue.Queue()
+        random = np.random.default_rng(0)
+        for i in range(8 * (STEPS + 1)):  # the next step's are fetched ahead
+            length = 9 + i % 5
+            self.rollout_buffer.put(
+                RolloutSample(
+                    prompt=[],
+                    completion=[],
+                    input_ids=np.concatenate([np.arange(4) + 10 * (i // 2 % 5), random.integers(2, 258, length - 4)]),
+                    completion_mask=np.arange(length) >= 4,
+                    old_log_probs=random.normal(-5.5, 0.5, length),
+                    advantage=float(random.normal()),
+                    model_version=0,
+                    group_id=i // 2,
+                    metrics={},
+                )
+            )
+
+    def nothing(self, *_):
+        pass
+
+    def check_health(self, stale_after_s):
+        raise RuntimeError("the trainer asks for more rollouts than there are")
+
+    start = stop = update_model_version = nothing
+    init_weight_transfer = pause = resume = destroy = nothing
+
+    def send_weights(self, iterator):
+        assert sum(1 for _ in iterator)
+
+
+def async_logs(kind, folder):
+    """What AsyncGRPOTrainer logs at each step; it loads its model from a folder."""
+    path = folder / f"async-{kind}"
+    model(kind).save_pretrained(path)
+    trainer = async_grpo.AsyncGRPOTrainer(
+        str(path),
+        args=async_grpo.AsyncGRPOConfig(
+            output_dir=str(folder),
+            max_steps=STEPS,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-4,
+            lr_scheduler_type="constant",
+            logging_steps=1,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            temperature=0.8,
+            token_budget=0,
+            max_staleness=STEPS,
+        ),
+        train_dataset=Dataset.from_list(PROMPTS),
+        processing_class=tokenizer(),
+        rollout_worker=(rollouts := Rollouts()),
+        weight_transfer=rollouts,
+    )
+    trainer.train()
+    told = [log for log in trainer.state.log_history if "grad_norm" in log]
+    assert len(told) == STEPS
+    return told
+
+
+@pytest.mark.parametrize("kind", ["Qwen2", "Llama"])
+def test_asynchronous_training_is_the_same(kind, folder, monkeypatch):
+    monkeypatch.setattr("trl.experimental.async_grpo.packing._flash_attn", lambda: PlainAttention)
+    monkeypatch.setattr(async_grpo_trainer, "get_peak_flops_per_device", lambda *_: None)  # it asks a GPU
+    stock, scored = async_logs(kind, folder), []
+    with patch_kernels() as patched:
+        right = patched.apply
+        monkeypatch.setattr(patched, "apply", lambda *args: scored.append(args[3].numel()) or right(*args))
+        ours = async_logs(kind, folder)
+        monkeypatch.setattr(patched, "apply", lambda h, w, b, labels, *rest: right(h, w, b, labels.roll(1), *rest))
+        wrong = async_logs(kind, folder)
+    assert len(scored) == 2 * STEPS
+    assert max(differences("GRPO", ours, stock)) <= BOUND < 0.01 * max(differences("GRPO", wrong, stock))
+    assert all(log["entropy"] > 0 and log["kl"] != 0 for log in stock)
+    for one, other in zip(ours, stock, strict=True):
+        figures = {key: value for key, value in other.items() if not key.startswith("perf") and "time" not in key}
+        assert {key: one[key] for key in figures} == pytest.approx(figures, rel=1e-4, abs=1e-5, nan_ok=True)
+
+
+# ---- FSDP2: two processes, each with half of every parameter ---------------------------------------------------------
+
+
+def step_of_dpo(scored, rank):
+    """The gradient-carrying loss of one DPO step: log-probs of two pairs by TRL's fused head."""
+    generator = torch.Generator().manual_seed(rank)
+    ids = torch.randint(2, 258, (4, 12), generator=generator)
+    reference = torch.randn(4, generator=generator)
+    labels = ids.masked_fill(torch.arange(12) < 4, -100)
+    out = scored(input_ids=ids, labels=labels, fused_lm_head=True)
+    chosen, rejected = (out.log_probs.sum(1) - reference).chunk(2)
+    return -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean() + 0.01 * out.entropy.mean()
+
+
+WAYS_TO_SHARD = [  # kind, which unit holds the head, is that one sharded again before backward; Llama's head is tied
+    ("Qwen2", "root", False),
+    ("Qwen2", "root", True),
+    ("Qwen2", "head", True),
+    ("Llama", "root", True),
+]
+
+
+def sharded_steps(rank, folder):
+    """Loss and whole gradients of one step, stock and patched, for each way of cutting the model into units."""
+    rank = int(rank)
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    found = {}
+    for kind, unit, again in WAYS_TO_SHARD:
+        for way in ("stock", "patched"):
+            scored = model(kind)
+            utils.add_fused_lm_head(scored, outputs=("log_probs", "entropy"))
+            for layer in [*scored.model.layers, *([scored.lm_head] if unit == "head" else [])]:
+                fully_shard(layer)
+            fully_shard(scored, reshard_after_forward=again)
+            with patch_kernels() if way == "patched" else nullcontext() as patched:
+                if patched:
+                    right, calls = patched.apply, []
+                    patched.apply = lambda *args, right=right, calls=calls: calls.append(type(args[1])) or right(*args)
+                loss = step_of_dpo(scored, rank)
+                loss.backward()
+                assert not patched or len(calls) == 1
+            whole = {name: p.grad.full_tensor() for name, p in scored.named_parameters()}
+            found[kind, unit, again, way] = loss.item(), whole
+    if rank == 0:
+        torch.save(found, f"{folder}/found.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_fsdp2_gradients_are_trls_and_those_of_one_process(tmp_path):
+    command = "import sys; sys.path.insert(0, sys.argv[1]); import test_trl; test_trl.sharded_steps(*sys.argv[2:])"
+    arguments = [sys.executable, "-c", command, os.path.dirname(__file__)]
+    ranks = [subprocess.Popen([*arguments, str(rank), str(tmp_path)], stderr=subprocess.PIPE) for rank in (0, 1)]
+    try:
+        for process in ranks:
+            _, told = process.communicate(timeout=300)
+            assert process.returncode == 0, told.decode()[-3000:]
+    finally:
+        for process in ranks:
+            process.kill()
+    found = torch.load(tmp_path / "found.pt")
+    for kind, unit, again in WAYS_TO_SHARD:
+        alone = model(kind)
+        utils.add_fused_lm_head(alone, outputs=("log_probs", "entropy"))
+        losses = [step_of_dpo(alone, rank) for rank in (0, 1)]
+        (sum(losses) / 2).backward()
+        (stock, theirs), (patched, ours) = (found[kind, unit, again, way] for way in ("stock", "patched"))
+        assert abs(patched - stock) <= BOUND * abs(stock) and abs(patched - losses[0].item()) <= BOUND * abs(stock)
+        for name, p in alone.named_parameters():
+            assert (ours[name] - theirs[name]).norm() <= BOUND * theirs[name].norm(), (kind, unit, again, name)
+            if unit == "root":  # TRL gathers a head of its own unit without a sum over ranks
+                assert (ours[name] - p.grad).norm() <= BOUND * p.grad.norm(), (kind, unit, again, name)
 
 
 # ---- finealign demo --trainer trl ----------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ def patch_kernels(*, workspace: str | int = "auto", backend: str = "auto") -> "P
     They all score labels through one function, which is replaced; a model that has been given to a trainer already
     follows. Loss, metrics and options stay TRL's. What differs: gradients of a head that autocast narrows are rounded
     to the narrow dtype once, as eager PyTorch's are; a label outside the vocabulary raises IndexError on a CPU.
+    Heads of ZeRO-3 and FSDP2 are gathered as TRL gathers them.
 
     workspace, backend   as in linear_logprobs; TRL's chunk_size has no meaning here
 

@@ -23,7 +23,11 @@ class Hyper(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One loss of the table."""
+    """One loss: of the table by its name, or one of your own in place of a name.
+
+    phi(m, **hyper) gives value and slope = d value / d m, elementwise, in the dtype of m (float32 or float64). Given in
+    place of a name, its formulas are held to autograd in float64 once, at a few margins.
+    """
 
     phi: Formula  # margin -> value, slope
     equation: str  # with m = beta Δ - shift, Δ = h_chosen - h_rejected, u = beta h - shift

@@ -273,11 +273,15 @@ def sequence(shape: shapes.Packed, case: str, dtype: torch.dtype, device: torch.
 
 
 def policy(shape: shapes.Packed, case: str, dtype: torch.dtype, device: torch.device) -> Sample:
-    """S padded responses of N / S tokens, of which a mask keeps about nine in ten; some ratios leave the clip."""
+    """S padded responses of N / S tokens, of which a mask keeps about nine in ten; some ratios leave the clip.
+
+    weight is the share of each token."""
     random = _generator(device)
     size = (shape.S, shape.N // shape.S)
     old_logp = -torch.rand(size, generator=random, device=device)
     logp, ref_logp = (old_logp + 0.2 * torch.randn(size, generator=random, device=device) for _ in range(2))
+    mask = torch.rand(size, generator=random, device=device) < 0.9
+    share = 1 / mask.sum() if case == "token" else 1 / (shape.S * mask.sum(1, keepdim=True).clamp(min=1))
     return Sample(
         output="loss",
         case=case,
@@ -285,7 +289,8 @@ def policy(shape: shapes.Packed, case: str, dtype: torch.dtype, device: torch.de
         logp=logp.to(dtype).requires_grad_(),
         old_logp=old_logp.to(dtype),
         ref_logp=ref_logp.to(dtype),
-        mask=torch.rand(size, generator=random, device=device) < 0.9,
+        mask=mask,
+        weight=(mask * share).to(dtype),
         advantages=torch.randn(shape.S, generator=random, device=device) + 1,
     )
 

@@ -368,12 +368,20 @@ def policy_eager(x):
     return x.answers((each.sum(1) / x.mask.sum(1).clamp(min=1)).mean())
 
 
+def policy_product(x):
+    """The fewest torch ops: an inner product with shares made beforehand. A NaN at a masked place would spread."""
+    ratio, to_reference = (x.logp - x.old_logp).exp(), x.logp - x.ref_logp
+    held = torch.minimum(ratio * x.advantages[:, None], ratio.clamp(0.8, 1.2) * x.advantages[:, None])
+    each = 0.04 * ratio * (torch.expm1(-to_reference) + to_reference) - held
+    return x.answers(torch.linalg.vecdot(each.view(-1), x.weight.view(-1)))
+
+
 def policy_ours(x):
     options = dict(mask=x.mask, ref_logp=x.ref_logp, reduction=x.case)
     return x.answers(fk.policy_loss("grpo", x.logp, x.old_logp, x.advantages, **options).loss)
 
 
-POLICY = (Rival("eager", policy_eager), Rival("ours", policy_ours))
+POLICY = (Rival("eager", policy_eager), Rival("product", policy_product), Rival("ours", policy_ours))
 
 
 # GAE and all of `advantages`, γ = .99, λ = .95; answers count at the tokens of the mask, where the rivals agree

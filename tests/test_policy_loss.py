@@ -322,6 +322,17 @@ def test_only_what_wants_a_gradient_gets_one():
     assert torch.autograd.grad(without.loss, options["entropy"], allow_unused=True)[0] is None
 
 
+def test_a_derivative_that_is_not_there_is_refused():
+    sample = batch([3, 6, 5, 2])
+    options = given("ppo", sample, False)
+    with torch.autograd.forward_ad.dual_level():
+        for name in ("logp", "entropy"):
+            duals = {name: torch.autograd.forward_ad.make_dual(sample[name], torch.ones_like(sample[name]))}
+            x = duals.get("logp", sample["logp"])
+            with pytest.raises(RuntimeError, match="forward-mode derivatives are not implemented"):
+                policy_loss("ppo", x, **{**options, "entropy": duals.get("entropy", options["entropy"])})
+
+
 # ---- layout alone --------------------------------------------------------------------------------------------------
 
 
@@ -399,6 +410,39 @@ def test_compiles_without_a_break(name):
     one, two = loss(x), compiled(x)
     assert_close(one, two)
     assert_close(*(torch.autograd.grad(found[0], x)[0] for found in (one, two)))
+
+
+# ---- on a GPU ------------------------------------------------------------------------------------------------------
+
+gpu = pytest.mark.skipif(_native.cuda() is not None or not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LENGTHS)
+@pytest.mark.parametrize("name", POLICY)
+def test_gpu_bits_are_the_cpus(fuses, name, layout):
+    for dtype, rich in ((torch.float32, True), (torch.bfloat16, False), (F64, True)):
+        found = []
+        for device in ("cpu", "cuda"):
+            sample = {k: x.to(device) for k, x in batch(LENGTHS[layout], dtype).items()}
+            x, options = sample["logp"].requires_grad_(), given(name, sample, rich) | REDUCTIONS[POLICY[name].reduction]
+            out = policy_loss(name, x, **options)
+            found.append([t.detach().cpu() for t in (*out, *torch.autograd.grad(out.loss, x))])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), dtype
+
+
+@gpu
+@pytest.mark.gpu
+def test_gpu_graph_and_no_sync(fuses):
+    sample = {k: x.cuda() for k, x in batch(LENGTHS["chunks"]).items()}
+    options = given("ppo", sample, True) | dict(denominator=torch.tensor(900.0, device="cuda"))
+    expected = policy_loss("ppo", sample["logp"], **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # captures on a stream of its own; a launch elsewhere or a sync would fail
+        out = policy_loss("ppo", sample["logp"], **options)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------

@@ -109,6 +109,10 @@ FINEALIGN_WIDE void left_out(double* __restrict x, const double* __restrict keep
   for (int i = 0; i < n; ++i) x[i] = keep[i] != 0 ? x[i] : 0;
 }
 
+FINEALIGN_WIDE void same_of(double each, const double* __restrict keep, int n, double* __restrict out) {
+  for (int i = 0; i < n; ++i) out[i] = keep[i] != 0 ? each : 0;
+}
+
 FINEALIGN_WIDE void ratios(const double* __restrict log_ratio, int n, double* __restrict ratio) {
   for (int i = 0; i < n; ++i) ratio[i] = ratio_of(log_ratio[i]);
 }
@@ -149,9 +153,13 @@ FINEALIGN_WIDE void divergences(Estimator estimator, const double* ratio, int n,
   }
 }
 
+// kl_coef 0: the KL pushes nothing, and may be no number.
 FINEALIGN_WIDE void slopes(double kl_coef, int n, Step& at) {
-  for (int i = 0; i < n; ++i)
-    at.dlogp[i] = policy_slope_of(at.weight[i], at.slope[i], kl_coef * at.kl_share[i], at.push[i]);
+  if (kl_coef == 0)
+    for (int i = 0; i < n; ++i) at.dlogp[i] = policy_slope_of(at.weight[i], at.slope[i], 0, 0);
+  else
+    for (int i = 0; i < n; ++i)
+      at.dlogp[i] = policy_slope_of(at.weight[i], at.slope[i], kl_coef * at.kl_share[i], at.push[i]);
 }
 
 // lane + Σ weight x; what weighs nothing is left out.
@@ -178,9 +186,12 @@ FINEALIGN_WIDE void add_terms(const PolicyLossForward& op, int n, const Step& at
   if (op.entropy != nullptr) add_products(at.entropy_share, at.entropy, n, sum.of[kEntropyTerm]);
   add_each(n, sum.of[kRatio], FINEALIGN_TERM { return at.keep[i] != 0 ? at.ratio[i] : 0; });
   add_each(n, sum.of[kOldKl], FINEALIGN_TERM { return -at.log_ratio[i]; });
-  add_each(n, sum.of[kLow], FINEALIGN_TERM { return (at.advantage[i] < 0) & (at.ratio[i] < below) ? 1 : 0; });
-  add_each(n, sum.of[kHigh], FINEALIGN_TERM { return (at.advantage[i] > 0) & (at.ratio[i] > above) ? 1 : 0; });
-  add_each(n, sum.of[kDual], FINEALIGN_TERM { return (at.advantage[i] < 0) & (at.ratio[i] > dual) ? 1 : 0; });
+  if (below > 0)
+    add_each(n, sum.of[kLow], FINEALIGN_TERM { return (at.advantage[i] < 0) & (at.ratio[i] < below) ? 1 : 0; });
+  if (above < INFINITY)
+    add_each(n, sum.of[kHigh], FINEALIGN_TERM { return (at.advantage[i] > 0) & (at.ratio[i] > above) ? 1 : 0; });
+  if (dual < INFINITY)
+    add_each(n, sum.of[kDual], FINEALIGN_TERM { return (at.advantage[i] < 0) & (at.ratio[i] > dual) ? 1 : 0; });
   add_each(n, sum.of[kTokens], FINEALIGN_TERM { return at.keep[i]; });
 }
 
@@ -189,8 +200,8 @@ FINEALIGN_WIDE void add_terms(const PolicyLossForward& op, int n, const Step& at
 // What a chunk's tokens are given by their rows and by the batch.
 struct Given {
   Divisors by;
-  const Row* rows;  // null where none are summed
-  bool walks;       // are tokens told apart by their rows
+  const Row* rows;    // null where none are summed
+  bool walks, shares;  // are tokens told apart by their rows; are their shares
 };
 
 double halves(double* lane) {
@@ -207,10 +218,12 @@ void fill_by_rows(const PolicyLossForward& op, const Given& given, int64_t token
     while (op.segments.start(s + 1) <= token + i) ++s;
     const int64_t end = std::min<int64_t>(n, op.segments.start(s + 1) - token);
     const Row* row = given.rows != nullptr ? given.rows + s : nullptr;
-    const Shares share = shares_of(op, given.by, row);
     const auto fill = [&](double* numbers, double x) { std::fill(numbers + i, numbers + end, x); };
-    fill(at.weight, op.sampler_by_row ? share.policy * sampler[s] : share.policy);
-    fill(at.kl_share, share.kl), fill(at.entropy_share, share.entropy);
+    if (given.shares) {
+      const Shares share = shares_of(op, given.by, row);
+      fill(at.weight, op.sampler_by_row ? share.policy * sampler[s] : share.policy);
+      fill(at.kl_share, share.kl), fill(at.entropy_share, share.entropy);
+    }
     if (op.advantage_by_row) fill(at.advantage, advantage[s]);
     if (op.ratio != RatioOf::token) fill(at.row_log_ratio, log_ratio_of(op.ratio, *row));
     if (op.ratio == RatioOf::row_sum) fill(at.stretch, row->length);
@@ -226,6 +239,7 @@ Terms chunk_terms(const PolicyLossForward& op, const Given& given, int64_t first
   const auto results = [](void* x, int64_t token) { return static_cast<A*>(x) + token; };
   Step at;
   Lanes sum{};
+  const Shares batch = given.shares ? Shares{} : shares_of(op, given.by, nullptr);
   int64_t s = given.walks ? segment_of(op.segments, first) : 0;
   for (int64_t token = first; token < stop; token += kStep) {
     const int n = static_cast<int>(std::min<int64_t>(kStep, stop - token));
@@ -242,22 +256,25 @@ Terms chunk_terms(const PolicyLossForward& op, const Given& given, int64_t first
       subtract_from(at.logp, at.log_ratio, whole);
     } else
       no_log_ratios(at.logp, whole, at.log_ratio);
+    const auto select = [&](double* x) { clear(x), left_out(x, at.keep, whole); };
     if (given.walks) fill_by_rows<A>(op, given, token, n, s, at);
-    else {
-      const Shares share = shares_of(op, given.by, nullptr);
-      std::fill_n(at.weight, n, share.policy);
-      std::fill_n(at.kl_share, n, share.kl), std::fill_n(at.entropy_share, n, share.entropy);
+    if (given.shares) {
+      select(at.weight), select(at.kl_share), select(at.entropy_share);
+    } else {
+      same_of(batch.policy, at.keep, whole, at.weight);
+      if (op.ref_logp != nullptr) same_of(batch.kl, at.keep, whole, at.kl_share);
+      if (op.entropy != nullptr) same_of(batch.entropy, at.keep, whole, at.entropy_share);
     }
-    if (!op.advantage_by_row) read(numbers(op.advantage, token), at.advantage);
     const auto weigh = [&](const A* by) { read(by, at.value), multiply(at.weight, at.value, n); };
     if (op.weight != nullptr) weigh(numbers(op.weight, token));
     if (op.sampler != nullptr && !op.sampler_by_row) weigh(numbers(op.sampler, token));
-    for (double* x : {at.advantage, at.weight, at.kl_share, at.entropy_share}) clear(x), left_out(x, at.keep, whole);
+    if (op.advantage_by_row) select(at.advantage);
+    else read(numbers(op.advantage, token), at.advantage);
 
     const double* log_ratio = at.log_ratio;
     const double* own_ratio = at.ratio;
     if (op.ratio != RatioOf::token) {
-      clear(at.row_log_ratio), left_out(at.row_log_ratio, at.keep, whole);
+      select(at.row_log_ratio);
       log_ratio = at.row_log_ratio, own_ratio = at.own_ratio;
       if (op.ref_logp != nullptr) ratios(at.log_ratio, whole, at.own_ratio);
     }
@@ -270,8 +287,7 @@ Terms chunk_terms(const PolicyLossForward& op, const Given& given, int64_t first
       subtract_from(at.logp, at.to_reference, whole);
       divergences(op.estimator, own_ratio, whole, at);
     }
-    if (op.ref_logp == nullptr || op.kl_coef == 0) std::fill_n(at.push, whole, 0.0);
-    slopes(op.kl_coef, whole, at);
+    slopes(op.ref_logp != nullptr ? op.kl_coef : 0, whole, at);
     wide::store(at.dlogp, n, results(op.dlogp, token));
     if (op.entropy != nullptr) read(tokens(op.entropy, token), at.entropy);
     if (op.dentropy != nullptr) wide::store_scaled(at.entropy_share, -op.entropy_coef, n, results(op.dentropy, token));
@@ -345,8 +361,9 @@ void forward(const PolicyLossForward& op, Parallel parallel) {
   using A = WideOf<T>;
   const std::vector<Row> rows = op.sums_rows() ? rows_of<T>(op, parallel) : std::vector<Row>();
   const Divisors by = divisors_of(op, totals_of<T>(op, rows, parallel));
-  const bool walks = !rows.empty() || op.advantage_by_row || op.sampler_by_row;
-  const Given given{by, rows.empty() ? nullptr : rows.data(), walks};
+  const bool shares = op.share == ShareOf::row || op.sampler_by_row;
+  const bool walks = shares || op.advantage_by_row || op.ratio != RatioOf::token;
+  const Given given{by, rows.empty() ? nullptr : rows.data(), walks, shares};
   std::vector<Terms> parts(op.chunks());
   parallel(op.chunks(), 4, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k)

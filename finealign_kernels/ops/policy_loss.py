@@ -17,7 +17,7 @@ from ..formulas import surrogate
 from . import _native
 from ._check import check_tensor
 from ._layout import Tokens, TokenTensor, whole_like
-from ._once import once
+from ._once import once, refuse_transforms
 
 _no_cuda = _native.cuda()  # why there are no CUDA kernels; asked once, because a graph being traced cannot ask
 
@@ -108,6 +108,8 @@ def policy_loss(
     code, (below, above) = CODES[psi], bounds
     given = [None if x is None else whole_like(x, tokens, name) for name, x in _named(old_logp, ref_logp, entropy)]
     entropies = given[2]
+    if entropies is not None:
+        refuse_transforms("policy_loss", entropies)
     advantage, advantage_by_row = _by_row("advantages", advantages, tokens)
     sampler, sampler_by_row = _by_row("sampler_weight", sampler_weight, tokens)
     weight = None if token_weight is None else whole_like(token_weight, tokens, "token_weight")

@@ -182,7 +182,10 @@ FINEALIGN_FORMULA double held(double x, double low, double high) { return x < lo
 
 FINEALIGN_FORMULA double near_of(double log_ratio) { return held(log_ratio, -kLargestLogRatio, kLargestLogRatio); }
 
-FINEALIGN_FORMULA double ratio_of(double log_ratio) { return exp_of(near_of(log_ratio)); }
+FINEALIGN_FORMULA double ratio_of(double log_ratio) {
+  const Exponential e = exponential_of(near_of(log_ratio));
+  return fma(e.tail, e.r, 1.0) * e.power;
+}
 
 // A token's log-ratio without an old log-prob.
 FINEALIGN_FORMULA double no_log_ratio(double logp) { return logp == logp ? 0 : logp; }

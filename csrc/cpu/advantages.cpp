@@ -270,22 +270,29 @@ FINEALIGN_INLINE bool scan_packed(const Advantages& op, int64_t first, int64_t l
   if (op.values != nullptr)
     for (int i = 0; i < n; ++i) v[i] = static_cast<const T*>(op.values)[start + i];
   for (int i = 0; i < n; ++i) here[i] -= v[i];
-  for (int i = 0; i < n; ++i) d[i] = here[i] + rates.gamma * v[i + 1];
-  for (int i = 0; i < n; ++i) a[i] = rates.decay;
-  for (int i = n; i < whole; ++i) d[i] = 0, a[i] = 1;
-  for (int64_t s = first, behind; s < last; ++s) {
-    behind = op.segments.start(s + 1) - start;
-    if (behind == op.segments.start(s) - start) continue;
-    d[behind - 1] = here[behind - 1] + rates.gamma * (op.bootstrap ? op.bootstrap[s] : 0), a[behind - 1] = 0;
+  if (longest == 1 && n == last - first) {  // every token is a sequence
+    for (int i = 0; i < n; ++i) d[i] = here[i] + rates.gamma * (op.bootstrap ? op.bootstrap[first + i] : 0);
+  } else {
+    for (int i = 0; i < n; ++i) d[i] = here[i] + rates.gamma * v[i + 1];
+    for (int i = 0; i < n; ++i) a[i] = rates.decay;
+    for (int i = n; i < whole; ++i) d[i] = 0, a[i] = 1;
+    int64_t before = 0, behind;
+    for (int64_t s = first; s < last; ++s, before = behind) {
+      behind = op.segments.start(s + 1) - start;
+      if (behind == before) continue;
+      d[behind - 1] = here[behind - 1] + rates.gamma * (op.bootstrap ? op.bootstrap[s] : 0), a[behind - 1] = 0;
+    }
   }
-  if (longest > 1) recurrences().back(d, a, whole, 0);
   double zeros[kFour] = {};
-  for (int i = 0; i < whole; i += kFour)
-    for (int k = 0; k < kFour; ++k) zeros[k] += d[i + k] * 0;
+  if (longest > 1) {
+    recurrences().back(d, a, whole, 0);
+    for (int i = 0; i < whole; i += kFour)
+      for (int k = 0; k < kFour; ++k) zeros[k] += d[i + k] * 0;
+  }
   T *advantages = static_cast<T*>(op.advantages) + start, *returns = static_cast<T*>(op.returns) + start;
   for (int i = 0; i < n; ++i) advantages[i] = static_cast<T>(d[i]);
   for (int i = 0; i < n; ++i) returns[i] = static_cast<T>(d[i] + v[i]);
-  return longest == 1 || (zeros[0] + zeros[1]) + (zeros[2] + zeros[3]) == 0;
+  return (zeros[0] + zeros[1]) + (zeros[2] + zeros[3]) == 0;
 }
 
 // All sequences from first to last - 1, each of at most kCut tokens.
@@ -295,11 +302,11 @@ FINEALIGN_INLINE void scan_sequences(const Advantages& op, int64_t first, int64_
   const bool packs = op.segments.mask == nullptr && op.gamma_stride == 0 && op.lam_stride == 0;
   for (int64_t s = first, end; s < last; s = end) {
     const int64_t start = op.segments.start(s);
-    int64_t longest = 0;
+    int64_t longest = 0, stop = start;
     for (end = s; packs && end < last; ++end) {
-      const int64_t length = op.segments.start(end + 1) - op.segments.start(end);
-      if (length > kShort || op.segments.start(end + 1) - start > kTile) break;
-      longest = std::max(longest, length);
+      const int64_t behind = op.segments.start(end + 1);
+      if (behind - stop > kShort || behind - start > kTile) break;
+      longest = std::max(longest, behind - stop), stop = behind;
     }
     if (end - s > 1 && scan_packed<T>(op, s, end, longest, by)) continue;
     end = std::max(end, s + 1);
@@ -408,7 +415,7 @@ void run(const Advantages& op, Parallel parallel) {
   const bool shapes = op.shaped != nullptr, scans = op.returns != nullptr, places = shapes && !op.rewards;
   const bool finishes = op.advantages != nullptr;
   const std::vector<Piece> pieces = cut(op.segments, op.longest);
-  const int64_t windows = op.segments.total / kBlock + 1;
+  const int64_t windows = windows_of(op.segments);
   const int64_t many = static_cast<int64_t>(pieces.size());
   std::vector<Moments> of_rewards(windows + many, Moments{0, 0, 0}), of_advantages(of_rewards);
   T* shaped = static_cast<T*>(op.shaped);

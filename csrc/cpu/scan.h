@@ -67,18 +67,20 @@ inline std::vector<Piece> cut(const Segments& segments, int64_t longest) {
 }
 
 constexpr int64_t kRun = 8 * kTile;  // what several steps over the same tokens find in the cache
+inline int64_t windows_of(const Segments& segments) { return segments.total / kRun + 1; }
 
 // each(window, first, last) for all sequences of at most kCut tokens, by runs of neighbours first to last - 1, which have
-// no more than kRun together or are one. Those that start in tokens [window kBlock, (window + 1) kBlock) come in order,
-// on one thread.
+// no more than kRun together or are one. Those that start in tokens [window kRun, (window + 1) kRun) come in order, on
+// one thread; a thread takes kBlock tokens at least.
 template <typename Each>
 void for_short(const Segments& segments, Parallel parallel, Each each) {
-  parallel(segments.total / kBlock + 1, 1, [&](int64_t begin, int64_t end) {
+  parallel(windows_of(segments), kBlock / kRun, [&](int64_t begin, int64_t end) {
     for (int64_t window = begin; window < end; ++window) {
-      const int64_t stop = first_from(segments, (window + 1) * kBlock);
-      for (int64_t first = first_from(segments, window * kBlock), last; first < stop; first = last) {
-        const int64_t start = segments.start(first);
-        for (last = first; last < stop && segments.start(last + 1) <= start + kRun;) ++last;
+      const int64_t stop = first_from(segments, (window + 1) * kRun);
+      for (int64_t first = first_from(segments, window * kRun), last; first < stop; first = last) {
+        const int64_t start = segments.start(first), limit = start + kRun;
+        last = std::min(first_from(segments, limit + 1), stop);
+        if (segments.start(last) > limit) --last;
         last = std::max(last, first + 1);
         if (segments.start(last) - start <= kCut) each(window, first, last);
       }

@@ -150,6 +150,63 @@ def test_shapes(small_tiles, n, v, d):
         assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
+BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of a gradient, relative
+
+
+def against_float64(s, bound, outputs_within=1e-5, **options):
+    """Outputs and gradients of the fused head beside those of the reference in float64 from the same inputs."""
+    how = {name: options.pop(name) for name in ("workspace", "compact") if name in options}
+    found = []
+    for dtype, chosen in ((s.hidden.dtype, {"backend": FUSED, **how}), (torch.float64, {"backend": "reference"})):
+        hidden, weight = (x.to(dtype).detach().requires_grad_() for x in (s.hidden, s.weight))
+        out = fk.linear_logprobs(hidden, weight, s.labels, outputs=ALL, **options, **chosen)
+        found.append((out, torch.autograd.grad(loss_of(out, s.upstream), (hidden, weight))))
+    (out, grads), (exact, exact_grads) = found
+    assert_outputs(out, exact, outputs_within)
+    for actual, truth in zip(grads, exact_grads, strict=True):
+        assert actual.dtype == s.hidden.dtype and (actual.double() - truth).norm() <= bound * truth.norm() + 1e-30
+
+
+@runs
+@pytest.mark.parametrize("workspace, compact", [(0, "host"), (0, "device"), ("full", "device"), (40, "device")])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "n, v, d",
+    [
+        (1, 5, 8),  # a row, less than a tile, half a step
+        (5, 16, 3),  # one tile, less than a step that a product needs
+        (1, 33, 20),  # a row of three tiles, of which the last holds a column
+        (17, 7, 33),
+    ],
+)
+def test_every_dtype_and_way_at_small_shapes(small_tiles, n, v, d, dtype, workspace, compact):
+    against_float64(linear(n, v, d, dtype, seed=n), BOUNDS[dtype], workspace=workspace, compact=compact)
+
+
+@runs
+@pytest.mark.parametrize("compact", ("host", "device"))
+@pytest.mark.parametrize("workspace", (0, "full"))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logits_of_thousands(small_tiles, dtype, workspace, compact):
+    """exp(z) has no number there; what is lost is what float32 has not got of z."""
+    s = linear(6, 40, 16, dtype, seed=4)
+    s = s._replace(hidden=(s.hidden * 2000).to(dtype), weight=(s.weight * 4).to(dtype))
+    assert (s.hidden.double() @ s.weight.double().t()).abs().max() > 5000
+    against_float64(s, 2e-2, workspace=workspace, compact=compact)
+
+
+@runs
+@pytest.mark.parametrize("compact", ("host", "device"))
+@pytest.mark.parametrize("workspace", (0, "full"))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_common_offset_cancels(small_tiles, dtype, workspace, compact):
+    """Every logit about -1000 or 1000: a maximum that starts at 0, or a sum before the difference, would show."""
+    s = linear(6, 40, 16, dtype, seed=5)
+    for offset in (-1000.0, 1000.0):
+        bias = torch.full((40,), offset, device=DEVICE)
+        against_float64(s, BOUNDS[dtype] * 4, 1e-4, workspace=workspace, compact=compact, bias=bias)
+
+
 @runs
 @pytest.mark.parametrize("named", [(), *((name,) for name in ALL)])
 def test_what_is_named_has_the_bits_it_has_among_all(small_tiles, named):

@@ -52,7 +52,8 @@ class Config(NamedTuple):
 # What is launched, by GPU. Compiled only, for every line of bench/compile_gate.py: none has run on a GPU, and none was
 # chosen by a time (bench/sweep.py does that, and says how its answer gets here). 8 warps, as 4 spill; 256 columns where
 # they fit the registers, which a softcap fills; slices of 16 columns, as those of 32 spill, but on sm_90, where it is
-# the other way round. No loop of products spills. What the rest of a tile may spill stands in bench/compile_gate.py.
+# the other way round. Under Triton 3.7 no loop of products spills but that of an odd head on sm_90, and the rest of a
+# tile 32 to 48 bytes on sm_100 with a softcap, 112 on sm_90 by pointers: bench/compile_gate.py says what is allowed.
 HALF = {
     "sm_80": Config(128, 128, 64, 8, 3, 16, 8),
     "sm_90": Config(128, 256, 64, 8, 3, 32, 8),

@@ -193,6 +193,12 @@ MUTANTS = [
     Mutant("fused head: products again by the library", "ops/_fused.py", "again=again", "again=None", HEAD),
     Mutant("fused head: every block overwrites dW", "ops/_fused.py", "add=block.start > 0", "add=False", HEAD),
     Mutant("fused head: near-uniform rows from E", "ops/_fused.py", "from_e &= ~_chunked.near_uniform(coef, bias, vocab)", "pass", HEAD),
+    Mutant("fused head: a count read on the host", "ops/_fused.py", "return Order(read.shape[0], front(read), read.sum())", "return Order(read.shape[0], front(read), torch.tensor(int(read.sum())))", HEAD),
+    Mutant("fused head: a step past the width", "kernels/linear_logprobs.py", "x = tl.load(x_rows + ks.to(tl.int64) * x_stride_d, mask=ks < depth, other=0.0)", "x = tl.load(x_rows + ks.to(tl.int64) * x_stride_d)", HEAD),
+    Mutant("fused head: a maximum that starts at 0", "kernels/linear_logprobs.py", 'm = tl.max(tl.where(z == z, z, float("-inf")), axis=1)', 'm = tl.maximum(tl.max(tl.where(z == z, z, float("-inf")), axis=1), 0.0)', HEAD),
+    Mutant("fused head: the last group as high as others", "kernels/linear_logprobs.py", "height = tl.minimum(row_tiles - first, GROUP)", "height = GROUP", HEAD),
+    Mutant("fused head: E by the first tile's maximum", "kernels/linear_logprobs.py", "place * e_max_stride + tile,", "place * e_max_stride,", HEAD),
+    Mutant("fused head: E without the sum", "kernels/linear_logprobs.py", "shift = (top - m - l)[:, None]", "shift = (top - m)[:, None]", HEAD),
 ]  # fmt: skip
 
 

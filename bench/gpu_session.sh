@@ -108,7 +108,7 @@ race head_kinds 120 head "${bf16[@]}" "${first[@]}" --case prompt50 --case grpo3
 race head_kinds_compact 120 head "${bf16[@]}" "${first[@]}" --case prompt50-compact --case grpo30-compact --case pivots20-compact
 step tests_large 120 python3 -m pytest -q tests/test_gpu.py -k "past_two or queued_times" # one at a time: 60 GiB, times
 tests compiled 180 tests/test_gpu.py -k one_graph
-tests ops 120 tests/test_logprobs.py tests/test_returns.py tests/test_sequence_loss.py
+tests ops 120 tests/test_logprobs.py tests/test_returns.py tests/test_sequence_loss.py tests/test_policy_loss.py
 if [ "$DEVICE" = cuda ]; then
   race head_models 120 head "${bf16[@]}" --case dense --shape "SmolLM2-135M" --shape "Qwen2.5-7B" --shape "Gemma-2-2B"
   sweep_of models 180 --kernel head_fwd --kernel head_fwd_tma --kernel head_bwd --kernel head_dx --kernel head_dw \

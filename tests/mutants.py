@@ -28,6 +28,7 @@ TRL, SEQUENCE, POLICY, VALUE = (
     "tests/test_policy.py",
     "tests/test_value.py",
 )
+FUSED_POLICY = "tests/test_policy_loss.py"
 DIVERGENCE, RETURNS, SCAN = "tests/test_divergence.py", "tests/test_returns.py", "tests/test_scan.py"
 ADVANTAGES, HEAD = "tests/test_advantages.py", "tests/test_linear_logprobs_triton.py"
 FORMULA, CHUNKED, OP = "formulas/logprobs.py", "ops/_chunked.py", "ops/logprobs.py"
@@ -118,6 +119,16 @@ MUTANTS = [
     # the fused sequence loss
     Mutant("soft labels exchanged", "losses/pointwise.py", "smoothing=1 - target", "smoothing=target", POINTWISE),
     Mutant("a label's sign", "losses/pointwise.py", "torch.where(positive, 1.0, 0 * target - 1)", "torch.where(positive, -1.0, 0 * target + 1)", POINTWISE),
+    # the fused policy loss
+    Mutant("a mean over rows not over their tokens", "ops/policy_loss.py", '"sequence": 1, "sequence_sum": 2', '"sequence": 2, "sequence_sum": 2', FUSED_POLICY),
+    Mutant("no dual bound in the fused op", "ops/policy_loss.py", 'hyper.get("dual") or torch.inf,', "torch.inf,", FUSED_POLICY),
+    Mutant("the clip's bounds exchanged in the fused op", "ops/policy_loss.py", "(1 - low, 1 + high)", "(1 - high, 1 + low)", FUSED_POLICY),
+    Mutant("tokens counted where weights are kept", "ops/policy_loss.py", 'reduction.average == "kept",', "False,", FUSED_POLICY),
+    Mutant("the entropy's gradient is the log-prob's", "ops/policy_loss.py", "backward(up, dentropy, entropy.dtype)", "backward(up, dlogp, entropy.dtype)", FUSED_POLICY),
+    Mutant("SAPO's temperatures exchanged in the fused op", "ops/policy_loss.py", "(tau_pos, tau_neg)),", "(tau_neg, tau_pos)),", FUSED_POLICY),
+    Mutant("numbers of rows taken for numbers of tokens", "losses/policy.py", "return not (single and any(", "return not (False and any(", FUSED_POLICY),
+    Mutant("C++: a token moves its row's sum by its share alone", "csrc/cpu/policy_loss.cpp", "if (op.ratio == RatioOf::row_sum) multiply(at.slope, at.stretch, n);", "", FUSED_POLICY),
+    Mutant("C++: KL weighed by the row's ratio", "csrc/cpu/policy_loss.cpp", "own_ratio = at.own_ratio;", "own_ratio = at.ratio;", FUSED_POLICY),
     Mutant("EXO's center negated", "ops/sequence_loss.py", "return math.log1p(-smoothing) - math.log(smoothing)", "return math.log(smoothing) - math.log1p(-smoothing)", SEQUENCE),
     Mutant("C++: no reference", "csrc/cpu/sequence_loss.cpp", "if (H::ref) x -= load(at.ref[i]);", "", SEQUENCE),
     Mutant("C++: a slope that nobody counts", "csrc/cpu/sequence_loss.cpp", "upstream[i] == 0 ? 0 : upstream[i] * slope[i])", "upstream[i] * slope[i])", SEQUENCE),

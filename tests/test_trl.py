@@ -340,6 +340,21 @@ ARGUMENTS = {
 }
 
 
+SHORT = {  # training arguments of every trainer
+    "max_steps": STEPS,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-4,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+}
+
+
 def logs(name, kind, folder):
     """What the trainer logs at each step."""
     given = dict(reward_funcs=rewards) if name in ("GRPO", "RLOO") else {}
@@ -347,19 +362,8 @@ def logs(name, kind, folder):
         given["ref_model"] = model(kind)
     arguments = getattr(trl, f"{name}Config")(
         output_dir=str(folder),
-        max_steps=STEPS,
-        per_device_train_batch_size=4,
-        learning_rate=1e-4,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
         seed=0,
-        **ARGUMENTS[name],
+        **(SHORT | ARGUMENTS[name]),
     )
     trainer = getattr(trl, f"{name}Trainer")(
         model=model(kind),
@@ -489,18 +493,8 @@ def async_logs(kind, folder):
         str(path),
         args=async_grpo.AsyncGRPOConfig(
             output_dir=str(folder),
-            max_steps=STEPS,
-            per_device_train_batch_size=4,
+            **SHORT,
             gradient_accumulation_steps=2,
-            learning_rate=1e-4,
-            lr_scheduler_type="constant",
-            logging_steps=1,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
             temperature=0.8,
             token_budget=0,
             max_staleness=STEPS,

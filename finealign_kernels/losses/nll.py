@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..formulas import margin
@@ -11,11 +10,12 @@ from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like
 from ..ops.sequence_loss import batch_loss, missing, sequence_loss
 from .reduce import (
     check_average,
+    one_for_none,
     plain_denominator,
+    read,
     reduce,
     sequence_scores,
     sequence_weights,
-    wide_of,
 )
 
 
@@ -75,10 +75,8 @@ def nll_loss(
 
 def _token_count(tokens: Tokens, token_weight) -> float | Tensor:
     """Σ token_weight, or the number, of the tokens that the mask keeps; 1 where it is 0."""
-    mask = tokens.whole_mask
-    if token_weight is None:
-        count = tokens.whole.numel() if mask is None else mask.sum()
-    else:
-        weight = flatten_like(token_weight, tokens, "token_weight").detach().to(wide_of(tokens))
-        count = (weight if mask is None else torch.where(tokens.mask, weight, 0)).sum()
-    return torch.where(count == 0, 1, count) if isinstance(count, Tensor) else max(1, count)
+    if token_weight is not None:
+        return one_for_none(read(flatten_like(token_weight, tokens, "token_weight"), tokens).sum())
+    if tokens.mask is None:
+        return max(1, tokens.whole.numel())
+    return one_for_none(tokens.mask.sum())

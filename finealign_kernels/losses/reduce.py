@@ -133,7 +133,7 @@ def token_shares(
     if weight is None:
         weight = read(torch.ones_like(tokens.x), tokens)
     if reduction in ("token", "token_global"):
-        total = _one_for_none(weight.sum()) if denominator is None else check_denominator(denominator)
+        total = one_for_none(weight.sum()) if denominator is None else check_denominator(denominator)
         return _one_over(total, tokens)
     if denominator is not None:
         rows = check_denominator(denominator)
@@ -143,7 +143,7 @@ def token_shares(
         return _one_over(rows, tokens)
     if reduction == "constant":
         return _one_over(rows * check_denominator(max_length, "max_length"), tokens)
-    lengths = _one_for_none(segment_sum(weight, tokens.cu_seqlens))
+    lengths = one_for_none(segment_sum(weight, tokens.cu_seqlens))
     return segment_broadcast(1 / (rows * lengths), tokens.cu_seqlens, total=tokens.x.shape[0], mask=tokens.mask)
 
 
@@ -157,7 +157,7 @@ def _one_over(total, tokens: Tokens) -> Tensor:
     return share.expand(tokens.x.shape) if tokens.mask is None else torch.where(tokens.mask, share, 0)
 
 
-def _one_for_none(total: Tensor) -> Tensor:
+def one_for_none(total: Tensor) -> Tensor:
     return torch.where(total == 0, 1, total)
 
 

@@ -93,6 +93,11 @@ def cases(full: bool = False) -> list[Case]:
     return [*row_cases(), *head_cases(full)]
 
 
+# Bytes that a row kernel may spill: the assembler gives some registers away for one more block at a time, and it is
+# memory that bounds these.
+ROW_SPILL = 64
+
+
 def row_cases() -> list[Case]:
     """Every launch of LAUNCH with all options on; other dtypes, the fewest options and odd sizes on the largest."""
     from finealign_kernels.kernels import row_logprobs as rows
@@ -113,11 +118,11 @@ def _row_fwd(rows, launch, dtype: str, full=True, aligned=True) -> Case:
     _, block, num_warps = launch
     signature = {"x_ptr": f"*{dtype}", "target_ptr": "*i64", "part_ptr": "*fp32", "first_ptr": "*i64"}
     signature |= {"label_ptr": "*fp32", "bias_ptr": "*fp32", "e_ptr": f"*{dtype}"}
-    signature |= dict.fromkeys(
-        ("x_stride", "part_stride", "first_stride", "label_stride", "e_stride", "col0", "columns"), "i32"
-    )
+    strides = ("x_stride", "part_stride", "first_stride", "label_stride", "e_stride")
+    signature |= dict.fromkeys((*strides, "col0", "columns", "spans"), "i32")
     signature |= dict.fromkeys(("scale", "softcap", "inv_temperature"), "fp32")
-    constexprs = {"CAPPED": full, "WANT": 7 if full else 0, "BLOCK": block}
+    constexprs = {"CAPPED": full, "WANT": 7 if full else 0, "SPAN": rows.SPAN, "BLOCK": block}
+    constexprs |= {"spans": 1} if launch[0] <= rows.SPAN else {}
     constexprs |= {} if full else {"bias_ptr": None, "e_ptr": None}
     return Case(
         f"row_fwd {dtype} {'full' if full else 'bare'}{'' if aligned else ' odd'} {block}",
@@ -126,6 +131,7 @@ def _row_fwd(rows, launch, dtype: str, full=True, aligned=True) -> Case:
         constexprs,
         {"num_warps": num_warps, **rows.OPTIONS},
         aligned=("x_stride", "e_stride", "columns") if aligned else (),
+        spill=ROW_SPILL,
     )
 
 
@@ -133,12 +139,13 @@ def _row_bwd(rows, launch, dtype: str, from_e: bool, full=True, aligned=True, e_
     _, block, num_warps = launch
     signature = {"out_ptr": f"*{dtype}", "src_ptr": f"*{dtype}", "index_ptr": "*i64", "e_max_ptr": "*fp32"}
     signature |= {"bias_ptr": "*fp32", "target_ptr": "*i64", "coef_ptr": "*fp32"}
-    signature |= dict.fromkeys(("out_stride", "src_stride", "e_max_stride", "coef_stride", "col0", "columns"), "i32")
+    strides = ("out_stride", "src_stride", "e_max_stride", "coef_stride")
+    signature |= dict.fromkeys((*strides, "col0", "columns", "spans"), "i32")
     signature |= dict.fromkeys(("scale", "softcap", "inv_temperature"), "fp32")
     absent = ("bias_ptr",) if from_e else ("e_max_ptr",)
-    constexprs = {"CAPPED": full, "E_COLUMNS": e_columns, "BLOCK": block} | dict.fromkeys(
-        absent if full else (*absent, "index_ptr")
-    )
+    constexprs = {"CAPPED": full, "E_COLUMNS": e_columns, "SPAN": rows.SPAN, "BLOCK": block}
+    constexprs |= dict.fromkeys(absent if full else (*absent, "index_ptr"))
+    constexprs |= {"spans": 1} if launch[0] <= rows.SPAN else {}
     return Case(
         f"row_bwd {dtype} {f'from e of {e_columns} ' if e_columns else 'from e ' if from_e else ''}"
         f"{'full' if full else 'bare'}{'' if aligned else ' odd'} {block}",
@@ -147,6 +154,7 @@ def _row_bwd(rows, launch, dtype: str, from_e: bool, full=True, aligned=True, e_
         constexprs,
         {"num_warps": num_warps, **rows.OPTIONS},
         aligned=("out_stride", "src_stride", "columns") if aligned else (),
+        spill=ROW_SPILL,
     )
 
 
@@ -175,7 +183,7 @@ def head_cases(full: bool) -> list[Case]:
     """The tiles of every GPU: with all options on, and the plain head; the rest with full=True."""
     from finealign_kernels.kernels import linear_logprobs as head
 
-    found = [_combine(head, tiles, want) for tiles, want in ((512, 7), (2048, 0))]
+    found = [_combine(tiles, want) for tiles, want in ((16, 7), (512, 7), (2048, 0))]
     for target in TARGETS:
         found += [_head_fwd(head, target.name, dtype, capped=True) for dtype in ("bf16", "fp32")]
         plain = _head_fwd(head, target.name, "bf16", capped=False)._replace(same="plain head")
@@ -236,11 +244,12 @@ def _every_row(case: Case) -> Case:
     return case._replace(name=case.name.replace(" plain", " plain, every row,"), constexprs=constexprs)
 
 
-def _by_tma(head, case: Case) -> Case:
+def _by_tma(head, case: Case, flatten=False, specialize=False) -> Case:
     """The same tile by descriptors of hidden and weight."""
     c = case.constexprs
     strides = ("x_stride_n", "x_stride_d", "w_stride_v", "w_stride_d")
     constexprs = {name: value for name, value in c.items() if name not in strides}
+    constexprs |= {"FLATTEN": flatten, "SPECIALIZE": specialize}
     signature = {name: kind for name, kind in case.signature.items() if name not in (*strides, "x_ptr", "w_ptr")}
     dtype = case.signature["x_ptr"][1:]
     signature["x"] = f"tensordesc<{dtype}[{c['BLOCK_M']},{c['BLOCK_K']}]>"
@@ -295,12 +304,15 @@ def _bounded(head, target: str, dtype: str, across: bool) -> Case:
     )
 
 
-def _combine(head, tiles: int, want: int) -> Case:
+def _combine(tiles: int, want: int) -> Case:
+    from finealign_kernels.kernels import _combine as states
+
     signature = dict.fromkeys(("target_ptr", "index_ptr", "count_ptr", "first_ptr"), "*i64") | {"top1_ptr": "*i8"}
     floats = ("part", "label", "logp", "lse", "entropy", "squares", "mean", "m", "l", "slope")
     signature |= {f"{name}_ptr": "*fp32" for name in floats} | {"tiles": "i32"}
     constexprs = {"WANT": want, "BLOCK": tiles}
-    return Case(f"combine {tiles}", head.combine_kernel, signature, constexprs, {"num_warps": 4, **head.OPTIONS})
+    options = {"num_warps": states.warps(tiles), **states.OPTIONS}
+    return Case(f"combine {tiles}", states.combine_kernel, signature, constexprs, options)
 
 
 def _blocks(tile, even: bool) -> dict[str, Any]:

@@ -85,8 +85,8 @@ class Tile(NamedTuple):
     x: Tensor  # (n, columns)
     target: Tensor  # (n,)
     coef: Tensor  # (8, n), as ops/_chunked.py hands it over: an upstream gradient of logp alone
-    part: Tensor  # (n, 6)
-    first: Tensor  # (n,)
+    part: Tensor  # (n, spans, 6)
+    first: Tensor  # (n, spans)
     label: Tensor  # (n, 2)
     dx: Tensor  # (n, columns)
     exact_lse: Tensor  # (n,) float64
@@ -111,9 +111,10 @@ def tile(n: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tile
     some = slice(0, EXACT_ROWS)
     share = (x[some].double() - exact_lse[some, None]).exp()
     share[torch.arange(len(share), device=device), target[some]] -= 1
-    room = [torch.empty(n, width, device=device) for width in (6, 2)]
-    first = torch.empty(n, dtype=torch.int64, device=device)
-    return Tile(x, target, coef, room[0], first, room[1], torch.empty_like(x), exact_lse, -upstream[some, None] * share)
+    spans = rows.spans_of(columns)
+    part, label = torch.empty(n, spans, 6, device=device), torch.empty(n, 2, device=device)
+    first = torch.empty(n, spans, dtype=torch.int64, device=device)
+    return Tile(x, target, coef, part, first, label, torch.empty_like(x), exact_lse, -upstream[some, None] * share)
 
 
 @contextmanager
@@ -139,7 +140,8 @@ def row_bwd(t: Tile, launch) -> None:
 
 
 def lse_error(t: Tile) -> float:
-    return relative(t.part[:, 0].double() + t.part[:, 1].double().log1p(), t.exact_lse)
+    part = t.part.double()
+    return relative((part[..., 0] + part[..., 1].log1p()).logsumexp(1), t.exact_lse)
 
 
 def dx_error(t: Tile) -> float:
@@ -311,6 +313,12 @@ HEAD_LAUNCHES = (
     *((128, 256, 64, 8, 3, slice, group) for slice, group in ((16, 8), (64, 8), (32, 4), (32, 16))),
     *((128, 128, depth, 4, 3, 16, 8) for depth in (32, 64)),
 )
+BY_TMA_LAUNCHES = (  # and persistent ones whose loops are one, or whose warps are specialised: where they compile
+    *HEAD_LAUNCHES,
+    *((128, 256, 64, 8, stages, 32, 8, 1) for stages in (3, 4)),
+    *((128, 128, 64, 8, stages, 16, 8, 1, specialize) for stages, specialize in ((3, 0), (4, 0), (3, 1))),
+    (128, 256, 64, 4, 3, 256, 8, 0, 1),
+)
 PRODUCT_LAUNCHES = tuple(dict.fromkeys((m, n, k, w, s, 32, g) for m, n, k, w, s, _, g in HEAD_LAUNCHES))
 
 
@@ -324,7 +332,13 @@ def shipped_product(t: Products):
 
 def _shipped(t: Products, of: Callable):
     arch = _choose.arch(t.hidden)
-    return arch and tuple(of(arch))
+    return arch and numbers(of(arch))
+
+
+def numbers(tile: heads.Config) -> tuple[int, ...]:
+    """A tile as a launch: the seven that every kernel takes, and what stands behind them where it is set."""
+    known = 9 if tile.specialize else 8 if tile.flatten else 7
+    return tuple(map(int, tile[:known]))
 
 
 def head_kernel(call, error, written, shipped, table, bare, whole: bool, launches=HEAD_LAUNCHES) -> Kernel:
@@ -346,7 +360,9 @@ KERNELS = {
     "row_fwd": row_kernel(row_fwd, lambda t, launch: lse_error(t), ("part",), 1),
     "row_bwd": row_kernel(row_bwd, lambda t, launch: dx_error(t), ("dx",), 2),
     "head_fwd": head_kernel(head_fwd, forward_error, STATES, PLAIN_TILE, "HALF", logits_of("weight"), True),
-    "head_fwd_tma": head_kernel(BY_TMA, forward_error, STATES, PLAIN_TILE, "HALF", logits_of("weight"), True),
+    "head_fwd_tma": head_kernel(
+        BY_TMA, forward_error, STATES, PLAIN_TILE, "HALF", logits_of("weight"), True, BY_TMA_LAUNCHES
+    ),
     "head_capped": head_kernel(head_capped, CAPPED_ERROR, STATES, CAPPED_TILE, "CAPPED", logits_of("weight"), True),
     "head_bwd": head_kernel(head_bwd, bwd_error, ("dz",), PLAIN_TILE, "HALF", logits_of("chunk"), False),
     "head_dx": head_kernel(

@@ -91,6 +91,11 @@ MUTANTS = [
     Mutant("C++: T lost", ROWS, "if (kWantT) sums.t += sum(t);", "", LOGPROBS),
     # Triton
     Mutant("Triton: sign of entropy's gradient", "kernels/_tiles.py", "p * ((k - g) - tl", "p * ((k - g) + tl", TRITON),
+    Mutant("Triton: a state for all spans", "kernels/row_logprobs.py", "row * part_stride + place * PARTS", "row * part_stride", TRITON),
+    Mutant("Triton: a span's labels from the row's start", "kernels/row_logprobs.py", "col0 += begin", "pass", TRITON),
+    Mutant("Triton: a span longer than its columns", "kernels/row_logprobs.py", "tl.minimum(columns - begin, SPAN)", "columns - begin", TRITON),
+    Mutant("Triton: every span under the first maximum of E", "kernels/row_logprobs.py", "e_max_ptr += begin // E_COLUMNS", "pass", TRITON),
+    Mutant("Triton: rows that are not read have numbers", "kernels/_combine.py", "tl.where(target == SKIP, 0.0, tl.where(target == BAD, float(\"nan\"), x))", "tl.where(target == BAD, float(\"nan\"), x)", TRITON),
     Mutant("Triton: label column off by one", "kernels/row_logprobs.py", "is_label = cols == label", "is_label = cols == label + 1", TRITON),
     # losses
     Mutant("chosen and rejected exchanged", PREFERENCE, "torch.cat([slope, -slope])", "torch.cat([-slope, slope])", LOSSES),
@@ -195,7 +200,7 @@ MUTANTS = [
     # the fused head
     Mutant("fused head: first maximum summed", "kernels/linear_logprobs.py", "cols == first[:, None], 0.0", "cols == first[:, None] - 1, 0.0", HEAD),
     Mutant("fused head: phantom columns", "kernels/linear_logprobs.py", 'return tl.where((cols < vocab)[None, :], acc * scale, float("-inf"))', "return acc * scale", HEAD),
-    Mutant("fused head: T without its shift", "kernels/linear_logprobs.py", "(t_tile + d * one) * w", "t_tile * w", HEAD),
+    Mutant("fused head: T without its shift", "kernels/_combine.py", "(t_tile + d * one) * w", "t_tile * w", HEAD),
     Mutant("fused head: E at another column", "kernels/linear_logprobs.py", "rows * width + (start - c0)", "rows * width", HEAD),
     Mutant("fused head: last of ties", "kernels/linear_logprobs.py", "tl.where(m2 > m1, first2, first1)", "tl.where(m2 >= m1, first2, first1)", HEAD),
     Mutant("fused head: start lost from the count", "kernels/linear_logprobs.py", "tl.minimum(count - start, height)", "tl.minimum(count, height)", HEAD),

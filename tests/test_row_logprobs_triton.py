@@ -14,7 +14,9 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 
 from finealign_kernels.kernels import _tiles  # noqa: E402
-from finealign_kernels.kernels.row_logprobs import tile_bwd, tile_fwd  # noqa: E402
+from finealign_kernels.kernels.row_logprobs import SPAN, combine, spans_of, tile_bwd, tile_fwd  # noqa: E402
+
+from finealign_kernels.formulas import logprobs as formula  # noqa: E402
 
 # numpy warns where a lane that is selected away holds inf - inf
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid|overflow|divide|underflow).*:RuntimeWarning")
@@ -240,6 +242,95 @@ def test_a_row_depends_on_no_other_row():
         assert torch.equal(alone[0][0], together[0][i]) and torch.equal(alone[3][0], together[3][i])
 
 
+# ---- rows of several spans -----------------------------------------------------------------------------------------
+
+LONG = (SPAN + 1, 2 * SPAN + 700)
+
+
+def long_forward(t: Tile, e_dtype=None):
+    """As forward, part (n, spans, 6) and first (n, spans)."""
+    n, columns = t.x.shape
+    spans = spans_of(columns)
+    part, part_check = guarded(n, spans * 6, torch.float32)
+    first, first_check = guarded(n, spans, torch.int64)
+    e, e_check = guarded(n, columns, e_dtype) if e_dtype else (None, lambda: None)
+    label = torch.full((n, 2), NAN, device=DEVICE)
+    part = part.unflatten(1, (spans, 6))
+    tile_fwd(t.x, t.bias, t.target, COL0, t.head, ALL, part, first, label, e)
+    for check in (part_check, first_check, e_check):
+        check()
+    return part, first, label, e
+
+
+@pytest.mark.parametrize("head, with_bias", [(PLAIN, False), (FULL, True)])
+@pytest.mark.parametrize("columns", LONG)
+def test_every_span_has_a_state_of_its_own(columns, head, with_bias):
+    t = tile(columns, torch.bfloat16, head, with_bias)
+    part, first, label, e = long_forward(t, torch.float32)
+    for s, begin in enumerate(range(0, columns, SPAN)):
+        here = slice(begin, begin + SPAN)
+        target = t.target.cpu()
+        target = target.where(target < COL0, (target - begin).clamp(min=0))
+        part64, first64, zlabel64, e64 = expected_state(logits(t)[:, here], target)
+        assert_close(part[:, s].cpu().double(), part64, rtol=5e-6, atol=5e-6)
+        assert torch.equal(first[:, s].cpu(), first64 + begin)
+        labelled = ~zlabel64.isnan()
+        assert_close(label[:, 0].cpu().double()[labelled], zlabel64[labelled], rtol=1e-6, atol=1e-6)
+        read = t.target.cpu() != SKIP
+        assert_close(e[:, here].double().cpu()[read], e64[read], rtol=1e-5, atol=1e-30)
+    assert_close(label[:, 1].cpu().double(), label_slope(t), rtol=1e-5, atol=1e-30, equal_nan=True)
+
+
+def test_combine_is_its_formula():
+    t = tile(LONG[-1], torch.bfloat16, FULL, with_bias=True)
+    t.x[LAST, -1] = INF
+    states = [x.contiguous() for x in long_forward(t)[:3]]
+    part, first, label = (x.cpu().double() if x.is_floating_point() else x.cpu() for x in states)
+    for want in range(8):
+        found, exact = combine(*states, t.target, want), formula.combine(part, first, label, t.target.cpu(), want)
+        for a, b in zip(found, exact, strict=True):
+            assert_close(a.cpu().to(b.dtype), b, rtol=2e-6, atol=2e-6, equal_nan=True)
+
+
+def test_combine_when_a_span_holds_nothing():
+    """Banned tokens alone, before and after the maximum; a NaN behind them is seen."""
+    t = tile(2 * SPAN + 5)
+    t.x[:, :SPAN], t.x[LAST, SPAN : 2 * SPAN], t.x[TIES, 3] = -INF, -INF, NAN
+    part, first, label, _ = long_forward(t)
+    found = combine(part.contiguous(), first.contiguous(), label, t.target, ALL)
+    lse = logits(t).logsumexp(-1)
+    assert found.lse[TIES].isnan() and found.lse[ALL_BANNED].isnan()
+    for row in (ORDINARY, BANNED, LAST):
+        assert_close(found.lse[row].cpu().double(), lse[row], rtol=1e-6, atol=1e-6)
+
+
+def test_spans_do_not_depend_on_the_number_of_rows():
+    t = tile(2 * SPAN + 700, torch.bfloat16, FULL, with_bias=True)
+    up = upstream(t)
+    together, gradient = long_forward(t), backward(t, up.coef)
+    for i in (ORDINARY, LAST):
+        one = t._replace(x=t.x[i : i + 1], target=t.target[i : i + 1])
+        for a, b in zip(long_forward(one)[:3], together, strict=False):
+            assert_close(a[0], b[i], rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(backward(one, up.coef[:, i : i + 1].contiguous())[0], gradient[i])
+
+
+@pytest.mark.parametrize("columns", LONG)
+def test_backward_of_several_spans(columns):
+    t = tile(columns, torch.float32, FULL, with_bias=True)
+    up = upstream(t)
+    assert_gradient(backward(t, up.coef), up.dx)
+    e, check = guarded(*t.x.shape, torch.float32)
+    part, *_ = long_forward(t)
+    tops = part[..., 0].contiguous()
+    e.copy_(long_forward(t, torch.float32)[3])
+    out, check = guarded(*t.x.shape, torch.float32)
+    tile_bwd(out, e, None, tops, t.bias, t.target, up.coef, COL0, t.head, SPAN)
+    check()
+    # a softcap's slope takes log e: of a tiny one it has fewer digits
+    assert_gradient(out[[ORDINARY, TIES, ONLY_LABEL]], up.dx[[ORDINARY, TIES, ONLY_LABEL]], rtol=1e-4)
+
+
 # ---- backward ------------------------------------------------------------------------------------------------------
 
 
@@ -433,6 +524,8 @@ def test_refusals():
         forward(t._replace(x=t.x.t().contiguous().t()))
     with pytest.raises(ValueError, match="target must have stride 1"):
         backward(t._replace(target=t.target.repeat_interleave(2)[::2]), up.coef)
+    with pytest.raises(ValueError, match=r"part must have 2 states of 16384 columns, got \(9, 6\)"):
+        forward(tile(SPAN + 1))
     with pytest.raises(ValueError, match="index needs src"):
         tile_bwd(t.x, None, torch.arange(9), None, None, t.target, up.coef, COL0, PLAIN)
 

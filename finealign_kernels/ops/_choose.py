@@ -133,7 +133,7 @@ def choose(backend: str, x: torch.Tensor) -> str:
 
 
 def rows(name: str):
-    """The module of a row backend: tile_fwd and tile_bwd."""
+    """The module of a row backend: tile_fwd, tile_bwd, combine, and the TILE and SPAN of logits that exist."""
     if name == "triton":
         return importlib.import_module("finealign_kernels.kernels.row_logprobs")
     return importlib.import_module(f"finealign_kernels.ops._rows_{name}")

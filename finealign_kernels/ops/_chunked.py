@@ -128,7 +128,7 @@ def fwd(hidden, weight, bias, target, head, want, workspace, on_device, rows_nam
             side = dict(e=None if direct else here, in_place=in_place)
             state = part[start:stop, t], first[start:stop, t], label[start:stop]
             rows_of.tile_fwd(z, b, at[start:stop], c0, head, want, *state, **side)
-    found = formula.combine(part, first, label, at, want)
+    found = rows_of.combine(part, first, label, at, want)
     if index is not None:
         found = formula.Rows(*(x.new_zeros(n_all).index_copy_(0, index, x) for x in found))
     e_max = part.new_zeros(room, len(chunks))

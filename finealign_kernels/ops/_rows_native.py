@@ -2,7 +2,9 @@
 
 import torch
 
-TILE = None  # a row of any length is one tile
+from ..formulas.logprobs import combine  # noqa: F401
+
+TILE = SPAN = None  # a row of any length is one tile, and has one state
 
 
 def tile_fwd(x, bias, target, col0, head, want, part, first, label, e=None, in_place=False) -> None:

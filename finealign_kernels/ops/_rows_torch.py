@@ -1,11 +1,13 @@
-"""Row kernels over tiles in torch ops, for any device and float dtype. Every row backend has these two functions."""
+"""Row kernels over tiles in torch ops, for any device and float dtype. Every row backend has these names."""
 
 import torch
 from torch import Tensor
 
 from ..formulas import logprobs as formula
+from ..formulas.logprobs import combine  # noqa: F401
 
 TILE = (2048, 4096)  # rows and columns of existing logits that are widened at a time
+SPAN = TILE[1]  # columns under one state
 
 
 def tile_fwd(x, bias, target, col0, head, want, part, first, label, e=None, in_place=False) -> None:

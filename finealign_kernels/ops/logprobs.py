@@ -367,14 +367,15 @@ def _token_fwd(
         note_errors(target, logits.shape[1])
     x = _unit_stride(logits)
     n, vocab = x.shape
-    width = (kernels.TILE or (n, vocab))[1]
-    part = torch.zeros(n, -(-vocab // width), formula.PARTS, dtype=dtype, device=x.device)
+    span = kernels.SPAN or vocab
+    part = torch.zeros(n, -(-vocab // span), formula.PARTS, dtype=dtype, device=x.device)
     first = torch.zeros(n, part.shape[1], dtype=torch.int64, device=x.device)
     label = torch.full((n, 2), torch.nan, dtype=dtype, device=x.device)
     for r, c0, c1 in _tiles(x, kernels.TILE):
-        state = part[r, c0 // width], first[r, c0 // width], label[r]
+        states = slice(c0 // span, -(-c1 // span))
+        state = part[r, states].squeeze(1), first[r, states].squeeze(1), label[r]
         kernels.tile_fwd(x[r, c0:c1], None, target[r], c0, head, want, *state)
-    return list(formula.combine(part, first, label, target, want))
+    return list(kernels.combine(part, first, label, target, want))
 
 
 @_token_fwd.register_fake

@@ -20,21 +20,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ._combine import ENTROPY, INT_MAX, MEAN, PARTS, SQUARES, combine_into
 from ._launch import OPTIONS, head_arguments, on_device_of
-from ._tiles import (
-    combine_states,
-    label_gradient,
-    log1p,
-    logit,
-    shifted_exp,
-    tanh_slope,
-    token_gradient,
-)
-
-BAD = tl.constexpr(-1)  # target of a row whose label is out of range
-ENTROPY, SQUARES, MEAN = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
-PARTS = tl.constexpr(6)  # of a row and a tile: m, R, T, Q, sum of z, number of tokens that are not banned
-INT_MAX = tl.constexpr(2**31 - 1)
+from ._tiles import combine_states, label_gradient, logit, shifted_exp, tanh_slope, token_gradient
 
 
 class Config(NamedTuple):
@@ -47,6 +35,9 @@ class Config(NamedTuple):
     stages: int
     slice: int  # columns of the tile that are looked at together: registers
     group: int  # row tiles that share the columns of weight in the cache
+    # of the persistent TMA kernel alone:
+    flatten: bool = False  # loops over tiles and depth are one, so copies begin under the sums of the tile before
+    specialize: bool = False  # some warps copy, the others multiply; few tiles compile, and not under every Triton
 
 
 # What is launched, by GPU. Compiled only, for every line of bench/compile_gate.py: none has run on a GPU, and none was
@@ -309,14 +300,17 @@ def linear_fwd_tma_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     SLICE: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
 ):
-    """linear_fwd_kernel by copies of whole blocks; a program takes every num_programs-th tile."""
+    """linear_fwd_kernel by copies of whole blocks; persistent: a program takes every num_programs-th tile."""
     live = tl.cast(n, tl.int64)
     if count_ptr is not None:
         live = tl.load(count_ptr)
     tiles = tl.cdiv(vocab, BLOCK_N).to(tl.int64)
     row_tiles = tl.cdiv(live, BLOCK_M)
-    for program in tl.range(tl.program_id(0), (row_tiles * tiles).to(tl.int32), tl.num_programs(0)):
+    last, step = (row_tiles * tiles).to(tl.int32), tl.num_programs(0)
+    for program in tl.range(tl.program_id(0), last, step, flatten=FLATTEN, warp_specialize=SPECIALIZE):
         row_tile, tile = _place(tl.cast(program, tl.int64), row_tiles, tiles, GROUP)
         row_start, column_start = (row_tile * BLOCK_M).to(tl.int32), (tile * BLOCK_N).to(tl.int32)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -329,79 +323,6 @@ def linear_fwd_tma_kernel(
             acc, rows, live, target, tile, tiles, vocab, bias_ptr, part_ptr, first_ptr, label_ptr, e_ptr,
             tl.cast(room, tl.int64), chunk, scale, softcap, inv_temperature, CAPPED, WANT, BLOCK_N, SLICE,
         )  # fmt: skip
-
-
-@triton.jit
-def combine_kernel(
-    part_ptr,  # (n, tiles, 6)
-    first_ptr,  # (n, tiles)
-    label_ptr,  # (n, 2)
-    target_ptr,  # (N,)
-    index_ptr,  # (n,) or None
-    count_ptr,  # or None: n
-    logp_ptr,  # (N,) each; written where a row is read
-    lse_ptr,
-    entropy_ptr,
-    squares_ptr,
-    mean_ptr,
-    top1_ptr,
-    m_ptr,
-    l_ptr,
-    slope_ptr,
-    tiles,
-    WANT: tl.constexpr,
-    BLOCK: tl.constexpr,  # at least `tiles`
-):
-    """formulas.combine: the tiles of a row to its statistics. One program a row."""
-    row = tl.program_id(0).to(tl.int64)
-    live = True
-    if count_ptr is not None:
-        live = row < tl.load(count_ptr)
-    if live:
-        at = row
-        if index_ptr is not None:
-            at = tl.load(index_ptr + row)
-        target = tl.load(target_ptr + at)
-        t = tl.arange(0, BLOCK)
-        here = t < tiles
-        part = part_ptr + (row * tiles + t) * PARTS
-        m_tile = tl.load(part, mask=here, other=float("-inf"))
-        r_tile = tl.load(part + 1, mask=here, other=0.0)
-        m = tl.max(m_tile, axis=0)
-        holds = m_tile == m
-        owner = t == tl.min(tl.where(holds, t, BLOCK), axis=0)
-        # a tile of banned tokens adds nothing; one that holds a NaN is none
-        dead = (m_tile == float("-inf")) & (r_tile == 0)
-        d = tl.where(dead | owner, 0.0, m_tile - m)
-        w = tl.where(dead, 0.0, tl.exp(d))
-        one = tl.where(owner, 0.0, 1.0 + r_tile)
-        r = tl.sum(tl.where(owner, r_tile, one) * w, axis=0)
-        r = tl.where(tl.abs(m) == float("inf"), float("nan"), r)
-        l = log1p(r)
-        zero = tl.full((), 0, tl.float32)
-        bad = tl.where(target == BAD, float("nan"), 0.0)  # x + 0 is x: no other row's bits change
-        tl.store(logp_ptr + at, (tl.load(label_ptr + row * 2) - m) - l + bad)
-        tl.store(lse_ptr + at, m + l + bad)
-        tl.store(m_ptr + at, m + bad)
-        tl.store(l_ptr + at, l + bad)
-        tl.store(slope_ptr + at, tl.load(label_ptr + row * 2 + 1) + bad)
-        entropy, squares, mean = zero, zero, zero
-        if ENTROPY & WANT:
-            t_tile = tl.load(part + 2, mask=here, other=0.0)
-            t_sum = tl.sum(tl.where(w > 0, (t_tile + d * one) * w, 0.0), axis=0)
-            entropy = l - t_sum / (1.0 + r)
-        if SQUARES & WANT:
-            q_tile = tl.load(part + 3, mask=here, other=0.0)
-            q = tl.sum((q_tile + tl.where(owner, 0.0, 1.0)) * w * w, axis=0)
-            squares = log1p(q) - 2.0 * l
-        if MEAN & WANT:
-            total = tl.sum(tl.load(part + 4, mask=here, other=0.0), axis=0)
-            mean = total / tl.sum(tl.load(part + 5, mask=here, other=0.0), axis=0)
-        tl.store(entropy_ptr + at, entropy + bad)
-        tl.store(squares_ptr + at, squares + bad)
-        tl.store(mean_ptr + at, mean + bad)
-        first = tl.load(first_ptr + row * tiles + t, mask=here & holds, other=INT_MAX)
-        tl.store(top1_ptr + at, (tl.min(first, axis=0) == target).to(tl.int8))
 
 
 @triton.jit
@@ -650,7 +571,8 @@ def linear_fwd_tma(
             TensorDescriptor.from_tensor(x, [tile.rows, tile.depth]),
             TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]),
             bias, target, rows.index, rows.count, part, first, label, e, room, chunk, n, vocab, depth,
-            *head_arguments(head), WANT=want, **_launch(tile, depth),
+            *head_arguments(head), WANT=want, FLATTEN=tile.flatten, SPECIALIZE=tile.specialize,
+            **_launch(tile, depth),
         )  # fmt: skip
 
 
@@ -701,15 +623,7 @@ def bounded_product(a, b, out, block: Block, tile, across: bool, add: bool) -> N
 
 def combine(part, first, label, target, rows: Rows, want, found) -> None:
     """Statistics of each row that is read into found, formulas.Rows of tensors (N,)."""
-    if rows.n == 0:
-        return
-    tiles = part.shape[1]
-    found = [x.view(torch.int8) if x.dtype == torch.bool else x for x in found]
-    with on_device_of(part):
-        combine_kernel[(rows.n,)](
-            part, first, label, target, rows.index, rows.count, *found, tiles, WANT=want,
-            BLOCK=max(16, triton.next_power_of_2(tiles)), num_warps=4, **OPTIONS,
-        )  # fmt: skip
+    combine_into(found, part, first, label, target, want, rows.index, rows.count)
 
 
 def _launch(tile: Config, depth: int) -> dict:

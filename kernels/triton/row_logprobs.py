@@ -1,7 +1,8 @@
 """Row kernels over a tile of logits: the state (m, R, T, Q) of each row forward, the gradient of the logits backward.
 
-z = softcap(scale * (x + bias)) / temperature. The mathematics is in formulas/logprobs.py. One program walks one row, in
-blocks whose size depends on the number of columns alone: a row's bits depend on no other row.
+z = softcap(scale * (x + bias)) / temperature. The mathematics is in formulas/logprobs.py. One program walks SPAN
+columns of a row, in blocks whose size depends on the number of columns alone: few rows fill a GPU too, and a row's bits
+depend on no other row, nor on how many there are.
 """
 
 import torch
@@ -10,21 +11,30 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
+from ..formulas import logprobs as formula
+from ._combine import ENTROPY, MEAN, PARTS, SKIP, SQUARES, combine_into
 from ._launch import OPTIONS, head_arguments, on_device_of
 from ._tiles import block_state, combine_states, label_gradient, logit, shifted_exp, tanh_slope, token_gradient
 
-TILE = None  # a row of any length is one tile
-
-SKIP = tl.constexpr(-2)  # target of a row that is not read
-ENTROPY, SQUARES, MEAN = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
+TILE = None  # logits of any size are one launch
+SPAN = 16384  # columns of a row that one program looks at; a whole number of blocks
 
 # Columns up to: BLOCK, num_warps. Compiled for every target of bench/compile_gate.py, not yet run on a GPU.
 LAUNCH = ((1024, 1024, 4), (8192, 2048, 8), (float("inf"), 4096, 8))
 
 
 @triton.jit
+def _span_of(spans, columns, SPAN: tl.constexpr):
+    """Row of a program, its place among the row's spans, where that begins and how many columns it has."""
+    program = tl.program_id(0)  # divided in 32 bits: a GPU has no instruction for 64
+    place = (program % spans).to(tl.int64)
+    begin = (place * SPAN).to(tl.int32)
+    return (program // spans).to(tl.int64), place, begin, tl.minimum(columns - begin, SPAN)
+
+
+@triton.jit
 def _local_label(target, col0, columns):
-    """Column of the label in this tile, -1 where it is not here: SKIP and BAD are below any col0."""
+    """Column of the label in this span, -1 where it is not here: SKIP and BAD are below any col0."""
     local = target - col0
     return tl.where((local >= 0) & (local < columns), local, -1).to(tl.int32)
 
@@ -44,9 +54,9 @@ def row_fwd_kernel(
     x_stride,
     bias_ptr,  # (columns,) or None
     target_ptr,  # (n,)
-    part_ptr,  # (n, 6)
+    part_ptr,  # (n, spans, 6)
     part_stride,
-    first_ptr,  # (n,)
+    first_ptr,  # (n, spans)
     first_stride,
     label_ptr,  # (n, 2)
     label_stride,
@@ -54,19 +64,24 @@ def row_fwd_kernel(
     e_stride,
     col0,
     columns,
+    spans,
     scale,
     softcap,
     inv_temperature,
     CAPPED: tl.constexpr,
     WANT: tl.constexpr,
+    SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row, place, begin, columns = _span_of(spans, columns, SPAN)
+    col0 += begin
     target = tl.load(target_ptr + row)
     label = _local_label(target, col0, columns)
     read = target != SKIP
     stop = tl.where(read, columns, 0)
-    x_ptr += row * x_stride
+    x_ptr += row * x_stride + begin
+    if bias_ptr is not None:
+        bias_ptr += begin
     label_ptr += row * label_stride
 
     m = tl.full((), float("-inf"), tl.float32)
@@ -94,19 +109,19 @@ def row_fwd_kernel(
         slope = tanh_slope(y * scale / softcap)
     tl.store(label_ptr + 1, slope, mask=label >= 0)
 
-    part_ptr += row * part_stride
+    part_ptr += row * part_stride + place * PARTS
     tl.store(part_ptr, tl.where(read, m, 0.0))
     tl.store(part_ptr + 1, r)
     tl.store(part_ptr + 2, t)
     tl.store(part_ptr + 3, q)
     tl.store(part_ptr + 4, total)
     tl.store(part_ptr + 5, count.to(tl.float32))
-    tl.store(first_ptr + row * first_stride, (col0 + first).to(tl.int64))
+    tl.store(first_ptr + row * first_stride + place, (col0 + first).to(tl.int64))
 
     if e_ptr is not None:
         # x is read once more, each block before it is written: e may lie over x, of which every warp has read the label
         tl.debug_barrier()
-        e_ptr += row * e_stride
+        e_ptr += row * e_stride + begin
         for start in range(0, stop, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             z = logit(_load_product(x_ptr, bias_ptr, cols, columns, scale), softcap, inv_temperature, CAPPED)
@@ -128,20 +143,22 @@ def row_bwd_kernel(
     coef_stride,
     col0,
     columns,
+    spans,
     scale,
     softcap,
     inv_temperature,
     CAPPED: tl.constexpr,
     E_COLUMNS: tl.constexpr,  # columns under one maximum of e; 0: all of them
+    SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row, _, begin, columns = _span_of(spans, columns, SPAN)
     target = tl.load(target_ptr + row)
-    label = _local_label(target, col0, columns)
+    label = _local_label(target, col0 + begin, columns)
     coef_ptr += row
     step = coef_stride.to(tl.int64)
     g, k, h = tl.load(coef_ptr), tl.load(coef_ptr + step), tl.load(coef_ptr + 2 * step)
-    out_ptr += row * out_stride
+    out_ptr += row * out_stride + begin
     if (target == SKIP) | ((g == 0) & (k == 0) & (h == 0)):
         for start in range(0, columns, BLOCK):
             cols = start + tl.arange(0, BLOCK)
@@ -154,10 +171,14 @@ def row_bwd_kernel(
         src_row = row
         if index_ptr is not None:
             src_row = tl.load(index_ptr + row)
-        src_ptr += src_row * src_stride
+        src_ptr += src_row * src_stride + begin
+        if bias_ptr is not None:
+            bias_ptr += begin
         e_max = 0.0
         if e_max_ptr is not None:
             e_max_ptr += row * e_max_stride
+            if E_COLUMNS:
+                e_max_ptr += begin // E_COLUMNS
             e_max = tl.load(e_max_ptr)
         for start in range(0, columns, BLOCK):
             cols = start + tl.arange(0, BLOCK)
@@ -192,22 +213,24 @@ def row_bwd_kernel(
 
 
 def tile_fwd(x, bias, target, col0, head, want, part, first, label, e=None, in_place=False) -> None:
-    """State of a tile of products x (n, C) into part (n, 6), first (n,), label (n, 2); exp(z - m) into e or x.
+    """States of a tile of products x (n, C): part (n, spans, 6), first (n, spans), label (n, 2); exp(z - m) in e or x.
 
-    Rows of x, part, label and e may be strided, first too. Raises ValueError for any other stride, and for
-    in_place=True unless x is float32.
+    A tile of one span may have part (n, 6) and first (n,). Rows of x, part, first, label and e may be strided. Raises
+    ValueError for any other stride, for another number of spans, and for in_place=True unless x is float32.
     """
     if in_place and x.dtype != torch.float32:
         raise ValueError(f"in_place=True needs x in torch.float32, got {x.dtype}")
     e = x if in_place else e
     _check_unit_stride(x=x, bias=bias, target=target, part=part, label=label, e=e)
-    n, columns = x.shape
+    (n, columns), spans = x.shape, part[0, ..., 0].numel() if len(part) else 1
+    if n and spans != spans_of(columns):
+        raise ValueError(f"part must have {spans_of(columns)} states of {SPAN} columns, got {tuple(part.shape)}")
     if n == 0:
         return
     with on_device_of(x):
-        row_fwd_kernel[(n,)](
+        row_fwd_kernel[(n * spans,)](
             x, x.stride(0), bias, target, part, part.stride(0), first, first.stride(0), label,
-            label.stride(0), e, 0 if e is None else e.stride(0), col0, columns, *head_arguments(head),
+            label.stride(0), e, 0 if e is None else e.stride(0), col0, columns, spans, *head_arguments(head),
             WANT=want, **_launch(columns),
         )  # fmt: skip
 
@@ -218,6 +241,8 @@ def tile_bwd(out, src, index, e_max, bias, target, coef: Tensor, col0, head, e_c
     e_max is (n,), or (n, maxima), one for each e_columns columns. Rows of out, src, coef and e_max may be strided.
     Raises ValueError for any other stride, and for an index with src=None.
     """
+    if e_columns and SPAN % e_columns:
+        raise ValueError(f"e_columns must divide {SPAN}, got {e_columns}")
     if src is None and index is not None:
         raise ValueError("index needs src: rows of out cannot be gathered from out itself")
     src = out if src is None else src
@@ -225,17 +250,31 @@ def tile_bwd(out, src, index, e_max, bias, target, coef: Tensor, col0, head, e_c
     n, columns = out.shape
     if n == 0:
         return
+    spans = spans_of(columns)
     with on_device_of(out):
-        row_bwd_kernel[(n,)](
+        row_bwd_kernel[(n * spans,)](
             out, out.stride(0), src, src.stride(0), index, e_max, 0 if e_max is None else e_max.stride(0),
-            bias, target, coef, coef.stride(0), col0, columns, *head_arguments(head),
+            bias, target, coef, coef.stride(0), col0, columns, spans, *head_arguments(head),
             E_COLUMNS=e_columns, **_launch(columns),
         )  # fmt: skip
 
 
+def combine(part, first, label, target, want) -> formula.Rows:
+    """formula.combine of float32 states on a GPU, in one launch."""
+    floats = [part.new_empty(len(part)) for _ in range(8)]
+    top1 = torch.empty(len(part), dtype=torch.bool, device=part.device)
+    found = formula.Rows(*floats[:5], top1, *floats[5:])
+    combine_into(found, part, first, label, target, want)
+    return found
+
+
+def spans_of(columns: int) -> int:
+    return -(-columns // SPAN)
+
+
 def _launch(columns: int) -> dict:
     block, num_warps = next((block, warps) for limit, block, warps in LAUNCH if columns <= limit)
-    return {"BLOCK": block, "num_warps": num_warps, **OPTIONS}
+    return {"SPAN": SPAN, "BLOCK": block, "num_warps": num_warps, **OPTIONS}
 
 
 def _check_unit_stride(**tensors: Tensor | None) -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..formulas import segments as formula
-from ..ops._check import check_one_of, check_tensor, fail
+from ..ops._check import check_one_of, check_tensor, fail, reads_values
 from ..ops._layout import Tokens, flatten_like
 from ..ops._once import once
 from ..ops.segments import segment_broadcast, segment_sum
@@ -50,7 +50,7 @@ def _balanced(weight: Tensor, tokens: Tokens, segment_ids) -> Tensor:
     first = torch.bucketize(torch.arange(total, device=ids.device), tokens.cu_seqlens[1:], right=True) * (total + 1)
     own = torch.where(inside, first + ids.clamp(max=total - 1) + 1, first)
     key = own.cummax(0).values if total else own
-    if _can_look(ids) and bool((inside & ((key != own) | (ids >= total))).any()):
+    if reads_values(ids) and bool((inside & ((key != own) | (ids >= total))).any()):
         fail("segment_ids", f"not decrease in a sequence and lie in [-1, {total})", "ids that do not")
     starts = torch.ones_like(inside)
     starts[1:] = key[1:] != key[:-1]
@@ -198,7 +198,7 @@ def per_token(name: str, x, tokens: Tokens) -> Tensor:
 def _if_single(name: str, x: Tensor, tokens: Tokens) -> Tensor:
     """x of a flat batch with as many sequences as tokens: one number each is clear only where each has one token."""
     single = (tokens.cu_seqlens == torch.arange(len(x) + 1, device=x.device)).all()
-    if _can_look(x) and not bool(single):
+    if reads_values(x) and not bool(single):
         fail(name, f"have shape ({len(x)}, 1) where tokens and sequences are as many", tuple(x.shape))
     return torch.where(single, x, torch.nan)
 
@@ -211,14 +211,9 @@ def same_in_rows(name: str, x: Tensor, tokens: Tokens, of: str) -> Tensor:
         seen = x if tokens.mask is None else torch.where(tokens.mask, x, none)
         ends.append(seen.new_full((tokens.segments,), none).scatter_reduce(0, rows, seen, how))
     changes = ends[0] > ends[1]
-    if _can_look(x) and bool(changes.any()):
+    if reads_values(x) and bool(changes.any()):
         fail(name, f"be one number per sequence for {of}", f"several in sequence {int(changes.nonzero()[0])}")
     return torch.where(changes[rows], torch.nan, x)
-
-
-def _can_look(x: Tensor) -> bool:
-    """May a value be read on the host: no sync, no graph being traced."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def weigh(weight: Tensor, x: Tensor) -> Tensor:

@@ -66,6 +66,7 @@ LOGITS = {
         Logits("Llama-3-8B", 8192, 128256),
         Logits("Qwen2.5-7B", 8192, 151936),
         Logits("Gemma-2-2B", 8192, 256000),
+        Logits("Llama-3-8B, few rows", 32, 128256),  # fewer than a GPU has multiprocessors
     ),
 }
 PACKED = {

@@ -276,13 +276,14 @@ def test_confident_tokens_keep_their_digits(workspace):
 
 @runs
 @pytest.mark.parametrize("workspace", (0, "full"))
-def test_a_saturated_softcap(workspace):
-    s = linear(24, 300, 32, spread="peaked", seed=5)
-    results = []
-    for kind in (torch.float64, torch.float32):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_saturated_softcap(dtype, workspace):
+    s = linear(24, 300, 32, dtype, spread="peaked", seed=5)
+    results, wide = [], dtype == torch.float32
+    for kind in (torch.float64, dtype):
         hidden, weight = s.hidden.to(kind).requires_grad_(), s.weight.to(kind).requires_grad_()
         out = samples.eager(hidden, weight, s.labels, softcap=6.0)
-        loss = sum((o * u).sum() for o, u in zip(out, s.upstream.to(kind), strict=True))
+        loss = sum((o * u).sum() for o, u in zip(out, s.upstream.to(out[0].dtype), strict=True))
         results.append(torch.autograd.grad(loss, (hidden, weight)))
     hidden, weight = s.hidden.requires_grad_(), s.weight.requires_grad_()
     out = fk.linear_logprobs(
@@ -290,7 +291,7 @@ def test_a_saturated_softcap(workspace):
     )
     actual = torch.autograd.grad(loss_of(out, s.upstream), (hidden, weight))
     for a, truth, theirs in zip(actual, *results, strict=True):
-        budgets.assert_within(a, truth, theirs, rms_ratio=1.05, max_ratio=3, ulps=4)
+        budgets.assert_within(a, truth, theirs, rms_ratio=1.05, max_ratio=3 if wide else 2, ulps=4 if wide else 1)
 
 
 # ---- a row alone decides its bits ----------------------------------------------------------------------------------

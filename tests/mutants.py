@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 LOGPROBS, LOSSES, SEGMENTS = "tests/test_logprobs.py", "tests/test_losses.py", "tests/test_segments.py"
+LAUNCH = "tests/test_triton_launch.py"
 TRITON, FEEDBACK = "tests/test_row_logprobs_triton.py", "tests/test_feedback.py"
 REWARDS, GROUPS, PIVOTS = "tests/test_rewards.py", "tests/test_groups.py", "tests/test_pivots.py"
 CUTS, POINTWISE, TABLE = (
@@ -96,6 +97,8 @@ MUTANTS = [
     Mutant("Triton: a span longer than its columns", "kernels/row_logprobs.py", "tl.minimum(columns - begin, SPAN)", "columns - begin", TRITON),
     Mutant("Triton: every span under the first maximum of E", "kernels/row_logprobs.py", "e_max_ptr += begin // E_COLUMNS", "pass", TRITON),
     Mutant("Triton: rows that are not read have numbers", "kernels/_combine.py", "tl.where(target == SKIP, 0.0, tl.where(target == BAD, float(\"nan\"), x))", "tl.where(target == BAD, float(\"nan\"), x)", TRITON),
+    Mutant("Triton: every number of rows compiles anew", "kernels/row_logprobs.py", 'do_not_specialize=["e_max_stride", "coef_stride", "col0"]', 'do_not_specialize=["e_max_stride", "col0"]', LAUNCH),
+    Mutant("Triton: a product compiled for its rows", "kernels/linear_logprobs.py", "rows if across else 0, 0 if across else inner", "rows, inner", LAUNCH),
     Mutant("Triton: label column off by one", "kernels/row_logprobs.py", "is_label = cols == label", "is_label = cols == label + 1", TRITON),
     # losses
     Mutant("chosen and rejected exchanged", PREFERENCE, "torch.cat([slope, -slope])", "torch.cat([-slope, slope])", LOSSES),
@@ -254,7 +257,7 @@ def caught(mutant: Mutant, site: Path, sources: Path) -> bool:
         env = {**os.environ, "PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1", "FINEALIGN_REQUIRE_NATIVE": "1"}
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutant.tests]
         command += (
-            [] if mutant.tests in (TRITON, HEAD) else ["-k", "not triton"]
+            [] if mutant.tests in (TRITON, HEAD, LAUNCH) else ["-k", "not triton"]
         )  # its interpreter is slow, and its rows are there
         run = sh(*command, cwd=ROOT, env=env, timeout=1200)
         if run.returncode not in (0, 1, 2):

@@ -470,8 +470,8 @@ def bounded_product_kernel(
     counts_ptr,
     start,
     height,
-    rows,
-    inner,
+    rows,  # 0 where not ACROSS: the count says
+    inner,  # 0 where ACROSS, likewise
     columns,
     ACROSS: tl.constexpr,
     ADD: tl.constexpr,
@@ -616,8 +616,9 @@ def bounded_product(a, b, out, block: Block, tile, across: bool, add: bool) -> N
     programs = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
     with on_device_of(a):
         bounded_product_kernel[(programs,)](
-            a, *a.stride(), b, *b.stride(), out, out.stride(0), block.index, block.counts, block.start, height, rows,
-            inner, columns, ACROSS=across, ADD=add, **blocks, num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
+            a, *a.stride(), b, *b.stride(), out, out.stride(0), block.index, block.counts, block.start, height,
+            rows if across else 0, 0 if across else inner, columns, ACROSS=across, ADD=add, **blocks,
+            num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
         )  # fmt: skip
 
 

@@ -223,7 +223,7 @@ def versions(device: torch.device) -> dict[str, str]:
     found = {"python": platform.python_version(), "machine": machine(device)}
     for name in ("torch", "finealign-kernels", "trl", "liger-kernel", "cut-cross-entropy", "triton"):
         try:
-            found[name] = version(name)
+            found[name] = torch.__version__ if name == "torch" else version(name)  # +cu130 stands in the first alone
         except PackageNotFoundError:
             continue
     return found

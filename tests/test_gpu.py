@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -356,6 +357,27 @@ def test_compiles_in_one_graph(name, device):
     grads = [torch.autograd.grad(out, wanted, run.upstream) for out in (found, expected)]
     for a, b in zip(*grads, strict=True):
         assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("compact", ["auto", "host", "device"])
+@pytest.mark.parametrize("backend", ["auto", _choose.FUSED])
+def test_a_head_is_traced_on_a_gpu(backend, compact, monkeypatch):
+    """What stands before the ops asks a GPU things that a tracer must not: here of one that is not there."""
+    monkeypatch.setattr(_choose, "triton_reason", lambda: None)
+    monkeypatch.setattr(_choose, "arch", lambda x: "sm_90")
+
+    class Head(torch.nn.Module):
+        def forward(self, hidden, weight, labels):
+            return fk.linear_logprobs(hidden, weight, labels, backend=backend, compact=compact).logp
+
+    torch._dynamo.reset()
+    with FakeTensorMode():
+        hidden, weight = (torch.empty(size, D, device="cuda") for size in (T, V))
+        labels = torch.zeros(T, dtype=torch.long, device="cuda")
+        program = torch.export.export(Head(), (hidden, weight, labels), strict=True)  # one graph, or it raises
+    graphs = [module.graph for module in program.graph_module.modules() if hasattr(module, "graph")]
+    called = [node.target for graph in graphs for node in graph.nodes]
+    assert torch.ops.finealign.linear_logprobs_fwd.default in called
 
 
 @pytest.mark.parametrize("device", REAL)

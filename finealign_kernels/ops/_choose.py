@@ -8,6 +8,7 @@ import torch
 
 from . import _native
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # here, as torch.compile does not trace the search
 ROW_BACKENDS = ("reference", "torch", "native", "triton")  # of linear_logprobs and token_logprobs
 FUSED = "triton_fused"  # of linear_logprobs alone: the fused layer
 HEAD_BACKENDS = (*ROW_BACKENDS, FUSED)
@@ -24,7 +25,7 @@ def backends() -> dict[str, str | None]:
 
 
 def triton_reason() -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return "triton is not installed"
     if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
         return None

@@ -68,7 +68,8 @@ def linear_logprobs(
                  "auto" = the size of weight. A function of the arguments alone, never of free memory
     compact      how rows that are not read, or have no gradient, are left out: "host" reads their number (one sync a
                  direction on a GPU), "device" does not and computes them ("triton_fused": its products stop at the
-                 number, which stays on the device), "auto" is host unless a graph is captured
+                 number, which stays on the device), "auto" is host unless a CUDA graph is captured. Under torch.compile
+                 "auto" is host: with mode="reduce-overhead", which captures later, say "device"
     batch_invariant  True takes "triton_fused" or raises. Then every output of a row has the same bits for any number
                  of rows, place, mask, compact and workspace: on one GPU with one version of Triton, for one head
                  (weight and bias where they stand, options, outputs) and hidden of one layout (its strides, its start
@@ -245,7 +246,8 @@ def _bytes(workspace, weight: Tensor) -> int:
 
 
 def _capturing(x: Tensor) -> bool:
-    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    """Is a CUDA graph being captured. While a graph is traced for a compiler, which cannot ask that, it is not."""
+    return x.device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
 def _project(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 LOGPROBS, LOSSES, SEGMENTS = "tests/test_logprobs.py", "tests/test_losses.py", "tests/test_segments.py"
-LAUNCH = "tests/test_triton_launch.py"
+LAUNCH, GPU = "tests/test_triton_launch.py", "tests/test_gpu.py"
 TRITON, FEEDBACK = "tests/test_row_logprobs_triton.py", "tests/test_feedback.py"
 REWARDS, GROUPS, PIVOTS = "tests/test_rewards.py", "tests/test_groups.py", "tests/test_pivots.py"
 CUTS, POINTWISE, TABLE = (
@@ -201,6 +201,7 @@ MUTANTS = [
     Mutant("an advantage of 0 makes no pivot", "rl/advantages.py", "keep = ((signs >= 0)", "keep = ((signs > 0)", ADVANTAGES),
     Mutant("pivots first, but whitened with all", "rl/advantages.py", "weight = _pivots(plan, raw) if plan.pivots_first else None", "weight = None", ADVANTAGES),
     # the fused head
+    Mutant("a graph that is traced asks for a capture", OP, "not torch.compiler.is_compiling() and torch.cuda", "torch.cuda", GPU),
     Mutant("fused head: first maximum summed", "kernels/linear_logprobs.py", "cols == first[:, None], 0.0", "cols == first[:, None] - 1, 0.0", HEAD),
     Mutant("fused head: phantom columns", "kernels/linear_logprobs.py", 'return tl.where((cols < vocab)[None, :], acc * scale, float("-inf"))', "return acc * scale", HEAD),
     Mutant("fused head: T without its shift", "kernels/_combine.py", "(t_tile + d * one) * w", "t_tile * w", HEAD),

@@ -244,14 +244,15 @@ def _every_row(case: Case) -> Case:
     return case._replace(name=case.name.replace(" plain", " plain, every row,"), constexprs=constexprs)
 
 
-def _by_tma(head, case: Case, flatten=False, specialize=False) -> Case:
+def _by_tma(head, case: Case) -> Case:
     """The same tile by descriptors of hidden and weight."""
     c = case.constexprs
     strides = ("x_stride_n", "x_stride_d", "w_stride_v", "w_stride_d")
     constexprs = {name: value for name, value in c.items() if name not in strides}
-    constexprs |= {"FLATTEN": flatten, "SPECIALIZE": specialize}
-    signature = {name: kind for name, kind in case.signature.items() if name not in (*strides, "x_ptr", "w_ptr")}
     dtype = case.signature["x_ptr"][1:]
+    tile = head.config(case.targets[0], _torch_dtype(dtype), c["CAPPED"])
+    constexprs |= {"FLATTEN": tile.flatten, "SPECIALIZE": tile.specialize}
+    signature = {name: kind for name, kind in case.signature.items() if name not in (*strides, "x_ptr", "w_ptr")}
     signature["x"] = f"tensordesc<{dtype}[{c['BLOCK_M']},{c['BLOCK_K']}]>"
     signature["w"] = f"tensordesc<{dtype}[{c['BLOCK_N']},{c['BLOCK_K']}]>"
     aligned = tuple(name for name in case.aligned if name not in strides)

@@ -69,7 +69,7 @@ def variants() -> dict[str, int]:
 
 
 def call(n: int, backend: str, compact: str, workspace, masked: bool, capped: bool) -> None:
-    """Forward and backward of a head, from the second dtype of the GPU's products on."""
+    """Forward and backward of a head; the chunked layer's products are the library's, float32 for its kernels."""
     dtype = torch.bfloat16 if backend == _choose.FUSED else torch.float32
     hidden, weight = (torch.randn(size, D).to(dtype).requires_grad_() for size in (n, V))
     mask = torch.arange(n) % 3 > 0 if masked else None

@@ -16,7 +16,7 @@ ABSENT = {"sm_80": "linear_fwd_tma_kernel", "sm_90": "linear_fwd_kernel"}
 @pytest.mark.skipif(torch.cuda.is_available(), reason="launched for real in the other tests")
 @pytest.mark.parametrize("arch", ABSENT)
 def test_every_launch_compiles_and_no_number_of_rows_compiles_another(arch):
-    """Few rows, one and none among them, take what many rows compiled: a step of another size never waits for a compiler."""
+    """Few rows, one and none among them, take what many compiled: no step waits for a compiler but the first."""
     done = subprocess.run([sys.executable, SCRIPT, arch], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)

@@ -7,11 +7,14 @@ Where it cannot run, its row of the table says why.
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -114,9 +117,23 @@ def _has_linear_cross_entropy(dtype, device):
     return f"torch {torch.__version__} has no chunked linear_cross_entropy"
 
 
+@cache
+def _trl_without_datasets() -> None:
+    """Where `datasets` is missing, a stub of trl.trainer.utils, which imports it.
+
+    TRL's backward takes one function from that module. It gathers a weight that ZeRO-3 has split; here none is.
+    """
+    if importlib.util.find_spec("datasets") is None:
+        stub = ModuleType("trl.trainer.utils")
+        stub.maybe_gather_lm_head_ctx = lambda *args, **kwargs: nullcontext()
+        sys.modules[stub.__name__] = stub
+
+
 def head_trl(x):
     """As its trainers call it: no bias, temperature 1, vocabulary chunks of 32768, no further outputs."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    _trl_without_datasets()
 
     def logp(hidden, labels):
         return ChunkedLogProbFunction.apply(hidden, x.weight, None, labels, 1.0, 32768, None, 1.0, ())[0]
@@ -244,6 +261,11 @@ LOSS = (
 
 
 def logits_trl(x):
+    """On a GPU its Triton kernel, which writes the entropy too; elsewhere its torch function."""
+    if x.logits.device.type == "cuda":
+        from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
+
+        return x.answers(selective_log_softmax_and_entropy(x.logits, x.labels)[0])
     from trl.trainer.utils import selective_log_softmax
 
     return x.answers(selective_log_softmax(x.logits, x.labels))

@@ -3,6 +3,7 @@
     python bench/run.py head --device cpu                 the default shapes
     python bench/run.py --full --json bench.json          every suite, the large shapes (12 GiB) and all cases too
     python bench/run.py head --case active20 --dtype float32 --rounds 7
+    python bench/run.py head --rival gemm3 --rival trl    these and ours alone
     python bench/run.py head --device cuda --size models --dtype bfloat16 --case grpo30 --case grpo30-compact
 
 Times are medians; the ratio beside them is the median over the rounds of time / ours in the same round. Calls of some
@@ -12,12 +13,16 @@ can leave out (cases.Sample) in that time. Extra memory is measured over the sam
 tensors returned, on a CPU in a fresh process for each implementation. GEMMs are the matrix products that torch ran, in
 units of one product of the op's shape.
 
+With --json each row is written as soon as the answer of its rival is checked, with the time of one call and no ratio;
+the rows of a finished race replace those of its line. `rounds` tells them apart: 1 before, then as many as were timed.
+
 Whoever answers wrong is not timed, and the exit status is 1; where ours does, nobody is.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -52,12 +57,20 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(peak_of(line, args.peak_of)))
         return 0
     rows, status = [], 0
+
+    def save(early: list[dict]) -> None:
+        """The rows of finished races, and those that a race has until now."""
+        if args.json:
+            write(args.json, rows + early)
+
     print(machine(args.device))
     for line in lines(args):
         print(f"\n{line}", flush=True)
         try:
-            found, times, absent = race(line, args.rounds or line.suite.rounds, memory=args.memory)
+            rounds = args.rounds or line.suite.rounds
+            found, times, absent = race(line, rounds, memory=args.memory, save=args.json and save)
         except WrongAnswer as wrong:
+            save([])
             print(f"wrong answer, nothing timed: {wrong}", file=sys.stderr)
             status = 1
             continue
@@ -70,9 +83,18 @@ def main(argv: list[str] | None = None) -> int:
             print(reason, file=sys.stderr)
             status = 1
         rows += found
-        if args.json:
-            args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        save([])
     return status
+
+
+def write(file: Path, rows: list[dict]) -> None:
+    """The rows as JSON, whole at any time: a run may be cut off. Without rows there is no file."""
+    if not rows:
+        file.unlink(missing_ok=True)
+        return
+    part = file.with_name(file.name + ".part")
+    part.write_text(json.dumps(rows, indent=1) + "\n")
+    part.replace(file)
 
 
 class Absent(dict):
@@ -82,44 +104,86 @@ class Absent(dict):
         return str(self[name]) if isinstance(self[name], WrongAnswer) else None
 
 
-def race(line: Line, rounds: int, *, memory: bool = True) -> tuple[list[dict], dict[str, list[float]], Absent]:
+def race(
+    line: Line, rounds: int, *, memory: bool = True, save: Callable | None = None
+) -> tuple[list[dict], dict[str, list[float]], Absent]:
     """The rows of one line, the times of each round, why the absent are absent.
 
-    Raises before it times, where the answer of ours is wrong or does not come.
+    save is called with the rows so far, once for each rival that has answered right. Raises before it times in rounds,
+    where the answer of ours is wrong or does not come.
     """
     able, reasons = line.available()
     x = line.sample()
-    checks, absent = checked(line, able, x)
+    early = []
+
+    def answered(rival: Rival, check: dict) -> None:
+        call = {rival.name: lambda: rival.call(x)}
+        once = medians(interleaved(call, 1, warmup=0, device=line.device))[rival.name]
+        on_device = medians(queued(call, 1, line.device)).get(rival.name)
+        early.append(row_of(line, x, rival.name, once, None, on_device, None, check, 1))
+        save(early)
+
+    checks, absent = checked(line, able, x, answered if save else None)
     absent.update(reasons)
     calls = {rival.name: lambda call=rival.call: call(x) for rival in able if rival.name in checks}
     times = interleaved(calls, rounds, warmup=0, least=line.suite.least, device=line.device)
     middle, on_device = medians(times), medians(queued(calls, rounds, line.device))
     peaks = peaks_of(line, calls) if memory else {}
     rows = [
-        {
-            "suite": line.suite.name,
-            "case": line.case,
-            "impl": name,
-            "device": line.device.type,
-            "dtype": dtype_name(line.dtype),
-            "shape": list(line.shape[1:]),
-            "pass": line.suite.passes,
-            "median_s": middle[name],
-            "ratio_to_ours": ratio(times, name, "ours"),
-            "queued_s": on_device.get(name),
-            "useful_flops": getattr(x, "useful_flops", None),
-            "useful_bytes": getattr(x, "useful_bytes", None),
-            "peak_extra_mib": peaks.get(name),
-            **checks[name],
-            "versions": versions(line.device),
-        }
+        row_of(
+            line,
+            x,
+            name,
+            middle[name],
+            ratio(times, name, "ours"),
+            on_device.get(name),
+            peaks.get(name),
+            checks[name],
+            rounds,
+        )
         for name in calls
     ]
     return rows, times, absent
 
 
-def checked(line: Line, able: list[Rival], x: Sample) -> tuple[dict[str, dict[str, float | None]], Absent]:
+def row_of(
+    line: Line,
+    x: Sample,
+    name: str,
+    seconds: float,
+    to_ours: float | None,
+    on_device: float | None,
+    peak: float | None,
+    check: dict,
+    rounds: int,
+) -> dict:
+    """What is written of one rival."""
+    return {
+        "suite": line.suite.name,
+        "case": line.case,
+        "impl": name,
+        "device": line.device.type,
+        "dtype": dtype_name(line.dtype),
+        "shape": list(line.shape[1:]),
+        "pass": line.suite.passes,
+        "median_s": seconds,
+        "ratio_to_ours": to_ours,
+        "queued_s": on_device,
+        "useful_flops": getattr(x, "useful_flops", None),
+        "useful_bytes": getattr(x, "useful_bytes", None),
+        "peak_extra_mib": peak,
+        **check,
+        "rounds": rounds,
+        "versions": versions(line.device),
+    }
+
+
+def checked(
+    line: Line, able: list[Rival], x: Sample, answered: Callable | None = None
+) -> tuple[dict[str, dict[str, float | None]], Absent]:
     """Errors and matrix products of each rival, which has now run once; and why others have none.
+
+    answered(rival, errors and products) is called after each that is right.
 
     Raises what ours raises, WrongAnswer where its answer is wrong. A rival may fail: then that is its reason.
     """
@@ -139,6 +203,8 @@ def checked(line: Line, able: list[Rival], x: Sample) -> tuple[dict[str, dict[st
             absent[rival.name] = problem if wrong else " ".join(f"{type(problem).__name__}: {problem}".split())[:200]
             continue
         checks[rival.name] = {**error, "gemm_count": round(flops / unit, 2) if unit and flops else None}
+        if answered:
+            answered(rival, checks[rival.name])
     return checks, absent
 
 
@@ -247,6 +313,8 @@ def lines(args: argparse.Namespace) -> list[Line]:
     """Every race asked for: the cases of more_cases with --full, or when a case or dtype is named."""
     chosen = []
     for suite in (SUITES[name] for name in args.suites or SUITES):
+        if args.rival:
+            suite = dataclasses.replace(suite, rivals=tuple(r for r in suite.rivals if r.name in (*args.rival, "ours")))
         for shape in suite.shapes_of(args.size):
             for dtype, case in cases_of(suite, args):
                 if suite.fits(shape, case) and (not args.shape or shape[0] in args.shape):
@@ -270,6 +338,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--case", action="append", help="only this case; may be given again for another")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="only this dtype")
     parser.add_argument("--shape", action="append", help="only the shape of this name; may be given again")
+    parser.add_argument("--rival", action="append", metavar="NAME", help="only this one and ours; may be given again")
     parser.add_argument("--rounds", type=int, help="rounds of timing; each suite has its own default")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
     parser.add_argument("--size", choices=SIZES, default="default", help="which shapes")
@@ -288,6 +357,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     unknown = set(args.suites) - set(SUITES)
     if unknown:
         parser.error(f"suites must be among {', '.join(SUITES)}, got {', '.join(sorted(unknown))}")
+    known = {rival.name for name in args.suites or SUITES for rival in SUITES[name].rivals}
+    if not known.issuperset(args.rival or ()):
+        strangers = ", ".join(sorted(set(args.rival) - known))
+        parser.error(f"--rival must be among {', '.join(sorted(known))}, got {strangers}")
     if not lines(args):
         named = [" or ".join(names or ["any"]) for names in (args.case, args.shape)]
         parser.error(f"no race has case {named[0]}, dtype {args.dtype} and shape {named[1]} (size {args.size})")

@@ -23,7 +23,7 @@ import shapes  # noqa: E402
 
 FIELDS = ["suite", "case", "impl", "device", "dtype", "shape", "pass", "median_s", "ratio_to_ours"]
 FIELDS += ["queued_s", "useful_flops", "useful_bytes", "peak_extra_mib"]
-FIELDS += ["rms_error", "gradient_error", "gemm_count", "versions"]
+FIELDS += ["rms_error", "gradient_error", "gemm_count", "rounds", "versions"]
 
 
 def small(suite, case, dtype=torch.float32):
@@ -107,7 +107,7 @@ def test_rows_have_the_fields_of_the_schema(tmp_path, capsys):
     assert [row["ratio_to_ours"] for row in ours] == [1.0] * 4
     for row in rows:
         assert row["shape"] == [96, 64, 3001] and row["pass"] == "forward+backward" and row["device"] == "cpu"
-        assert row["median_s"] > 0 and row["versions"]["torch"] == torch.__version__
+        assert row["rounds"] == 2 and row["median_s"] > 0 and row["versions"]["torch"] == torch.__version__
         assert (row["rms_error"] is None) == (row["gradient_error"] is None) == row["impl"].startswith("gemm")
         assert row["useful_flops"] <= 3 * 2 * 96 * 64 * 3001 and row["queued_s"] is row["useful_bytes"] is None
     printed = capsys.readouterr().out
@@ -193,6 +193,61 @@ def test_a_wrong_answer_is_not_timed(wrong, monkeypatch, tmp_path, capsys):
     raced_by(monkeypatch, rivals.Rival("ours-planted", wrong))
     assert run.main([*argv, "--dtype", "float32", "--json", str(file)]) == 1
     assert "ours-planted" in capsys.readouterr().err and not file.exists()
+
+
+def test_a_row_is_saved_before_the_next_rival_runs(monkeypatch, tmp_path):
+    """A run that is cut off in its last rival has left the rows of the others; a finished race replaces them."""
+    file = tmp_path / "bench.json"
+    argv = ["head", "--size", "small", "--no-memory", "--rounds", "2", "--case", "dense", "--dtype", "float32"]
+
+    def cut_off(x):
+        raise KeyboardInterrupt
+
+    raced_by(monkeypatch, rivals.Rival("last", cut_off))
+    with pytest.raises(KeyboardInterrupt):
+        run.main([*argv, "--json", str(file)])
+    rows = json.loads(file.read_text())
+    assert [list(row) for row in rows] == [FIELDS] * 2
+    assert [(row["impl"], row["rounds"], row["ratio_to_ours"]) for row in rows] == [
+        ("eager", 1, None),
+        ("ours", 1, None),
+    ]
+    raced_by(monkeypatch)
+    assert run.main([*argv, "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())
+    assert [(row["impl"], row["rounds"]) for row in rows] == [("eager", 2), ("ours", 2)]
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_rivals_are_chosen_by_name(tmp_path, capsys):
+    file = tmp_path / "bench.json"
+    argv = ["head", "--size", "small", "--no-memory", "--rounds", "1", "--case", "dense", "--dtype", "float32"]
+    assert run.main([*argv, "--rival", "gemm3", "--rival", "eager", "--json", str(file)]) == 0
+    assert [row["impl"] for row in json.loads(file.read_text())] == ["eager", "gemm3", "ours"]
+    with pytest.raises(SystemExit):
+        run.main([*argv, "--rival", "gemm5"])
+    assert "got gemm5" in capsys.readouterr().err
+
+
+def test_trl_is_raced_where_datasets_is_missing():
+    """As on a machine that has TRL alone: its backward imports a module that imports datasets."""
+    pytest.importorskip("trl")
+    code = "import sys; sys.modules['datasets'] = None; sys.path.insert(0, 'bench'); import run\n"
+    code += "sys.exit(run.main(sys.argv[1:]))"
+    argv = ["head", "--size", "small", "--no-memory", "--rounds", "1", "--case", "dense", "--dtype", "float32"]
+    command = [sys.executable, "-c", code, *argv, "--rival", "trl"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^trl +[\d.]+ ", done.stdout, re.M), done.stdout
+
+
+def test_on_a_gpu_trls_own_kernel_is_raced(monkeypatch):
+    kernels = pytest.importorskip("trl.kernels.logprob_entropy")
+    monkeypatch.setattr(kernels, "selective_log_softmax_and_entropy", lambda logits, labels: ("logp", "entropy"))
+    there = cases.SimpleNamespace(logits=cases.SimpleNamespace(device=torch.device("cuda")), labels=None)
+    there.answers = lambda out: out
+    assert rivals.logits_trl(there) == "logp"
 
 
 def test_a_bound_of_its_own_is_for_that_rival_alone(monkeypatch):

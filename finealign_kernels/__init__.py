@@ -1,5 +1,8 @@
 """Fused kernels and autograd functions for fine-grained LLM alignment."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from .losses.nll import NLLLoss, nll_loss
 from .losses.pivots import (
     AdaptiveMask,
@@ -11,8 +14,9 @@ from .losses.pivots import (
     prefix_scores,
 )
 from .losses.pointwise import PointwiseLoss, kto, pdpo, pointwise_loss, ulma, unlikelihood
-from .losses.policy import PolicyLoss, policy_loss
+from .losses.policy import POLICY, PolicyLoss, policy_loss
 from .losses.preference import (
+    PREFERENCE,
     Hyper,
     PreferenceLoss,
     Row,
@@ -39,6 +43,9 @@ from .rl.groups import decoupled_advantages, group_advantages, turn_advantages
 from .rl.rewards import SegmentEnds, SegmentRewards, segment_ends, token_rewards
 from .rl.whitening import moments, whiten
 
+if TYPE_CHECKING:
+    from . import feedback, integrations
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -48,6 +55,8 @@ __all__ = [
     "Hyper",
     "LogProbs",
     "NLLLoss",
+    "POLICY",
+    "PREFERENCE",
     "PointwiseLoss",
     "PolicyLoss",
     "PreferenceLoss",
@@ -64,9 +73,11 @@ __all__ = [
     "decoupled_advantages",
     "discounted_returns",
     "dpo",
+    "feedback",
     "gae",
     "group_advantages",
     "implicit_scores",
+    "integrations",
     "ipo",
     "kl_penalty",
     "kto",
@@ -101,3 +112,14 @@ __all__ = [
     "whiten",
     "wpo_weights",
 ]
+
+
+def __getattr__(name: str):
+    """Imports the subpackages `feedback` and `integrations` at their first use."""
+    if name in ("feedback", "integrations"):
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -32,6 +32,7 @@ TRL, SEQUENCE, POLICY, VALUE = (
 FUSED_POLICY = "tests/test_policy_loss.py"
 DIVERGENCE, RETURNS, SCAN = "tests/test_divergence.py", "tests/test_returns.py", "tests/test_scan.py"
 ADVANTAGES, HEAD = "tests/test_advantages.py", "tests/test_linear_logprobs_triton.py"
+HOUSE = "tests/test_house.py"
 FORMULA, CHUNKED, OP = "formulas/logprobs.py", "ops/_chunked.py", "ops/logprobs.py"
 ROWS, PREFERENCE, REDUCE = "csrc/cpu/row_kernels.h", "losses/preference.py", "losses/reduce.py"
 
@@ -45,6 +46,9 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = [
+    # names that can be found
+    Mutant("short forms hide their arguments", "losses/options.py", "*(p for p in passed if p.name not in hidden)", "", HOUSE),
+    Mutant("subpackages need an import", "__init__.py", 'name in ("feedback", "integrations")', "False", HOUSE),
     # the mathematics of a row
     Mutant("sign of the label's gradient", FORMULA, "-g * torch.expm1(logp)", "g * torch.expm1(logp)", LOGPROBS),
     Mutant("label's gradient from p", FORMULA, "-g * torch.expm1(logp)", "g * (1 - logp.exp())", LOGPROBS),

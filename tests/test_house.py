@@ -1,6 +1,7 @@
 """The house's rules: imports point one way, importing has no effects, versions are pinned, what is missing is said."""
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -178,3 +179,54 @@ def test_the_version_is_one():
     version = re.search(r'^VERSION = "(.+)"', (ROOT / "setup.py").read_text(), re.M)[1]
     assert finealign_kernels.__version__ == version
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+SHORT_FORMS = {
+    "preference_loss": ("PreferenceOptions", ["dpo", "ipo", "simpo", "slic", "cdpo", "robust", "cpo", "orpo"]),
+    "pointwise_loss": ("PointwiseOptions", ["kto", "pdpo", "ulma", "unlikelihood"]),
+}
+
+
+@pytest.mark.parametrize("long", SHORT_FORMS)
+def test_short_forms_show_the_arguments_of_their_long_form(long):
+    """For help() and inspect by their signature, for type checkers by the typed dictionary."""
+    import finealign_kernels as fk
+    from finealign_kernels.losses import options
+
+    dictionary, names = SHORT_FORMS[long]
+    passed = {p.name: p for p in inspect.signature(getattr(fk, long)).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    annotations = getattr(options, dictionary).__annotations__
+    assert {*annotations, "target"} == {*passed, "target"}
+    assert all(annotations[name] == passed[name].annotation for name in annotations)
+    for name in names:
+        function = getattr(fk, name)
+        shown = inspect.signature(function).parameters
+        assert function.__annotations__["options"] == f"Unpack[{dictionary}]"
+        assert not any(p.kind is p.VAR_KEYWORD for p in shown.values()), name
+        assert all(
+            shown[key].default == passed[key].default for key in shown.keys() & passed.keys() - {"alpha", "target"}
+        )
+        assert len(passed.keys() - shown.keys()) <= 3, name  # those that it sets itself
+
+
+SUBPACKAGES = """
+import sys, finealign_kernels as fk
+heavy = ("transformers", "trl", "accelerate")
+assert not [name for name in heavy if name in sys.modules]
+assert {"feedback", "integrations"} <= set(dir(fk))
+assert fk.feedback.sample.__name__ == "sample"
+assert fk.integrations.trl.__name__ == "finealign_kernels.integrations.trl"
+for module in (fk, fk.integrations):
+    try:
+        module.nothing
+    except AttributeError as error:
+        assert "'nothing'" in str(error)
+    else:
+        raise AssertionError(module)
+assert not [name for name in heavy if name in sys.modules]
+"""
+
+
+def test_subpackages_are_found_without_a_second_import_and_frameworks_stay_out():
+    found = run(SUBPACKAGES)
+    assert found.returncode == 0, found.stderr

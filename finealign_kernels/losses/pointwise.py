@@ -1,6 +1,6 @@
 """Losses of single responses with a target each (KTO, ...): the rows of `table` that need no pairs."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,9 +9,15 @@ from ..formulas import margin
 from ..ops._check import FLOATS, check_number, check_tensor, fail, reads_values
 from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like
 from ..ops.sequence_loss import batch_loss, sequence_loss
+from .options import short_form
 from .preference import FromScores, check_options, check_reference, flat_shift, response_scores, score_loss
 from .reduce import REDUCTIONS, has_tokens, plain_denominator, reduce, sequence_scores, sequence_weights
 from .table import PREFERENCE, Row, fused_functions, is_fused, row_of, scale_of, told
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .options import PointwiseOptions
 
 
 class PointwiseLoss(NamedTuple):
@@ -143,13 +149,27 @@ def _class_mean(losses: Tensor, positive: Tensor, counted: Tensor | None, counts
     return sum(reduce(losses, "sum", count, inside) for inside, count in zip(classes, counts, strict=True))
 
 
+@short_form(pointwise_loss, "shift", "positive_weight", "other_weight")
 def kto(
-    logp, ref_logp, target, *, z0: float | Tensor = 0.0, desirable_weight=1.0, undesirable_weight=1.0, **options
+    logp: TokenTensor,
+    ref_logp: TokenTensor,
+    target: Tensor,
+    *,
+    z0: float | Tensor = 0.0,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    **options: "Unpack[PointwiseOptions]",
 ) -> PointwiseLoss:
-    """1 - σ(beta (h - z0)) for desirable responses, 1 - σ(beta (z0 - h)) for the others, arXiv:2402.01306.
+    """Kahneman-Tversky Optimization of single responses, arXiv:2402.01306. With h = Σ_t w_t (logp_t - ref_logp_t)
 
-    target (S,) bool: is it desirable. z0 is the batch's estimate of the divergence from the reference, from mismatched
-    prompts and responses, averaged over the ranks like h; below 0 it counts as 0. Other arguments: pointwise_loss.
+        1 - σ(beta (h - z0)) for desirable responses, 1 - σ(beta (z0 - h)) for the others,   beta = 0.1
+
+    logp, ref_logp  (S, T) with mask, a response a row
+    target          (S,) bool: True for desirable responses
+    z0              the batch's estimate of the divergence from the reference, made from mismatched prompts and
+                    responses, averaged over the ranks like h. A number or a tensor; a negative one counts as 0
+    desirable_weight, undesirable_weight  multiply the losses of the two classes, the paper's λ
+    Keyword arguments and errors: pointwise_loss.
     """
     beta = options.get("beta") or PREFERENCE["kto"].beta
     if not isinstance(z0, Tensor):
@@ -159,29 +179,67 @@ def kto(
     return pointwise_loss("kto", logp, ref_logp, target=target, shift=beta * z0, **weights, **options)
 
 
-def pdpo(logp, ref_logp, target, *, kind: str = "binary", c: float | Tensor = 0.0, **options) -> PointwiseLoss:
-    """Point-wise DPO on u = beta h + c, arXiv:2312.02554. Its code averages and takes reduction="class_mean".
+@short_form(pointwise_loss, "shift")
+def pdpo(
+    logp: TokenTensor,
+    ref_logp: TokenTensor,
+    target: Tensor,
+    *,
+    kind: str = "binary",
+    c: float | Tensor = 0.0,
+    **options: "Unpack[PointwiseOptions]",
+) -> PointwiseLoss:
+    """Point-wise DPO of single responses, arXiv:2312.02554. With u = beta Σ_t w_t (logp_t - ref_logp_t) + c
 
-    target (S,): 1 is a positive. kind "binary": -log σ(u) for positives, -log σ(-u) for the others; "soft": cross
-    entropy with target in [0, 1]; "squared": (target - u)²; "hybrid": squared but for positives, which are binary.
-    c stands for beta log Z of the prompt, added outside beta. Other arguments: pointwise_loss.
+        kind "binary"   -log σ(u) where target is 1, else -log σ(-u)
+        kind "soft"     -target log σ(u) - (1 - target) log σ(-u), target in [0, 1]
+        kind "squared"  (target - u)²
+        kind "hybrid"   -log σ(u) where target is 1, else (target - u)²
+
+    logp, ref_logp  (S, T) with mask, a response a row
+    target          (S,) bool or float
+    c               estimate of beta log Z of the prompt, a number or a tensor, () or (S,)
+    The paper's code uses average="kept" and reduction="class_mean". Keyword arguments and errors: pointwise_loss.
     """
     rows = {"binary": "pdpo", "soft": "pdpo_soft", "squared": "pdpo_squared", "hybrid": "pdpo_hybrid"}
     return pointwise_loss(_row(kind, rows), logp, ref_logp, target=target, shift=_minus(c), **options)
 
 
-def ulma(logp, ref_logp, target, *, kind: str = "binary", c: float | Tensor = 0.0, **options) -> PointwiseLoss:
-    """Demonstrations (target exactly 1) get their NLL, other responses point-wise DPO on u = beta h + c.
+@short_form(pointwise_loss, "shift")
+def ulma(
+    logp: TokenTensor,
+    ref_logp: TokenTensor,
+    target: Tensor,
+    *,
+    kind: str = "binary",
+    c: float | Tensor = 0.0,
+    **options: "Unpack[PointwiseOptions]",
+) -> PointwiseLoss:
+    """ULMA of single responses, arXiv:2312.02554: supervised learning of demonstrations, point-wise DPO of the others.
 
-    kind "binary": -log σ(-u); "squared": (target - u)². The released code averages and takes reduction="class_mean";
-    arXiv:2312.02554. Other arguments: pointwise_loss.
+        where target is 1  -Σ_t w_t logp_t
+        elsewhere          kind "binary": -log σ(-u), kind "squared": (target - u)²
+
+    with u = beta Σ_t w_t (logp_t - ref_logp_t) + c.
+
+    logp, ref_logp  (S, T) with mask, a response a row
+    target          (S,) bool or float: exactly 1 for a demonstration
+    c               estimate of beta log Z of the prompt, a number or a tensor, () or (S,)
+    The paper's code uses average="kept" and reduction="class_mean". Keyword arguments and errors: pointwise_loss.
     """
     rows = {"binary": "ulma", "squared": "ulma_squared"}
     return pointwise_loss(_row(kind, rows), logp, ref_logp, target=target, shift=_minus(c), **options)
 
 
-def unlikelihood(logp, target, **options) -> PointwiseLoss:
-    """-(average logp) of responses with target 1, + that of the others, unbounded below. Arguments: pointwise_loss."""
+@short_form(pointwise_loss)
+def unlikelihood(logp: TokenTensor, target: Tensor, **options: "Unpack[PointwiseOptions]") -> PointwiseLoss:
+    """Likelihood of good responses, unlikelihood of bad ones, from the code of arXiv:2312.02554:
+
+        -(mean logp) where target is 1, +(mean logp) elsewhere
+
+    logp is (S, T) with mask, a response a row; target is (S,) bool or float. The loss is unbounded below.
+    Keyword arguments and errors: pointwise_loss.
+    """
     return pointwise_loss("unlikelihood", logp, target=target, **options)
 
 

@@ -7,7 +7,7 @@
 A loss is a row: phi with its slope, how its margin is formed, where it comes from. Adding one is adding a row.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like
 from ..ops._once import once
 from ..ops.segments import segment_sum
 from ..ops.sequence_loss import batch_loss, sequence_loss
+from .options import short_form
 from .reduce import (
     check_average,
     check_denominator,
@@ -27,6 +28,11 @@ from .reduce import (
     sequence_weights,
 )
 from .table import PREFERENCE, Hyper, Row, fused_functions, is_fused, row_of, scale_of, score_transform, told
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .options import PreferenceOptions
 
 __all__ = ["PREFERENCE", "Hyper", "PreferenceLoss", "Row", "preference_loss", "score_loss"]
 
@@ -383,46 +389,104 @@ class FromScores(torch.autograd.Function):
         return grad, None, None
 
 
-def dpo(logp, ref_logp, **options) -> PreferenceLoss:
-    """-log σ(beta (h_chosen - h_rejected)), arXiv:2305.18290 eq. 7. Arguments: preference_loss."""
+@short_form(preference_loss)
+def dpo(logp: TokenTensor, ref_logp: TokenTensor, **options: "Unpack[PreferenceOptions]") -> PreferenceLoss:
+    """Direct Preference Optimization, arXiv:2305.18290 eq. 7: the mean over pairs of
+
+        -log σ(beta (h_chosen - h_rejected) - shift),   h = Σ_t w_t (logp_t - ref_logp_t),   beta = 0.1
+
+    logp, ref_logp  (2B, T), all chosen responses, then all rejected ones; other layouts, all keyword arguments and
+                    errors are those of preference_loss
+    average="kept" gives the length-averaged form of arXiv:2406.19188. Returns PreferenceLoss.
+    """
     return preference_loss("dpo", logp, ref_logp, **options)
 
 
-def ipo(logp, ref_logp, *, scaling: str = "delta", **options) -> PreferenceLoss:
-    """Identity Preference Optimization, arXiv:2310.12036 eq. 17. Arguments: preference_loss.
+@short_form(preference_loss)
+def ipo(
+    logp: TokenTensor, ref_logp: TokenTensor, *, scaling: str = "delta", **options: "Unpack[PreferenceOptions]"
+) -> PreferenceLoss:
+    """Identity Preference Optimization, arXiv:2310.12036 eq. 17. With Δ = h_chosen - h_rejected and beta = 0.1
 
-    scaling "delta": (Δ - 1/(2 beta))², as libraries have it; "z": (beta Δ - ½)², beta² times that.
+        scaling "delta"  (Δ - 1/(2 beta))², the form of other libraries
+        scaling "z"      (beta Δ - ½)², which is beta² times that
+
+    logp and ref_logp are (2B, T), chosen responses first. Keyword arguments and errors: preference_loss.
     """
     if scaling not in ("delta", "z"):
         fail("scaling", "be 'delta' or 'z'", repr(scaling))
     return preference_loss("ipo" if scaling == "delta" else "ipo_z", logp, ref_logp, **options)
 
 
-def simpo(logp, *, gamma: float = 1.0, **options) -> PreferenceLoss:
-    """-log σ(beta (mean logp_chosen - mean logp_rejected) - gamma), arXiv:2405.14734 eq. 6. See preference_loss."""
+@short_form(preference_loss, "shift")
+def simpo(logp: TokenTensor, *, gamma: float = 1.0, **options: "Unpack[PreferenceOptions]") -> PreferenceLoss:
+    """Simple Preference Optimization, arXiv:2405.14734 eq. 6, which needs no reference model:
+
+        -log σ(beta (mean logp_chosen - mean logp_rejected) - gamma),   beta = 2
+
+    logp is (2B, T), chosen responses first; gamma is a target margin. Keyword arguments and errors: preference_loss.
+    """
     return preference_loss("simpo", logp, shift=gamma, **options)
 
 
-def slic(logp, ref_logp, **options) -> PreferenceLoss:
-    """max(0, 1 - beta (h_chosen - h_rejected)), arXiv:2305.10425. Zeros for ref_logp give the form without one."""
+@short_form(preference_loss)
+def slic(logp: TokenTensor, ref_logp: TokenTensor, **options: "Unpack[PreferenceOptions]") -> PreferenceLoss:
+    """Hinge loss of SLiC, arXiv:2305.10425, on log-ratios as in arXiv:2402.05749:
+
+        max(0, 1 - beta (h_chosen - h_rejected)),   beta = 0.1
+
+    logp and ref_logp are (2B, T), chosen responses first; a ref_logp of zeros gives the form without a reference.
+    Keyword arguments and errors: preference_loss.
+    """
     return preference_loss("slic", logp, ref_logp, **options)
 
 
-def cdpo(logp, ref_logp, *, smoothing: float = 0.1, **options) -> PreferenceLoss:
-    """DPO whose pairs are wrong with probability `smoothing`, in [0, 0.5]. Arguments: preference_loss."""
+@short_form(preference_loss)
+def cdpo(
+    logp: TokenTensor, ref_logp: TokenTensor, *, smoothing: float = 0.1, **options: "Unpack[PreferenceOptions]"
+) -> PreferenceLoss:
+    """Conservative DPO, from E. Mitchell's note on DPO with noisy labels. With m = beta (h_chosen - h_rejected)
+
+        -(1 - smoothing) log σ(m) - smoothing log σ(-m),   beta = 0.1
+
+    smoothing, in [0, 0.5], is the probability that chosen and rejected are interchanged in the data. logp and ref_logp
+    are (2B, T), chosen responses first. Keyword arguments and errors: preference_loss.
+    """
     return preference_loss("cdpo", logp, ref_logp, smoothing=smoothing, **options)
 
 
-def robust(logp, ref_logp, *, smoothing: float = 0.1, **options) -> PreferenceLoss:
-    """DPO made unbiased under flips of probability `smoothing`, in [0, 0.5), arXiv:2403.00409. See preference_loss."""
+@short_form(preference_loss)
+def robust(
+    logp: TokenTensor, ref_logp: TokenTensor, *, smoothing: float = 0.1, **options: "Unpack[PreferenceOptions]"
+) -> PreferenceLoss:
+    """Robust DPO, arXiv:2403.00409: an unbiased estimate of DPO's loss. With m = beta (h_chosen - h_rejected)
+
+        (-(1 - smoothing) log σ(m) + smoothing log σ(-m)) / (1 - 2 smoothing),   beta = 0.1
+
+    smoothing, in [0, 0.5), is the probability that chosen and rejected are interchanged in the data. logp and ref_logp
+    are (2B, T), chosen responses first. Keyword arguments and errors: preference_loss.
+    """
     return preference_loss("robust", logp, ref_logp, smoothing=smoothing, **options)
 
 
-def cpo(logp, *, alpha: float = 1.0, **options) -> PreferenceLoss:
-    """-log σ(beta (logp_chosen - logp_rejected)) + alpha NLL, arXiv:2401.08417. Arguments: preference_loss."""
+@short_form(preference_loss, "nll_weight")
+def cpo(logp: TokenTensor, *, alpha: float = 1.0, **options: "Unpack[PreferenceOptions]") -> PreferenceLoss:
+    """Contrastive Preference Optimization, arXiv:2401.08417, which needs no reference model:
+
+        -log σ(beta (logp_chosen - logp_rejected)) + alpha NLL of the chosen tokens,   beta = 0.1
+
+    logp is (2B, T), chosen responses first. Keyword arguments and errors: preference_loss.
+    """
     return preference_loss("cpo", logp, nll_weight=alpha, **options)
 
 
-def orpo(logp, *, odds_weight: float = 0.1, **options) -> PreferenceLoss:
-    """NLL of the chosen - odds_weight log σ(log-odds_chosen - log-odds_rejected), arXiv:2403.07691. preference_loss."""
+@short_form(preference_loss, "scale")
+def orpo(logp: TokenTensor, *, odds_weight: float = 0.1, **options: "Unpack[PreferenceOptions]") -> PreferenceLoss:
+    """Odds Ratio Preference Optimization, arXiv:2403.07691, which needs no reference model:
+
+        NLL of the chosen responses - odds_weight log σ(log-odds_chosen - log-odds_rejected)
+
+    The log-odds are those of e^h, with h the mean logp of a response. logp is (2B, T), chosen responses first.
+    Keyword arguments and errors: preference_loss.
+    """
     return preference_loss("orpo", logp, scale=odds_weight, **options)

@@ -1,0 +1,67 @@
+"""Keyword arguments that the short forms (`dpo`, `kto`, ...) pass on to `preference_loss` and `pointwise_loss`.
+
+The typed dictionaries are for editors and type checkers, `short_form` is for `help` and `inspect.signature`. Adding an
+argument to a long form means adding its line here, too; `tests/test_house.py` compares the two.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import TypedDict, TypeVar
+
+from torch import Tensor
+
+from ..ops._layout import TokenTensor
+
+F = TypeVar("F", bound=Callable)
+
+
+class SequenceOptions(TypedDict, total=False):
+    """Arguments that losses of pairs and losses of single responses have in common."""
+
+    mask: TokenTensor | None  # as logp, bool: True for the tokens that count
+    cu_seqlens: Tensor | None  # (S + 1,) int32 or int64: where each sequence starts and ends in flat tokens
+    token_weight: TokenTensor | None  # as logp, float: weight of each token, 1 where not given
+    segment_ids: TokenTensor | None  # as logp, int: segment of each token, for average="segments"
+    average: bool | str | None  # False, "kept", "all" or "segments"; None: as the loss is defined
+    beta: float | None  # None: the default of the loss
+    shift: float | Tensor | None  # subtracted from the margin, outside beta
+    reduction: str  # "mean", "sum" or "none"; losses of single responses have "class_mean", too
+    denominator: float | Tensor | None  # divides the sum in place of the number of items
+    drop_empty: bool  # leave out items without a token
+
+
+class PreferenceOptions(SequenceOptions, total=False):
+    """Keyword arguments of `preference_loss`."""
+
+    scale: float | None  # multiplies phi
+    nll: str | None  # "sequence" or "token": how the NLL of the chosen responses is averaged
+    nll_weight: float | None  # weight of that NLL
+    nll_denominator: float | Tensor | None  # divides the sum of the NLL over tokens
+    divergence: str  # "reverse_kl", "forward_kl", "js" or "alpha"
+    alpha: float  # of the alpha-divergence
+    pair_weight: Tensor | None  # (P,) float: weight of each pair
+    pairs: str  # "halves" or "interleaved"
+
+
+class PointwiseOptions(SequenceOptions, total=False):
+    """Keyword arguments of `pointwise_loss` beside target."""
+
+    positive_weight: float  # multiplies losses of responses with target 1
+    other_weight: float  # multiplies losses of the other responses
+
+
+def short_form(of: Callable, *fixed: str) -> Callable[[F], F]:
+    """Decorator that shows the keyword arguments of the long form `of` in the signature of a short form.
+
+    The short form ends with **options and passes them on. `fixed` names the arguments that it sets itself.
+    """
+
+    def wrap(function: F) -> F:
+        shown = inspect.signature(function)
+        own = [p for p in shown.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        hidden = {p.name for p in own}.union(fixed)
+        passed = [p for p in inspect.signature(of).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        function.__signature__ = shown.replace(parameters=[*own, *(p for p in passed if p.name not in hidden)])
+        return function
+
+    return wrap

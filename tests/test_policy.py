@@ -905,6 +905,64 @@ def test_sampler_weights_far_out_and_their_bounds():
     )
 
 
+@pytest.mark.parametrize("layout", ["padded", "flat"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("gate", "mode", "low", "high"),
+    [
+        ("geometric", "sequence_mask", 0.9, 1.05),
+        ("geometric", "sequence_mask", 0.9, None),
+        ("binary_kl", "token_mask", None, 0.01),
+        ("binary_kl", "sequence_mask", None, 0.02),
+        ("tv", "token_mask", None, 0.06),
+        ("tv", "sequence_mask", None, 0.08),
+    ],
+)
+def test_gates_of_the_sampler_weight_by_hand(gate, mode, low, high, dtype, layout):
+    generator = torch.Generator().manual_seed(4)
+    old = -torch.rand(6, 5, generator=generator, dtype=F64) - 0.1
+    sampler = (
+        old + torch.randn(6, 5, generator=generator, dtype=F64) * torch.tensor([0.03, 0.5, 0.1, 1, 0.2, 0.3])[:, None]
+    )
+    mask = torch.rand(6, 5, generator=generator) < 0.8
+    mask[5] = False
+    old, sampler = old.to(dtype), sampler.clamp(max=-0.01).to(dtype)
+    a, b = old.double(), sampler.double()
+    p, q = b.exp(), a.exp()
+    each = {
+        "geometric": a - b,
+        "binary_kl": p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log(),
+        "tv": (p - q).abs(),
+    }
+    statistic = each[gate]
+    if mode == "sequence_mask":
+        mean = torch.where(mask, statistic, 0).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+        statistic = mean.expand(6, 5)
+    statistic = statistic.exp() if gate == "geometric" else statistic
+    inside = (statistic >= (0 if low is None else low)) & (statistic <= (9 if high is None else high))
+    expected = torch.where(mask & inside, (a - b).exp(), 0)
+    assert 0 < (expected[mask] == 0).sum() < mask.sum()  # the gate shuts and opens
+    old, sampler = (torch.where(mask, x, torch.nan) for x in (old, sampler))
+    options = dict(mode=mode, gate=gate, low=low, high=high)
+    if layout == "padded":
+        found = fk.sampler_weights(old, sampler, mask=mask, **options)
+    else:
+        cu = torch.cat([torch.zeros(1, dtype=torch.long), mask.sum(1).cumsum(0)])
+        found, expected = fk.sampler_weights(old[mask], sampler[mask], cu_seqlens=cu, **options), expected[mask]
+    assert_close(found, expected.to(found.dtype), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("gate", ["binary_kl", "tv", "geometric"])
+def test_gates_at_certain_tokens_and_missing_numbers(gate):
+    old, mask = torch.tensor([[0.0, -30.0, -1.0]]), torch.ones(1, 3, dtype=torch.bool)
+    options = dict(mode="sequence_mask", gate=gate, high=1.5, mask=mask)
+    same = fk.sampler_weights(old, old, **options)
+    assert_close(same, torch.ones(1, 3))
+    sampler = torch.tensor([[0.0, torch.nan, -1.0]])
+    assert fk.sampler_weights(old, sampler, **options).isnan().all()
+    assert_close(fk.sampler_weights(old, sampler, on_missing="one", **options), same)
+
+
 def test_the_sampler_weight_leaves_kl_and_entropy_alone():
     zero = torch.zeros(4, 6, dtype=F64)
     options = dict(ref_logp=E.ref, kl_coef=0.3, entropy=E.entropy, entropy_coef=0.1)
@@ -1012,6 +1070,22 @@ REFUSALS = {
         "reduction must be 'sequence_sum' for 'luspo'",
     ),
     "mode": (lambda: fk.sampler_weights(L, L, mode="token", high=2), ValueError, "mode must be one of"),
+    "gate": (lambda: fk.sampler_weights(L, L, mode="token_mask", high=2, gate="kl"), ValueError, "gate must be one of"),
+    "gate of a truncation": (
+        lambda: fk.sampler_weights(L, L, mode="token_truncate", high=2, gate="tv"),
+        ValueError,
+        "mode must be 'token_mask' or 'sequence_mask' with gate='tv'",
+    ),
+    "gate of a sequence": (
+        lambda: fk.sampler_weights(L, L, mode="token_mask", high=2, gate="geometric"),
+        ValueError,
+        "mode must be 'sequence_mask' with gate='geometric'",
+    ),
+    "gate from below": (
+        lambda: fk.sampler_weights(L, L, mode="token_mask", low=0.1, gate="binary_kl"),
+        ValueError,
+        "low must be None with gate='binary_kl'",
+    ),
     "no bound": (lambda: fk.sampler_weights(L, L, mode="token_truncate"), ValueError, "high must be given, or low"),
     "sampler bounds": (
         lambda: fk.sampler_weights(L, L, mode="token_mask", low=2.0, high=1.0),

@@ -82,6 +82,8 @@ MUTANTS = [
     Mutant("E kept under no_grad", OP, "keep = torch.is_grad_enabled() and any", "keep = any", LOGPROBS),
     Mutant("gradients of lse ignored", OP, "_coef(dlogp, dlse, dentropy, logp, entropy, m, l, label_slope)\n    needs", "_coef(dlogp, None, dentropy, logp, entropy, m, l, label_slope)\n    needs", LOGPROBS),
     Mutant("logits overwritten in backward", OP, "grad = logits if ctx.inplace else torch", "grad = logits if True else torch", LOGPROBS),
+    Mutant("a packed head for a head of another shape", "ops/_check.py", "isinstance(x, Tensor) and any(getattr", "False and any(getattr", LOGPROBS),
+    Mutant("the base weight of an adapter advised", "ops/_check.py", "merge the adapter, leave", "merge the adapter or pass its base weight, leave", LOGPROBS),
     Mutant("label check off", "ops/_check.py", "(flat < 0) | (flat >= vocab)", "flat > vocab", LOGPROBS),
     Mutant("autocast reaches the products", OP, "with torch.autocast(device, enabled=False):", "if True:", LOGPROBS),
     # the native row kernels
@@ -170,6 +172,7 @@ MUTANTS = [
     Mutant("C++: mean over masked tokens too", "csrc/cpu/segments.cpp", "total /= std::max<int64_t>(1, kept(segments, start, stop))", "total /= std::max<int64_t>(1, stop - start)", SEGMENTS),
     Mutant("C++: the rest of a segment lost", "csrc/cpu/segments.cpp", "total += chunk_sum(x + token, segments.mask ? segments.mask + token : nullptr, stop - token);", "", SEGMENTS),
     Mutant("C++: last token before the last", "csrc/cpu/segments.cpp", "int64_t i = stop - 1;", "int64_t i = stop - 2;", SEGMENTS),
+    Mutant("U+FFFD of the text for a part of a character", "feedback/spans.py", " and not spelled(first, t + 1)", "", CUTS),
     Mutant("span loses its last token", "feedback/spans.py", "(shared[0], shared[-1] + 1)", "(shared[0], shared[-1])", FEEDBACK),
     Mutant("span reaches the token behind it", "feedback/spans.py", "max(first, start) < min(stop, end)", "max(first, start) <= min(stop, end)", FEEDBACK),
     # segment rewards, groups, pivots

@@ -320,6 +320,20 @@ def test_generated_tokens_by_hand():
     assert fb.decode(tokenizer, [eos]) == ("", [(0, 0)]) and fb.decode(tokenizer, []) == ("", [])
 
 
+def test_a_replacement_character_of_the_text_is_a_whole_one():
+    """U+FFFD itself, beside the one that a decoder writes for a part of a character."""
+    tokenizer = TOKENIZERS["byte-level"]()
+    a, x, y, z, part = tokenizer.convert_tokens_to_ids(["a", "\u00ef", "\u00bf", "\u00bd", "\u00e6"])
+    bad = [x, y, z]
+    ranges = [(0, 1), (1, 2), (1, 2), (1, 2), (2, 3)]
+    assert fb.decode(tokenizer, [a, *bad, a]) == ("a\ufffda", ranges)
+    assert fb.decode(tokenizer, [*bad, *bad]) == ("\ufffd\ufffd", [(0, 1)] * 3 + [(1, 2)] * 3)
+    assert fb.decode(tokenizer, [*bad, part, a]) == ("\ufffd\ufffda", [(0, 1)] * 3 + [(1, 3)] * 2)
+    tokenizer.add_tokens(["\ufffd"])
+    one = tokenizer.convert_tokens_to_ids("\ufffd")
+    assert fb.decode(tokenizer, [a, one, a]) == ("a\ufffda", [(0, 1), (1, 2), (2, 3)])
+
+
 def test_from_text_to_token_rewards(tokenizer):
     """The last sentence's reward stands before the end-of-sequence token, the sequence's on it."""
     text = "One sentence here. And another!\nThe last"

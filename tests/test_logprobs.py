@@ -1025,8 +1025,22 @@ def test_a_lora_wrapped_head_is_named():
         pass
 
     LoraLinear.__module__ = "peft.tuners.lora.layer"
-    with pytest.raises(TypeError, match="merge the adapter or pass its base weight, got LoraLinear"):
+    advice = "merge the adapter, leave lm_head out of target_modules, or put it in modules_to_save, got LoraLinear"
+    with pytest.raises(TypeError, match=advice) as refusal:  # the base weight alone is another model's head
         call(weight=LoraLinear(8, 40))
+    assert "base weight" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("state", ["quant_state", "SCB"])
+def test_a_packed_head_is_called_packed_whatever_it_is_stored_as(state, storage):
+    packed = torch.zeros(320, dtype=torch.uint8).view(storage)[:, None]
+    setattr(packed, state, object())
+    with pytest.raises(TypeError, match=r"^weight must hold the head's values \(V, D\), not packed ones"):
+        call(weight=packed)
+    setattr(packed, state, None)  # unpacked again: the refusal is another one
+    with pytest.raises((TypeError, ValueError), match="must have (dtype|shape)"):
+        call(weight=packed)
 
 
 def test_int32_labels_and_a_sharded_head():

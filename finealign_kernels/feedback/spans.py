@@ -5,6 +5,9 @@ from typing import NamedTuple
 
 from .records import Response, Span
 
+# U+FFFD as a vocabulary writes it: the character, its UTF-8 bytes in the byte-level alphabet, and as fallback bytes
+REPLACEMENT = ("\ufffd", "\u00ef\u00bf\u00bd", "<0xEF><0xBF><0xBD>")
+
 
 class Encoded(NamedTuple):
     """A prompt and a response as tokens. input_ids[response_start + t] covers text[offsets[t][0]:offsets[t][1]]."""
@@ -51,8 +54,9 @@ def decode(tokenizer, ids: Sequence[int]) -> Decoded:
 
     A policy's tokens need not be those that the tokenizer would make of their text, so offsets from encoding the text
     anew may be other tokens'. Here the tokens are decoded as they come. Tokens that make up a character, or bytes that
-    are none, have the range of all that appears with the last of them. Special tokens stand for nothing. Segments are
-    to be found in this text; where the tokens hold broken characters tokenizer.decode may give another.
+    are none, have the range of all that appears with the last of them. A token that ends in the character U+FFFD itself
+    is whole. Special tokens stand for nothing. Segments are to be found in this text; where the tokens hold broken
+    characters tokenizer.decode may give another.
 
     tokenizer  of transformers
     ids        token ids of one response, without padding (or with: it is a special token)
@@ -61,12 +65,16 @@ def decode(tokenizer, ids: Sequence[int]) -> Decoded:
     def said(first: int, stop: int) -> str:
         return tokenizer.decode(ids[first:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    def spelled(first: int, stop: int) -> bool:
+        tokens = tokenizer.convert_ids_to_tokens(ids[first:stop])
+        return "".join(token or "" for token in tokens).endswith(REPLACEMENT)  # None: an id of no token
+
     ids, special = list(ids), set(tokenizer.all_special_ids)
     text, offsets = "", []
     lead = 0  # where the last tokens that said something start: a decoder may treat the first of a text in its own way
     for t in range(len(ids)):
         first, whole = len(offsets), said(lead, t + 1)
-        partial = whole.endswith("\ufffd") and ids[t] not in special
+        partial = whole.endswith("\ufffd") and ids[t] not in special and not spelled(first, t + 1)
         if partial and t + 1 < len(ids) and ids[t + 1] not in special:
             continue
         new = whole[len(said(lead, first)) :]

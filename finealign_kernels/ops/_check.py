@@ -8,6 +8,7 @@ from torch import Tensor
 from ..formulas.logprobs import BAD, SKIP
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PACKED = ("quant_state", "SCB")  # what a tensor of bitsandbytes, of 4 or 8 bits, is unpacked by
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 _words: dict[torch.device, Tensor] = {}  # error words of devices whose values are not read on the host: [rows, bound]
@@ -53,8 +54,11 @@ def check_one_of(name: str, value: object, known: tuple) -> None:
 def check_head(name: str, x: object) -> None:
     """The LM head as a plain, whole tensor."""
     if isinstance(x, torch.nn.Module):
-        hint = "; merge the adapter or pass its base weight" if "lora" in type(x).__module__.lower() else ""
+        advice = "; merge the adapter, leave lm_head out of target_modules, or put it in modules_to_save"
+        hint = advice if "lora" in type(x).__module__.lower() else ""
         fail(name, f"be the head's weight (V, D), not its module{hint}", type(x).__name__, TypeError)
+    if isinstance(x, Tensor) and any(getattr(x, state, None) is not None for state in PACKED):
+        fail(name, "hold the head's values (V, D), not packed ones: dequantize it", f"a packed {_kind(x)}", TypeError)
     check_tensor(name, x)
     if hasattr(x, "placements") and hasattr(x, "full_tensor"):
         fail(name, "be a whole tensor (gather it: full_tensor(grad_placements=[Partial('avg')]))", "a sharded DTensor")
@@ -110,6 +114,10 @@ def check_errors() -> None:
         if count:
             word.zero_()
             raise IndexError(f"{count} labels on {device} were outside [0, {vocab}); their rows are NaN")
+
+
+def _kind(x: Tensor) -> str:
+    return f"{type(x).__name__} {tuple(x.shape)} stored as {str(x.dtype).removeprefix('torch.')}"
 
 
 def _describe(x: object) -> str:

@@ -49,6 +49,8 @@ MUTANTS = [
     # names that can be found
     Mutant("short forms hide their arguments", "losses/options.py", "*(p for p in passed if p.name not in hidden)", "", HOUSE),
     Mutant("subpackages need an import", "__init__.py", 'name in ("feedback", "integrations")', "False", HOUSE),
+    Mutant("numbers that float32 does not hold", "ops/_check.py", "abs(value) > LARGEST", "abs(value) > 1e300", LOGPROBS),
+    Mutant("unequal pairs taken", "ops/_layout.py", "shapes[0][0] != shapes[1][0]", "False", "tests/test_layout.py"),
     # the mathematics of a row
     Mutant("sign of the label's gradient", FORMULA, "-g * torch.expm1(logp)", "g * torch.expm1(logp)", LOGPROBS),
     Mutant("label's gradient from p", FORMULA, "-g * torch.expm1(logp)", "g * (1 - logp.exp())", LOGPROBS),

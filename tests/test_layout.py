@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+import finealign_kernels as fk
 from finealign_kernels.ops._layout import check_cu_seqlens, flatten, flatten_like, unflatten
 
 
@@ -30,6 +31,26 @@ def test_a_pair_of_different_widths():
     again = unflatten(tokens.x, tokens.shapes)
     assert torch.equal(again[0], chosen) and torch.equal(again[1], rejected)
     assert torch.equal(flatten_like((chosen, rejected), tokens, "ref_logp"), tokens.x)
+
+
+UNEQUAL = torch.full((1, 3), -0.5), torch.full((3, 3), -0.25)  # one chosen response, three rejected
+TAKES_PAIRS = {
+    "preference": lambda pair: fk.dpo(pair, pair),
+    "without a reference": lambda pair: fk.simpo(pair),
+    "another divergence": lambda pair: fk.dpo(pair, pair, divergence="js"),
+    "segments": lambda pair: fk.dpo(pair, pair, average="segments", segment_ids=tuple(x.long() * 0 for x in pair)),
+    "nll": lambda pair: fk.nll_loss(pair),
+    "points": lambda pair: fk.unlikelihood(pair, torch.ones(4)),
+    "wpo_weights": lambda pair: fk.wpo_weights(pair, pair),
+    "ld_weights": lambda pair: fk.ld_weights(pair),
+    "adaptive_mask": lambda pair: fk.adaptive_mask(pair),
+}
+
+
+@pytest.mark.parametrize("name", TAKES_PAIRS)
+def test_a_pair_of_unequal_rows_is_refused(name):
+    with pytest.raises(ValueError, match="must be a pair with as many rows each, got 1 and 3 rows"):
+        TAKES_PAIRS[name](UNEQUAL)
 
 
 def test_gradients_come_back_in_shape():

@@ -1091,3 +1091,30 @@ def test_spans_cover_without_crossing(total, step, cut):
     found = _chunked.spans(total, step, cut)
     assert [i for a, b in found for i in range(a, b)] == list(range(total))
     assert all(b - a <= step and (b <= cut or a >= cut) for a, b in found)
+
+
+@pytest.mark.parametrize("from_logits", (False, True))
+@pytest.mark.parametrize(
+    "option",
+    ({"temperature": 1e-39}, {"softcap": 1e-39}, {"softcap": 1e39}, {"logit_scale": 1e39}, {"logit_scale": -1e39}),
+)
+def test_numbers_that_float32_does_not_hold_are_refused(option, from_logits):
+    hidden, weight, labels = torch.ones(2, 4), torch.ones(5, 4), torch.tensor([0, 1])
+    (name,) = option
+    with pytest.raises(ValueError, match=f"{name} must be a number that float32 holds"):
+        if from_logits:
+            fk.token_logprobs(hidden, labels, **option)
+        else:
+            fk.linear_logprobs(hidden, weight, labels, **option)
+
+
+@pytest.mark.parametrize("option", ("beta", "shift", "weight of a class"))
+def test_numbers_of_a_loss_that_float32_does_not_hold_are_refused(option):
+    logp = torch.full((2, 3), -0.5)
+    call = {
+        "beta": lambda: fk.dpo(logp, logp, beta=1e-39),
+        "shift": lambda: fk.dpo(logp, logp, shift=1e39),
+        "weight of a class": lambda: fk.kto(logp, logp, torch.ones(2), desirable_weight=1e39),
+    }[option]
+    with pytest.raises(ValueError, match="must be a number that float32 holds"):
+        call()

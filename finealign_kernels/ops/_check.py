@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..formulas.logprobs import BAD, SKIP
 
+LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny  # of the numbers that float32 holds
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PACKED = ("quant_state", "SCB")  # what a tensor of bitsandbytes, of 4 or 8 bits, is unpacked by
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -30,10 +31,20 @@ def check_tensor(name: str, x: object, *, dtypes=FLOATS, shape=None, like: Tenso
 
 
 def check_number(name: str, value: object, positive: bool = False, *, above=None, least=None, most=None) -> None:
-    """A finite number in a range: value > above (0 with positive), value >= least, value <= most."""
+    """A finite number in a range: value > above (0 with positive), value >= least, value <= most.
+
+    float32 must hold it too, since losses and logits are computed there: at most 3.4e38 in size, and at least 1.2e-38
+    where it must be positive, so that neither it nor its inverse overflows or vanishes.
+    """
     above = 0 if positive else above
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
     good = good and (above is None or value > above) and (least is None or value >= least)
+    if good and (abs(value) > LARGEST or (above == 0 and value < SMALLEST)):
+        fail(
+            name,
+            f"be a number that float32 holds, at most {LARGEST:.2g} and, if positive, at least {SMALLEST:.2g}",
+            value,
+        )
     if not good or (most is not None and value > most):
         bounds = [f"{word} {bound}" for word, bound in ((">", above), (">=", least), ("<=", most)) if bound is not None]
         fail(name, " ".join(["be a finite number", " and ".join(bounds)]).strip(), _describe(value))

@@ -70,6 +70,8 @@ def flatten(
     if len(parts) > 1 and parts[0].dtype != parts[1].dtype:
         fail(name, "be a pair of one dtype", f"{parts[0].dtype} and {parts[1].dtype}", TypeError)
     shapes = tuple(part.shape for part in parts)
+    if len(parts) > 1 and all(len(shape) == 2 for shape in shapes) and shapes[0][0] != shapes[1][0]:
+        fail(name, "be a pair with as many rows each", f"{shapes[0][0]} and {shapes[1][0]} rows")
     if cu_seqlens is None:
         if any(len(shape) != 2 for shape in shapes):
             fail(name, "be (B, T) where cu_seqlens is not given", " and ".join(str(tuple(s)) for s in shapes))

@@ -514,7 +514,8 @@ L = torch.zeros(2, 3)
 REFUSALS = {
     "name": (lambda: fk.preference_loss("dop", L, L), ValueError, "name must be a Row or one of .* got 'dop'"),
     "beta": (lambda: fk.dpo(L, L, beta=0.0), ValueError, "beta must be a finite number > 0, got 0.0"),
-    "tiny beta": (lambda: fk.ipo(L, L, beta=1e-200), ValueError, "beta must be large enough for .* got 1e-200"),
+    "tiny beta": (lambda: fk.ipo(L, L, beta=1e-30), ValueError, "beta must be large enough for .* got 1e-30"),
+    "vanishing beta": (lambda: fk.ipo(L, L, beta=1e-200), ValueError, "beta must be .* float32 holds.* got 1e-200"),
     "drop_empty": (lambda: fk.dpo(L, L, drop_empty="no"), ValueError, "drop_empty must be .* got 'no'"),
     "beta nan": (lambda: fk.dpo(L, L, beta=math.nan), ValueError, "beta must be .* got nan"),
     "shift": (lambda: fk.dpo(L, L, shift=math.inf), ValueError, "shift must be a finite number, got inf"),

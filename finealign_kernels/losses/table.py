@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..formulas import margin
-from ..ops._check import check_number, check_one_of, fail
+from ..ops._check import LARGEST, check_number, check_one_of, fail
 from ..ops.sequence_loss import CODES, missing
 
 Formula = Callable[..., tuple[Tensor, Tensor]]
@@ -275,11 +275,14 @@ def check_row(row: Row) -> None:
 
 
 def scale_of(row: Row, beta: float) -> float:
-    """What multiplies phi; a beta that is too small for it is refused."""
+    """What multiplies phi; a beta is refused that is so small that float32 does not hold the scale."""
     try:
-        return row.scale(beta)
+        scale = row.scale(beta)
     except (OverflowError, ZeroDivisionError):
+        scale = float("inf")
+    if not abs(scale) <= LARGEST:
         fail("beta", f"be large enough for the scale of {row.equation!r}", beta)
+    return scale
 
 
 def row_of(name: str | Row, hyper: dict) -> tuple[Row, dict]:

@@ -1,13 +1,27 @@
 """The `finealign` command. Frameworks are imported by the subcommand that needs them."""
 
 import argparse
+import os
 import sys
+
+from . import __version__
 
 
 def main(argv=None):
-    """Runs one subcommand. Exit status: 0, 1 where a check failed, 2 for what cannot be done as asked."""
+    """Runs one subcommand. Exit status: 0, 1 where a check failed or nobody reads on, 2 for what cannot be done."""
+    try:
+        status = _main(argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # "finealign doctor | head": the rest is not wanted, and Python's exit flushes once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _main(argv):
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="finealign", description="Fused kernels for fine-grained alignment losses.")
+    parser.add_argument("--version", action="version", version=f"finealign {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (help_line, add_options, _) in COMMANDS.items():
         command = commands.add_parser(name, help=help_line, description=help_line)

@@ -175,6 +175,7 @@ MUTANTS = [
     Mutant("C++: the rest of a segment lost", "csrc/cpu/segments.cpp", "total += chunk_sum(x + token, segments.mask ? segments.mask + token : nullptr, stop - token);", "", SEGMENTS),
     Mutant("C++: last token before the last", "csrc/cpu/segments.cpp", "int64_t i = stop - 1;", "int64_t i = stop - 2;", SEGMENTS),
     Mutant("U+FFFD of the text for a part of a character", "feedback/spans.py", " and not spelled(first, t + 1)", "", CUTS),
+    Mutant("a closed pipe is told by a traceback", "cli.py", "except BrokenPipeError:", "except ZeroDivisionError:", "tests/test_cli.py"),
     Mutant("span loses its last token", "feedback/spans.py", "(shared[0], shared[-1] + 1)", "(shared[0], shared[-1])", FEEDBACK),
     Mutant("span reaches the token behind it", "feedback/spans.py", "max(first, start) < min(stop, end)", "max(first, start) <= min(stop, end)", FEEDBACK),
     # segment rewards, groups, pivots

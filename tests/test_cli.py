@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -453,3 +454,25 @@ def test_doctor_goes_on_after_an_exception(capsys, monkeypatch):
     assert {check["backend"] for check in failed} == {"torch"}
     assert failed[0]["note"] == "ValueError: no such tile" and failed[0]["error"] == "inf"
     assert any(check["op"] == "nll" and check["passed"] for check in checks)
+
+
+# ---- the command itself --------------------------------------------------------------------------------------------
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out.split() == ["finealign", fk.__version__]
+
+
+@pytest.mark.parametrize("long", [False, True])  # the pipe is found closed at exit, or while there is more to print
+def test_a_closed_pipe_ends_quietly(long):
+    say = f"print('x' * {10**6 if long else 1}) or 0"
+    code = f"from finealign_kernels import cli; cli.COMMANDS = {{'say': ('', lambda p: None, lambda o: {say})}}; "
+    reader, writer = os.pipe()
+    os.close(reader)
+    run = subprocess.run(
+        [sys.executable, "-c", code + "raise SystemExit(cli.main(['say']))"], stdout=writer, stderr=subprocess.PIPE
+    )
+    os.close(writer)
+    assert (run.returncode, run.stderr) == (1, b"")

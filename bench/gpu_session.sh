@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
-# One call on a machine with a GPU: build, test, sweep, race, results. Smallest questions first, each step bounded, and
-# the whole call too (BUDGET seconds, 530 unless given), so that it ends before a lease of ten minutes does.
+# One call on a machine with a GPU: ceilings, races, a table of kernel times, a short sweep, tests. The numbers that
+# decide come first, each step is bounded and saves its JSON at once, and the whole call is bounded too (BUDGET seconds,
+# 560 unless given), so that it ends before ten minutes do. Nothing is downloaded: bench/gpu_pack.sh makes the wheels
+# beforehand, in the folder WHEELS (.whl). Without that folder the checkout is built (BUILD). Where the extension cannot
+# be imported the session goes on without it.
 #
 #   bash bench/gpu_session.sh                    again, to go on where a call was cut short; RETRY=1 repeats failures too
 #   OUT=results bash bench/gpu_session.sh        where results.json, session.log and state.tgz go (bench/results/new)
@@ -8,10 +11,10 @@
 #                                                unpack state.tgz there to go on with another machine
 #   DEVICE=cpu bash bench/gpu_session.sh         every step on the CPU, with small shapes: only the device differs
 #
-# Exit status: the number of steps that failed or that the budget left undone; 100 where nothing could be built.
+# Exit status: the number of steps that failed or that the budget left undone; 100 where nothing could be installed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-DEVICE=${DEVICE:-cuda} BUDGET=${BUDGET:-530} RETRY=${RETRY:-0}
+DEVICE=${DEVICE:-cuda} BUDGET=${BUDGET:-560} WHEELS=${WHEELS:-.whl} RETRY=${RETRY:-0}
 STATE=${STATE:-build/gpu_session} OUT=${OUT:-bench/results/new}
 mkdir -p "$STATE" "$OUT"
 open=0 # steps that failed or were left
@@ -19,7 +22,7 @@ open=0 # steps that failed or were left
 finish() {
   python3 bench/gather.py "$STATE" "$OUT/results.json" || true
   (cd "$STATE" && for log in *.log; do [ -e "$log" ] && echo "===== $log" && cat "$log"; done) >"$OUT/session.log"
-  tar -czf "$OUT/state.tgz" -C "$STATE" .
+  tar -czf "$OUT/state.tgz" -C "$STATE" --exclude=./site .
   echo "== $open steps open; $OUT: results.json, session.log, state.tgz"
 }
 trap finish EXIT
@@ -64,70 +67,71 @@ race() { # race NAME SECONDS ARGUMENTS...
   step "race_$name" "$limit" python3 bench/run.py "$@" --device "$DEVICE" --json "$STATE/race_$name.json"
 }
 
-export FINEALIGN_NATIVE=require FINEALIGN_REQUIRE_NATIVE=1 PYTHONUNBUFFERED=1
+export PYTHONUNBUFFERED=1 TORCHINDUCTOR_COMPILE_THREADS=1 # every test process would start a pool of its own
 if [ "$DEVICE" = cuda ]; then
+  models=models first=(--shape "Llama-3-8B") many=()
+  python3 -c 'import xdist' 2>/dev/null && many=(-n 8)
+  marked=(-m gpu)
+  (nvidia-smi --query-gpu=timestamp,clocks.sm,power.draw --format=csv,noheader -lms 500 >"$STATE/clocks.csv" 2>/dev/null) &
+  clocks=$!
+  trap 'kill $clocks 2>/dev/null; finish' EXIT
   arch=$(python3 -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') || exit 100
   case $arch in 90) arch=90a ;; 10?) arch=100f ;; esac
-  export FINEALIGN_ARCHS=$arch FINEALIGN_CUDA=require
-  models=models sweep=models-sweep tile=() first=(--shape "Llama-3-8B")
+  export FINEALIGN_ARCHS=$arch
 else
   export FINEALIGN_CUDA=off TRITON_INTERPRET=1
-  models=small sweep=small tile=(--rows 2 --columns 3001 --shape small) first=()
+  models=small first=() many=() marked=()
 fi
 
-BUILD=${BUILD:-python3 -m pip install --quiet --no-build-isolation --no-deps -e .}
-rm -f "$STATE/build.done" # another machine may have nothing; where nothing changed it takes a moment
-step build 150 $BUILD || exit 100
-step doctor 60 python3 -m finealign_kernels doctor
+rm -f "$STATE/install.done" # another machine may have nothing; where nothing changed it takes a moment
+if [ -z "${BUILD:-}" ] && ls "$WHEELS"/*.whl >/dev/null 2>&1; then
+  site=$(realpath "$STATE")/site
+  export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+  BUILD="python3 -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target $site $(echo "$WHEELS"/*.whl)"
+fi
+step install 90 ${BUILD:-python3 -m pip install --quiet --no-build-isolation --no-deps -e .} || exit 100
+# the checkout itself has no kernels: outside of it, so that what was installed is found
+if (cd / && python3 -c 'from finealign_kernels import _C') >"$STATE/native.log" 2>&1; then
+  export FINEALIGN_REQUIRE_NATIVE=1
+else
+  echo "== the extension cannot be imported, on without it: $(tail -n 1 "$STATE/native.log")"
+  export FINEALIGN_DISABLE_NATIVE=1
+fi
 
-tests() { # tests NAME SECONDS ARGUMENTS...: many at a time where pytest-xdist is there, as most of it is compiling
-  local name=$1 limit=$2 many=()
+tests() { # tests NAME SECONDS ARGUMENTS...
+  local name=$1 limit=$2
   shift 2
-  [ "$DEVICE" = cuda ] && python3 -c 'import xdist' 2>/dev/null && many=(-n 8)
   step "tests_$name" "$limit" python3 -m pytest -q "${many[@]}" "$@"
 }
 
-tests gpu 120 tests/test_gpu.py tests/test_segments.py -k "not past_two and not one_graph and not queued_times"
-tests head 150 tests/test_linear_logprobs_triton.py
-tests rows 120 tests/test_row_logprobs_triton.py
+bf16=(--dtype bfloat16 --size "$models" --no-memory)
+ceilings=(python3 bench/ceilings.py --device "$DEVICE")
+step ceilings 40 "${ceilings[@]}" --json "$STATE/ceilings.json"
+step doctor 40 bash -c "cd / && python3 -m finealign_kernels doctor"
+ours=(--rival trl --rival ours-default --rival ours-no-workspace --rival fused --rival fused-no-workspace)
+race head_dense 90 head "${bf16[@]}" "${first[@]}" --case dense --rival gemm3 --rival gemm4 "${ours[@]}"
+step profile 30 "${ceilings[@]}" --profile ours fused trl gemm3 --json "$STATE/profile.json"
+race head_kinds 60 head "${bf16[@]}" "${first[@]}" --case frozen --case pivots20 --case grpo30 --rival trl --rival fused
+race token_logprobs 40 token_logprobs "${bf16[@]}" "${first[@]}" --rival trl --rival copy
+batches=()
+[ "$DEVICE" = cuda ] && batches=(--shape "1024 of 4096" --shape "64 of 512" --shape "32 of 32768")
+race rest 40 rl sequence policy --size "$models" "${batches[@]}" --rounds 5 --no-memory
 
-race token_logprobs 60 token_logprobs --size "$models" --dtype bfloat16
-bf16=(--dtype bfloat16 --size "$models")
-race head_dense 120 head "${bf16[@]}" "${first[@]}" --case dense --case frozen
-sweep_of() { # sweep_of NAME SECONDS ARGUMENTS...
-  local name=$1 limit=$2
-  shift 2
-  step "sweep_$name" "$limit" python3 bench/sweep.py --dtype bfloat16 "${tile[@]}" "$@" --json "$STATE/sweep_$name.json"
-}
-sweep_of rows 90 --kernel row_fwd --kernel row_bwd
-sweep_of forward 150 --kernel head_fwd --kernel head_fwd_tma "${first[@]}"
-sweep_of backward 180 --kernel head_bwd --kernel head_dx --kernel head_dw --kernel head_capped "${first[@]}"
+launches=(--launch 128,256,64,8,3,32,8 --launch 128,256,64,8,4,32,8 --launch 128,256,64,8,3,32,16
+  --launch 128,256,64,8,3,64,8 --launch 128,128,64,8,4,32,8 --launch 256,128,64,8,3,32,8 --launch 128,128,64,4,3,16,8)
+size=("${first[@]}")
+[ "$DEVICE" = cuda ] || size=(--rows 2 --shape small) launches=(--launch 32,64,32,4,1,32,2 --launch 16,128,16,4,1,128,8)
+step sweep_forward 90 python3 bench/sweep.py --kernel head_fwd_tma --dtype bfloat16 "${size[@]}" "${launches[@]}" \
+  --json "$STATE/sweep_forward.json"
 
-race rest 90 $(python3 bench/run.py --list | grep -vxE 'head|loss|token_logprobs') --size "$models" --rounds 9
-race head_kinds 120 head "${bf16[@]}" "${first[@]}" --case prompt50 --case grpo30 --case pivots20
-race head_kinds_compact 120 head "${bf16[@]}" "${first[@]}" --case prompt50-compact --case grpo30-compact --case pivots20-compact
-step tests_large 120 python3 -m pytest -q tests/test_gpu.py -k "past_two or queued_times" # one at a time: 60 GiB, times
-tests compiled 180 tests/test_gpu.py -k one_graph
-tests ops 120 tests/test_logprobs.py tests/test_returns.py tests/test_sequence_loss.py tests/test_policy_loss.py
-if [ "$DEVICE" = cuda ]; then
-  race head_models 120 head "${bf16[@]}" --case dense --shape "SmolLM2-135M" --shape "Qwen2.5-7B" --shape "Gemma-2-2B"
-  sweep_of models 180 --kernel head_fwd --kernel head_fwd_tma --kernel head_bwd --kernel head_dx --kernel head_dw \
-    --kernel head_capped --shape "Gemma-2-2B" --shape "SmolLM2-135M"
-fi
-race loss 90 loss "${bf16[@]}"
-race head_sweep 180 head --dtype bfloat16 --size "$sweep" --case dense
-if [ "$DEVICE" = cuda ]; then
-  race head_long 150 head "${bf16[@]}" --shape "Llama-3-8B, long" --case dense --case grpo30 --case pivots20
-  race head_float32 120 head --dtype float32 --size "$models" "${first[@]}" --case dense
-fi
+tests gpu 120 tests/test_gpu.py "${marked[@]}" \
+  -k "nothing_waits or graph_replays or queued_on or agrees or bits_repeat"
+tests head 90 tests/test_linear_logprobs_triton.py -k "shipped_tiles or agrees_with_float64 or within_eagers"
+tests rows 60 tests/test_row_logprobs_triton.py
+step tests_large 90 python3 -m pytest -q tests/test_gpu.py "${marked[@]}" -k past_two # one at a time: 60 GiB
 if [ "$DEVICE" = cuda ] && command -v compute-sanitizer >/dev/null; then
   # an allocation each: inside of a cached block nothing is out of bounds
-  checked=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1)
-  step sanitizer 150 "${checked[@]}" python3 -m pytest -q tests/test_gpu.py -k "sanitizer and cuda"
-  step sanitizer_races 150 "${checked[@]}" --tool racecheck python3 -m pytest -q tests/test_gpu.py \
-    -k "sanitizer and cuda and (segment or scan or gae or advantages or dpo)"
+  step sanitizer 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 python3 -m pytest -q \
+    tests/test_gpu.py -k "sanitizer and cuda and (segment or gae or dpo or grpo or linear_logprobs)"
 fi
-step plots 60 bash -c "python3 bench/plots.py '$STATE'/race_*.json --out '$STATE/plots'"
-rm -f "$STATE"/best.* # of all sweeps until now
-step best 30 bash -c "python3 bench/sweep.py --best '$STATE'/sweep_*.json"
 exit "$open"

@@ -212,7 +212,8 @@ def products(n: int, shape: shapes.Head, dtype: torch.dtype, device: torch.devic
     def empty(*size, dtype=torch.float32):
         return torch.empty(size, dtype=dtype, device=device)
 
-    hidden, weight = normal(n, shape.D).to(dtype), (normal(shape.V, shape.D) * 2 * shape.D**-0.5).to(dtype)
+    hidden, weight = normal(n, shape.D).to(dtype), empty(shape.V, shape.D, dtype=dtype)
+    weight.normal_(generator=random).mul_(2 * shape.D**-0.5)  # in its own dtype: many processes make one at a time
     target = torch.randint(shape.V, (n,), generator=random, device=device)
     target[::2] %= columns  # half of the labels stand in the chunk
     lse, ones = torch.full((n,), torch.tensor(shape.V).log().item() + 2, device=device), torch.ones(n, device=device)
@@ -313,11 +314,9 @@ HEAD_LAUNCHES = (
     *((128, 256, 64, 8, 3, slice, group) for slice, group in ((16, 8), (64, 8), (32, 4), (32, 16))),
     *((128, 128, depth, 4, 3, 16, 8) for depth in (32, 64)),
 )
-BY_TMA_LAUNCHES = (  # and persistent ones whose loops are one, or whose warps are specialised: where they compile
-    *HEAD_LAUNCHES,
-    *((128, 256, 64, 8, stages, 32, 8, 1) for stages in (3, 4)),
-    *((128, 128, 64, 8, stages, 16, 8, 1, specialize) for stages, specialize in ((3, 0), (4, 0), (3, 1))),
-    (128, 256, 64, 4, 3, 256, 8, 0, 1),
+BY_TMA_LAUNCHES = (  # and persistent ones whose loops are one. Under Triton 3.6 that spills in the loop at 128 x 256,
+    *HEAD_LAUNCHES,  # and specialised warps are the same code (8 warps) or spill (4 warps): neither is swept
+    *((128, 128, 64, 8, stages, 16, 8, 1) for stages in (3, 4)),
 )
 PRODUCT_LAUNCHES = tuple(dict.fromkeys((m, n, k, w, s, 32, g) for m, n, k, w, s, _, g in HEAD_LAUNCHES))
 
@@ -427,14 +426,15 @@ def machine(x: Tensor) -> dict[str, str | None]:
     return {"gpu": gpu, "arch": _choose.arch(x), "triton": triton.__version__}
 
 
+AHEAD_PROCESSES = 6  # each holds a head of its own: more than these pass the memory of an 80 GB GPU
 AHEAD_ROWS = 64  # as divisible as any number of rows that is timed: the same code is compiled
 
 
-def compiled_ahead(name: str, size, dtype: str, t) -> dict:
+def compiled_ahead(name: str, size, dtype: str, t, only: tuple | None = None) -> dict:
     """Launches that did not compile or answer in a process of their own, and why. The others are in Triton's cache."""
     kernel = KERNELS[name]
     here = f"--{'columns' if kernel.sample is tile else 'shape'}={size}"
-    launches = tuple(filter(None, dict.fromkeys((kernel.shipped(t), *kernel.launches))))
+    launches = only or tuple(filter(None, dict.fromkeys((kernel.shipped(t), *kernel.launches))))
 
     def reason(launch) -> str | None:
         command = [sys.executable, __file__, f"--kernel={name}", f"--dtype={dtype}", here, f"--rows={AHEAD_ROWS}"]
@@ -445,7 +445,7 @@ def compiled_ahead(name: str, size, dtype: str, t) -> dict:
             return "more than 90 s to compile and answer"
         return None if done.returncode == 0 else (done.stdout + done.stderr).strip().rpartition("\n")[2]
 
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 2)) as pool:
+    with ThreadPoolExecutor(max(1, min(AHEAD_PROCESSES, (os.cpu_count() or 1) - 2))) as pool:
         reasons = dict(zip(launches, pool.map(reason, launches), strict=True))
     return {launch: why for launch, why in reasons.items() if why}
 
@@ -506,7 +506,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shape", choices=SHAPES, action="append", help="of a head kernel's products")
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--launch", help="only this one, its numbers with commas between")
+    parser.add_argument(
+        "--launch", action="append", help="only this one, commas between its numbers; may be given again"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--best", type=Path, nargs="+", metavar="FILE", help="of these results, nothing is run")
     args = parser.parse_args(argv)
@@ -514,7 +516,8 @@ def main(argv: list[str] | None = None) -> int:
         print(best([row for file in args.best for row in json.loads(file.read_text())]))
         return 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    only = args.launch and (tuple(map(int, args.launch.split(","))),)
+    only = args.launch and tuple(tuple(map(int, launch.split(","))) for launch in args.launch)
+    alone = bool(only) and len(only) == 1  # in a process of its own
     results, broken, refused = [], False, {}
     for make, dtype in itertools.product((tile, products), args.dtype or DTYPES):
         chosen = [name for name in args.kernel or KERNELS if KERNELS[name].sample is make]
@@ -522,11 +525,11 @@ def main(argv: list[str] | None = None) -> int:
         for size in sizes if chosen else ():
             t = make(args.rows, SHAPES.get(size, size), DTYPES[dtype], device)
             for name in chosen:
-                if device.type == "cuda" and not only and (name, dtype) not in refused:  # all sizes take the same code
-                    refused[name, dtype] = compiled_ahead(name, size, dtype, t)
+                if device.type == "cuda" and not alone and (name, dtype) not in refused:  # all sizes: same code
+                    refused[name, dtype] = compiled_ahead(name, size, dtype, t, only)
                 found = sweep(name, t, args.rounds, only, refused.get((name, dtype)))
                 print(table(found), flush=True)
-                broken |= any("failed" in row and (row["shipped"] or only) for row in found)
+                broken |= any("failed" in row and (row["shipped"] or alone) for row in found)
                 results += found
                 if args.json:
                     args.json.write_text(json.dumps(results, indent=1) + "\n")

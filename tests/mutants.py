@@ -168,6 +168,7 @@ MUTANTS = [
     Mutant("KL by the kept tokens", "losses/policy.py", "kl_coef * (share * push)", "kl_coef * (kept * push)", POLICY),
     Mutant("upstream of a policy loss lost", REDUCE, "torch.where(d != 0, d * upstream, 0)", "torch.where(d != 0, d, 0)", POLICY),
     Mutant("the trainer's NaN hidden", "losses/sampler.py", "sampler.isnan() & ~old.isnan()", "sampler.isnan()", POLICY),
+    Mutant("a module by the package's own name", "ops/_choose.py", '"..kernels.linear_logprobs", __package__', '"finealign_kernels.kernels.linear_logprobs"', HOUSE),
     Mutant("a gate over masked tokens", "losses/sampler.py", "segment_mean(each, tokens.cu_seqlens, mask=tokens.mask)", "segment_mean(each, tokens.cu_seqlens)", POLICY),
     Mutant("binary KL the other way round", "losses/sampler.py", "for logp in (sampler, old))", "for logp in (old, sampler))", POLICY),
     # segments and spans

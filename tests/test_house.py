@@ -1,8 +1,10 @@
 """The house's rules: imports point one way, importing has no effects, versions are pinned, what is missing is said."""
 
 import ast
+import importlib.util
 import inspect
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +49,8 @@ def imported(name, path):
             yield stem
             yield from (f"{stem}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
-            yield from (arg.value for arg in node.args if isinstance(arg, ast.Constant))
+            given = (arg.value for arg in node.args if isinstance(arg, ast.Constant))
+            yield from (importlib.util.resolve_name(module, ".".join(package)) for module in given)
 
 
 def violations(pairs):
@@ -135,6 +138,42 @@ def test_a_pure_python_install_works_and_says_what_is_missing():
     found = run(WITHOUT, FINEALIGN_DISABLE_NATIVE="1", FINEALIGN_REQUIRE_NATIVE="")
     assert found.returncode == 0, found.stderr
     assert found.stdout.split() == ["torch", "|", "FINEALIGN_DISABLE_NATIVE", "is", "set"]
+
+
+COPIED = """
+import importlib.util, sys
+sys.modules["finealign_kernels"] = None  # importing it fails
+sys.path.insert(0, sys.argv[1])
+import torch, another_name as fk
+from another_name.ops import _choose, _native
+for backend in ("auto", "torch"):
+    h, w = torch.randn(5, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+    out = fk.linear_logprobs(h, w, torch.arange(5), outputs=("entropy",), backend=backend)
+    torch.testing.assert_close(out.logp, (h @ w.T).log_softmax(1)[range(5), range(5)])
+    fk.simpo(out.logp[:4].view(2, 2)).loss.backward()
+    assert h.grad.isfinite().all() and w.grad.any()
+modules = [_choose.rows(name) for name in ("torch", "native")]
+modules += [_choose.layer(name) for name in ("torch", _choose.FUSED)]
+if importlib.util.find_spec("triton"):
+    modules += [_choose.fused(), _choose.rows("triton")]
+assert all(module.__name__.startswith("another_name.") for module in modules), modules
+print(_native.reason)
+"""
+
+
+def test_a_copy_under_another_name_works_by_itself(tmp_path):
+    copy = tmp_path / "another_name"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "kernels/triton", copy / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    found = subprocess.run(
+        [sys.executable, "-c", COPIED, tmp_path],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert found.returncode == 0, found.stderr
+    if any(PACKAGE.glob("_C*.so")):
+        assert found.stdout.strip() == "None"  # its own extension is used
 
 
 def test_the_formulas_import_without_triton_and_without_the_extension():

@@ -963,6 +963,15 @@ def test_gates_at_certain_tokens_and_missing_numbers(gate):
     assert_close(fk.sampler_weights(old, sampler, on_missing="one", **options), same)
 
 
+@pytest.mark.parametrize(("gate", "bound"), [("binary_kl", 0.3), ("tv", 0.3), ("geometric", 2.0)])
+def test_a_gate_takes_the_mean_over_the_tokens_of_the_mask(gate, bound):
+    old, sampler = torch.tensor([[-0.1, -0.5, -0.5]]), torch.tensor([[-1.0, -0.5, -0.5]])  # tv 0.54, KL 0.46, ratio 2.5
+    mask = torch.tensor([[True, False, False]])
+    options = dict(mode="sequence_mask", gate=gate, high=bound)
+    assert fk.sampler_weights(old, sampler, mask=mask, **options)[0, 0] == 0
+    assert fk.sampler_weights(old, sampler, mask=mask | True, **options)[0, 0] > 2
+
+
 def test_the_sampler_weight_leaves_kl_and_entropy_alone():
     zero = torch.zeros(4, 6, dtype=F64)
     options = dict(ref_logp=E.ref, kl_coef=0.3, entropy=E.entropy, entropy_coef=0.1)

@@ -121,12 +121,12 @@ def choose_head(backend: str, x: torch.Tensor, batch_invariant: bool) -> str:
 
 def layer(name: str):
     """The module that runs a backend of linear_logprobs: fwd and bwd."""
-    return importlib.import_module(f"finealign_kernels.ops.{'_fused' if name == FUSED else '_chunked'}")
+    return importlib.import_module(f".{'_fused' if name == FUSED else '_chunked'}", __package__)
 
 
 def fused():
     """The kernels of the fused layer."""
-    return importlib.import_module("finealign_kernels.kernels.linear_logprobs")
+    return importlib.import_module("..kernels.linear_logprobs", __package__)
 
 
 def choose(backend: str, x: torch.Tensor) -> str:
@@ -136,5 +136,5 @@ def choose(backend: str, x: torch.Tensor) -> str:
 def rows(name: str):
     """The module of a row backend: tile_fwd, tile_bwd, combine, and the TILE and SPAN of logits that exist."""
     if name == "triton":
-        return importlib.import_module("finealign_kernels.kernels.row_logprobs")
-    return importlib.import_module(f"finealign_kernels.ops._rows_{name}")
+        return importlib.import_module("..kernels.row_logprobs", __package__)
+    return importlib.import_module(f"._rows_{name}", __package__)

@@ -11,7 +11,7 @@ if os.environ.get("FINEALIGN_DISABLE_NATIVE"):
     reason = "FINEALIGN_DISABLE_NATIVE is set"
 else:
     try:  # not "from .. import _C": that would take any attribute of that name
-        importlib.import_module("finealign_kernels._C")
+        importlib.import_module(".._C", __package__)
     except ImportError as error:
         reason = f"the extension is not built or does not load ({error})"
 

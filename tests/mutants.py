@@ -30,6 +30,7 @@ TRL, SEQUENCE, POLICY, VALUE = (
     "tests/test_value.py",
 )
 FUSED_POLICY = "tests/test_policy_loss.py"
+SILENT = "tests/test_silent_faults.py"
 DIVERGENCE, RETURNS, SCAN = "tests/test_divergence.py", "tests/test_returns.py", "tests/test_scan.py"
 ADVANTAGES, HEAD = "tests/test_advantages.py", "tests/test_linear_logprobs_triton.py"
 HOUSE = "tests/test_house.py"
@@ -152,17 +153,21 @@ MUTANTS = [
     Mutant("C++: 0 / 0 of an empty sequence", "csrc/cpu/sequence_loss.cpp", "weight[i] = weight[i] == 0 ? 1 : weight[i];", "", SEQUENCE),
     Mutant("C++: a short sequence's slope one token on", "csrc/cpu/sequence_loss.cpp", "value[token - first] = *each", "value[token - first] = each[token > first]", SEQUENCE),
     Mutant("C++: three lanes of four", "csrc/cpu/sequence_loss.cpp", "if (n <= 4) return sum_of_few<4>(n, add);", "if (n <= 4) return sum_of_few<4>(std::min<int64_t>(n, 3), add);", SEQUENCE),
-    Mutant("the gradient of a batch's loss not divided", "ops/sequence_loss.py", "(each / denominator).to(", "each.to(", SEQUENCE),
+    Mutant("the gradient of a batch's loss not divided", "ops/sequence_loss.py", "over_count(each, denominator).to(", "each.to(", SEQUENCE),
     Mutant("an NLL over all tokens", "losses/nll.py", 'token_weight if average == "kept" else None', "None", LOSSES),
     Mutant("a NaN label is a negative", "losses/pointwise.py", "torch.where(positive, 1.0, 0 * target - 1)", "torch.where(positive, 1.0, -1.0)", POINTWISE),
     Mutant("a tangent of 0", "ops/_layout.py", "        refuse_transforms(name, part)\n", "", LOSSES),
     Mutant("a wrong slope of one's own", "losses/table.py", "wrong.any()", "wrong.all()", LOSSES),
     Mutant("a NaN offset", PREFERENCE, "not least >= row.least_shift", "least < row.least_shift", LOSSES),
+    # what gave a wrong number without an error
+    Mutant("a count of 0 divides", "ops/sequence_loss.py", "torch.where(none, 0, total) / torch.where(none, 1, count)", "total / count", SILENT),
+    Mutant("a weight of 0 multiplies a NaN", "losses/pointwise.py", "losses = weigh(torch.full_like(losses, other_weight).masked_fill(positive, positive_weight), losses)", "losses = torch.full_like(losses, other_weight).masked_fill(positive, positive_weight) * losses", SILENT),
+    Mutant("class weights in the default dtype", "losses/pointwise.py", "torch.full_like(losses, other_weight).masked_fill(positive, positive_weight)", "torch.where(positive, positive_weight, other_weight).to(losses.dtype)", SILENT),
     # policy losses
     Mutant("gradient beyond the clamp", "formulas/surrogate.py", "(held > free) | is_beyond(log_ratio)", "held > free", POLICY),
     Mutant("dual clip on both sides", "formulas/surrogate.py", "flat | ((advantage < 0) & (ratio > dual))", "flat | (ratio > dual)", POLICY),
     Mutant("no half in the value loss", "formulas/surrogate.py", "torch.maximum(free, held) / 2", "torch.maximum(free, held)", VALUE),
-    Mutant("what a clamp holds moves", "formulas/divergence.py", "moving = torch.where(is_beyond(d), value, d)", "moving = d", DIVERGENCE),
+    Mutant("what a clamp holds moves", "formulas/divergence.py", "held = (is_beyond(d) | is_beyond(log_ratio))", "held = is_beyond(log_ratio)", DIVERGENCE),
     Mutant("a product's gradient of one token", "losses/policy.py", "slope = slope * _lengths(tokens)", "slope = slope * 1", POLICY),
     Mutant("an advantage of 0 hides a NaN", "losses/policy.py", "none = (advantage == 0) & (log_ratio == log_ratio)", "none = advantage == 0", POLICY),
     Mutant("KL by the kept tokens", "losses/policy.py", "kl_coef * (share * push)", "kl_coef * (kept * push)", POLICY),

@@ -7,7 +7,8 @@
     k3_k2grad   that of k3     d                 ∇ KL(π‖ref)
     k3_is       ρ · k3         ρ d               ∇ KL(π‖ref), also over tokens of the old policy; ρ = π / old
 
-k3's d and ρ's log-ratio are clamped to ±20; where a clamp acts, what it bounds is a constant. Elementwise, nats.
+k3's d and ρ's log-ratio are clamped to ±20; where a clamp acts, the value is that at the bound and the slope is 0: of
+k3_is where either clamp acts. Elementwise, nats.
 Source: J. Schulman's note on approximating KL (values); DeepSeek-V3.2's report (k3_is).
 """
 
@@ -36,7 +37,10 @@ def k3_k2grad(d: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def k3_is(d: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """log_ratio = logp - old_logp. Inside both clamps the slope ρ (k3 + 1 - e^-d) is ρ d, which keeps its digits."""
-    ratio, (value, slope) = bounded_ratio(log_ratio), k3(d)
-    moving = torch.where(is_beyond(d), value, d)
-    return ratio * value, ratio * torch.where(is_beyond(log_ratio), slope, moving)
+    """log_ratio = logp - old_logp. Inside both clamps the slope ρ (k3 + 1 - e^-d) is ρ d; beyond either it is 0.
+
+    Beyond d = -20 the slope of ρ alone, ρ k3, would push the token away from the reference, with e^20.
+    """
+    ratio = bounded_ratio(log_ratio)
+    held = (is_beyond(d) | is_beyond(log_ratio)) & (d == d)  # a NaN goes through
+    return ratio * k3(d)[0], ratio * torch.where(held, 0, d)

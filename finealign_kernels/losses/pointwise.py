@@ -11,7 +11,7 @@ from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like
 from ..ops.sequence_loss import batch_loss, sequence_loss
 from .options import short_form
 from .preference import FromScores, check_options, check_reference, flat_shift, response_scores, score_loss
-from .reduce import REDUCTIONS, has_tokens, plain_denominator, reduce, sequence_scores, sequence_weights
+from .reduce import REDUCTIONS, has_tokens, plain_denominator, reduce, sequence_scores, sequence_weights, weigh
 from .table import PREFERENCE, Row, fused_functions, is_fused, row_of, scale_of, told
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ def pointwise_loss(
     target        (S,) bool or float: 1 for a response to be reinforced. Rows with a soft label take any number in
                   [0, 1], those that regress on it any number; to the others whatever is not exactly 1 is a negative
     shift         subtracted outside beta: beta z₀ for KTO, -c for point-wise DPO. A number or a tensor, () or (S,)
-    positive_weight, other_weight  multiply the losses of responses with target 1 and of the others (KTO's λ)
+    positive_weight, other_weight  multiply the losses of responses with target 1 and of the others (KTO's λ);
+                  0 leaves them out, even where they are NaN
     reduction     "mean" over responses, "sum", "none", or "class_mean": the mean over responses with target 1 plus the
                   mean over the others, 0 for a class that is absent
     denominator   divides the sum instead; with "class_mean" a tensor (2,), the numbers of positives and of others
@@ -86,7 +87,7 @@ def pointwise_loss(
     else:
         losses, score = _composed(name, row, tokens, ref_logp, target, segment_ids=segment_ids, **options)
     if weighted:
-        losses = torch.where(positive, positive_weight, other_weight).to(losses.dtype) * losses
+        losses = weigh(torch.full_like(losses, other_weight).masked_fill(positive, positive_weight), losses)
     counted = has_tokens(tokens) if drop_empty else None
     if reduction == "class_mean":
         loss = _class_mean(losses, positive, counted, denominator)

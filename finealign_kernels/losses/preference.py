@@ -16,7 +16,7 @@ from ..ops._check import check_number, check_one_of, check_tensor, fail
 from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like
 from ..ops._once import once
 from ..ops.segments import segment_sum
-from ..ops.sequence_loss import batch_loss, sequence_loss
+from ..ops.sequence_loss import batch_loss, over_count, sequence_loss
 from .options import short_form
 from .reduce import (
     check_average,
@@ -26,6 +26,7 @@ from .reduce import (
     reduce,
     sequence_scores,
     sequence_weights,
+    weigh,
 )
 from .table import PREFERENCE, Hyper, Row, fused_functions, is_fused, row_of, scale_of, score_transform, told
 
@@ -159,7 +160,7 @@ def preference_loss(
     nll_denominator  a number or tensor to divide the sum over tokens by instead (a global count)
     divergence    from the reference, for losses of the difference of two log-ratios: h becomes g(h), after its average:
                   "reverse_kl" h, "forward_kl" 1 - e^-h, "js" log 2 + log σ(h), "alpha" (e^((α-1)h) - 1) / (α-1)
-    pair_weight   (P,) float, multiplies the loss of each pair (WPO: wpo_weights); a constant
+    pair_weight   (P,) float, multiplies the loss of each pair (WPO: wpo_weights); a constant. 0 leaves a NaN out
     pairs         "halves": all chosen, then all rejected; "interleaved": chosen, rejected, chosen, ...
     reduction     "mean" over pairs, "sum" or "none" (the NLL over tokens then comes as shares that add up to it);
                   denominator: a number or tensor to divide the sum over pairs by instead
@@ -222,7 +223,7 @@ def preference_loss(
         losses = _losses_of_scores(name, row, score, tokens, ref_logp, weight, pairs, options)
     if pair_weight is not None:
         check_tensor("pair_weight", pair_weight, shape=losses.shape, like=losses)
-        losses = pair_weight.detach().to(losses.dtype) * losses
+        losses = weigh(pair_weight.detach().to(losses.dtype), losses)
     if loss is None:
         loss = reduce(losses, reduction, denominator, counted)
     if nll_weight:
@@ -357,7 +358,7 @@ def _chosen_nll(tokens: Tokens, token_weight, weight, average, nll: str, pairs: 
         total = _halves(segment_sum(counts, tokens.cu_seqlens, mask=tokens.mask), pairs).chunk(2)[0].sum()
         denominator = torch.where(total == 0, 1, total)
     chosen = _halves(sequence_scores(tokens.x, own, tokens), pairs).chunk(2)[0]
-    return -chosen / check_denominator(denominator, "nll_denominator")
+    return over_count(-chosen, check_denominator(denominator, "nll_denominator"))
 
 
 def _halves(score: Tensor, pairs: str) -> Tensor:

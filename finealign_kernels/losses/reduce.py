@@ -8,6 +8,7 @@ from ..ops._check import check_one_of, check_tensor, fail, reads_values
 from ..ops._layout import Tokens, flatten_like
 from ..ops._once import once
 from ..ops.segments import segment_broadcast, segment_sum
+from ..ops.sequence_loss import over_count
 
 AVERAGES = (False, "kept", "all", "segments")
 REDUCTIONS = ("mean", "sum", "none")
@@ -76,7 +77,8 @@ def has_tokens(tokens: Tokens) -> Tensor:
 def reduce(items: Tensor, reduction: str, denominator, counted: Tensor | None = None) -> Tensor:
     """Batch loss of items (S,): "mean", "sum" or "none"; a denominator divides the sum in place of the number of items.
 
-    counted (S,) bool leaves items out of numerator and denominator. No item at all gives 0, connected to the graph.
+    counted (S,) bool leaves items out of numerator and denominator. No item at all, and a denominator that is a tensor
+    of 0 (the whole step has none), give 0, connected to the graph.
     """
     if reduction not in REDUCTIONS:
         fail("reduction", f"be one of {REDUCTIONS}", repr(reduction))
@@ -88,7 +90,7 @@ def reduce(items: Tensor, reduction: str, denominator, counted: Tensor | None = 
         return items
     total = items.sum()
     if denominator is not None:
-        return total / check_denominator(denominator)
+        return over_count(total, check_denominator(denominator))
     if reduction == "sum":
         return total
     return total / (counted.sum().clamp(min=1) if counted is not None else max(1, items.numel()))
@@ -144,14 +146,17 @@ def token_shares(
     if reduction == "constant":
         return _one_over(rows * check_denominator(max_length, "max_length"), tokens)
     lengths = one_for_none(segment_sum(weight, tokens.cu_seqlens))
-    return segment_broadcast(1 / (rows * lengths), tokens.cu_seqlens, total=tokens.x.shape[0], mask=tokens.mask)
+    each = rows * lengths
+    each = torch.where(each == 0, 0, 1 / each)  # a whole step of none
+    return segment_broadcast(each, tokens.cu_seqlens, total=tokens.x.shape[0], mask=tokens.mask)
 
 
 def _one_over(total, tokens: Tokens) -> Tensor:
     """(N,): 1 / total where the mask is true, 0 elsewhere, even if total is NaN."""
     dtype = wide_of(tokens)
     if isinstance(total, Tensor):
-        share = 1 / total.to(dtype)
+        total = total.to(dtype)
+        share = torch.where(total == 0, 0, 1 / total)  # a whole step of none
     else:
         share = torch.full((), 1 / total, dtype=dtype, device=tokens.x.device)
     return share.expand(tokens.x.shape) if tokens.mask is None else torch.where(tokens.mask, share, 0)
@@ -162,7 +167,7 @@ def one_for_none(total: Tensor) -> Tensor:
 
 
 def check_denominator(denominator, name: str = "denominator"):
-    """A number > 0, or a tensor with one element (a global count, say), which is not read on the host."""
+    """A number > 0, or a tensor with one element (a global count, say; 0 gives a loss of 0), not read on the host."""
     if isinstance(denominator, Tensor):
         if denominator.numel() != 1:
             fail(name, "hold one number", f"shape {tuple(denominator.shape)}")

@@ -197,7 +197,8 @@ def _dense(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _number(value: float | Tensor | None, device: torch.device) -> tuple[float, Tensor | None]:
     """A number for the kernels, 0 for none; or a tensor that holds it, which is not read here."""
     if isinstance(value, Tensor):
-        return 0.0, value.detach().to(device=device, dtype=torch.float64)
+        value = value.detach().to(device=device, dtype=torch.float64)
+        return 0.0, torch.where(value == 0, torch.inf, value)  # a whole step of none: shares of 0
     return float(value or 0), None
 
 

@@ -76,6 +76,14 @@ class BatchLoss(NamedTuple):
     slope: Tensor
 
 
+def over_count(total: Tensor, count: float | Tensor) -> Tensor:
+    """total / count; where the count is a tensor of 0 (nothing in the whole step), 0 with a gradient of 0."""
+    if not isinstance(count, Tensor):
+        return total / count
+    none = count == 0
+    return torch.where(none, 0, total) / torch.where(none, 1, count)
+
+
 def missing(phi: Callable, device: torch.device) -> str | None:
     """Why sequence_loss cannot run phi on a device; None where it can."""
     if phi not in CODES:
@@ -128,7 +136,7 @@ def batch_loss(
 ) -> BatchLoss:
     """Σ losses / denominator of `sequence_loss`, with the same options: one autograd node instead of three.
 
-    denominator   a number, or a tensor (); constant
+    denominator   a number, or a tensor (); constant. A tensor of 0 gives 0, with a gradient of 0
     """
     return BatchLoss(*_losses(tokens, ref_logp, denominator, **options))
 
@@ -184,7 +192,7 @@ def _losses(
         divisor = divisor if average else None
         carried = _FromTokens.apply(x, losses, slope, divisor, mask, weight, ends, PAIRS[pairs], denominator)
     else:
-        carried = losses if denominator is None else losses.sum() / denominator
+        carried = losses if denominator is None else over_count(losses.sum(), denominator)
     return (carried, score, slope) if denominator is None else (carried, losses, score, slope)
 
 
@@ -196,14 +204,14 @@ class _FromTokens(torch.autograd.Function):
         ctx.pairs, ctx.size, ctx.dtype, ctx.items = pairs, x.shape[-1], x.dtype, losses.shape[0]
         ctx.number, tensor = (None, denominator) if isinstance(denominator, Tensor) else (denominator, None)
         ctx.save_for_backward(x, tensor, slope, divisor, mask, weight, ends)  # x is not read
-        return losses.clone() if denominator is None else losses.sum() / denominator
+        return losses.clone() if denominator is None else over_count(losses.sum(), denominator)
 
     @staticmethod
     def backward(ctx, upstream):
         x, tensor, slope, *given = ctx.saved_tensors
         each, denominator = upstream.detach(), ctx.number if tensor is None else tensor
         if denominator is not None:
-            each = (each / denominator).to(slope.dtype).expand(ctx.items)
+            each = over_count(each, denominator).to(slope.dtype).expand(ctx.items)
         dlogp = backward(each, slope, *given, ctx.pairs, ctx.size, ctx.dtype)
         (dlogp,) = once("sequence_loss", (dlogp,), (x, upstream), instead="use torch's own arithmetic")
         return dlogp, None, None, None, None, None, None, None, None

@@ -228,7 +228,8 @@ FINEALIGN_FORMULA Item divergence_of(Estimator estimator, double d, double log_r
   const double near = near_of(d), less = expm1_of(-near), value = less + near, slope = is_beyond(d) ? 0 : -less;
   if (estimator == Estimator::k3) return {value, slope};
   if (estimator == Estimator::k3_k2grad) return {value, is_beyond(d) ? 0 : d};
-  return {ratio * value, ratio * (is_beyond(log_ratio) ? slope : is_beyond(d) ? value : d)};
+  const bool flat = (is_beyond(d) | is_beyond(log_ratio)) & (d == d);  // a NaN goes through
+  return {ratio * value, ratio * (flat ? 0 : d)};
 }
 
 // One over a share, less the tokens of the row where ShareOf::row says so.

@@ -30,6 +30,7 @@ from .losses.preference import (
     simpo,
     slic,
 )
+from .losses.reward import RewardLoss, reward_loss
 from .losses.sampler import sampler_weights
 from .losses.value import ValueLoss, value_loss
 from .losses.weights import ld_weights, wpo_weights
@@ -60,6 +61,7 @@ __all__ = [
     "PointwiseLoss",
     "PolicyLoss",
     "PreferenceLoss",
+    "RewardLoss",
     "Row",
     "SegmentEnds",
     "SegmentRewards",
@@ -94,6 +96,7 @@ __all__ = [
     "preference_loss",
     "prefix_scores",
     "reverse_scan",
+    "reward_loss",
     "robust",
     "sampler_weights",
     "segment_broadcast",

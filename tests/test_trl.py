@@ -100,11 +100,14 @@ def test_outputs_and_gradients_are_trls(dtype, options, bias):
             assert dtype != torch.float32 or torch.equal(one, other)
         else:
             close(one, truth, other)
-    for one, other, truth in zip(dours, dtheirs, dexact, strict=True):
+    # In float32 the order of a product's sums decides: TRL adds the products of chunks, eager PyTorch and this library
+    # take one product over the vocabulary, and how far the two are apart depends on the processor.
+    eager = called(exactly, tensors, targets, grads, OPTIONS[options])[1] if dtype == torch.float32 else dtheirs
+    for one, other, truth, rounded in zip(dours, dtheirs, dexact, eager, strict=True):
         assert (one is None) == (other is None)
         if one is not None:
             assert one.dtype == other.dtype == dtype
-            close(one, truth, other)
+            close(one, truth, rounded)
 
 
 @pytest.mark.parametrize("outputs", [("log_probs",), ("log_probs", "mean_logits"), ("log_probs", "entropy", "is_top1")])

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from .losses.nll import NLLLoss, nll_loss
+from .losses.pairs import RankedPairs, pick_scores, ranked_pairs
 from .losses.pivots import (
     AdaptiveMask,
     adaptive_mask,
@@ -30,7 +31,7 @@ from .losses.preference import (
     simpo,
     slic,
 )
-from .losses.reward import RewardLoss, reward_loss
+from .losses.reward import REWARD, RewardLoss, RewardRow, reward_loss
 from .losses.sampler import sampler_weights
 from .losses.value import ValueLoss, value_loss
 from .losses.weights import ld_weights, wpo_weights
@@ -61,7 +62,10 @@ __all__ = [
     "PointwiseLoss",
     "PolicyLoss",
     "PreferenceLoss",
+    "REWARD",
+    "RankedPairs",
     "RewardLoss",
+    "RewardRow",
     "Row",
     "SegmentEnds",
     "SegmentRewards",
@@ -89,12 +93,14 @@ __all__ = [
     "nll_loss",
     "orpo",
     "pdpo",
+    "pick_scores",
     "pivot_flags",
     "pivot_segments",
     "pointwise_loss",
     "policy_loss",
     "preference_loss",
     "prefix_scores",
+    "ranked_pairs",
     "reverse_scan",
     "reward_loss",
     "robust",

@@ -9,6 +9,7 @@ import torch
 
 from finealign_kernels.losses.policy import POLICY
 from finealign_kernels.losses.preference import PREFERENCE
+from finealign_kernels.losses.reward import REWARD
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
@@ -50,7 +51,17 @@ def policies_table() -> str:
     return words + "\n".join(lines) + "\n"
 
 
-TABLES = {"losses": losses_table, "policies": policies_table}
+def rewards_table() -> str:
+    lines = ["| name | loss of a pair | reads | source |", "|---|---|---|---|"]
+    for name, row in REWARD.items():
+        reads = ["strength"] * row.reads(None, None) + ["label"] * (row.smoothing == "label") + [*row.hyper]
+        cells = (f"`{name}`", row.equation.replace("|", "\\|"), ", ".join(reads), row.source)
+        lines.append(f"| {' | '.join(cells)} |")
+    words = "Here d = r_chosen - r_rejected and μ is the strength of the pair, see `preference_strength`.\n\n"
+    return words + "\n".join(lines) + "\n"
+
+
+TABLES = {"losses": losses_table, "policies": policies_table, "rewards": rewards_table}
 
 
 def between(name: str) -> re.Pattern:

@@ -38,6 +38,12 @@ def robust(m: Tensor, *, smoothing: float) -> tuple[Tensor, Tensor]:
     return -logsigmoid(m) - push * m, -(-m).sigmoid() - push
 
 
+def floored(m: Tensor, *, floor: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """-log(σ(m) + floor): at most -log floor; slope -σ(m) σ(-m) / (σ(m) + floor), next to 0 where σ(m) << floor."""
+    up = m.sigmoid()
+    return -(up + floor).log(), -up * (-m).sigmoid() / (up + floor)
+
+
 def bounded(m: Tensor) -> tuple[Tensor, Tensor]:
     """σ(-m) = 1 - σ(m): a badly wrong example stops pulling; slope -σ(m) σ(-m)."""
     return (-m).sigmoid(), -m.sigmoid() * (-m).sigmoid()

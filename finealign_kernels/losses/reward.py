@@ -1,4 +1,11 @@
-"""The loss of a reward model on pairs of scores: margins, noisy labels, soft labels."""
+"""Losses of a reward model on pairs of scores: a table with one row a loss, and its assembly.
+
+    m = s d - δ,  d = r_chosen - r_rejected        s = -1 for a pair whose label is taken as wrong, else 1
+    loss = (1-ε) phi(m) + ε phi(-m)  +  c (r_chosen + r_rejected)²
+
+A row says where the margin δ, the smoothing ε and the sign s come from; the strength μ of a pair is the mean of d over
+several reward models (`preference_strength`). Adding a loss is adding a row.
+"""
 
 from typing import NamedTuple
 
@@ -7,73 +14,219 @@ from torch import Tensor
 
 from ..formulas import margin as formula
 from ..ops._check import check_number, check_tensor, fail, reads_values
-from .reduce import reduce
+from ..ops._layout import Tokens, TokenTensor
+from ..ops.sequence_loss import batch_loss, missing, sequence_loss
+from .pairs import RankedPairs, pick_scores, score_pairs
+from .preference import FromScores
+from .reduce import plain_denominator, reduce, weigh
+from .table import Formula, Hyper, _check_formula, hyper_of
+
+
+class RewardRow(NamedTuple):
+    """One loss: of the table by its name, or one of your own in place of a name."""
+
+    equation: str  # with d, and the strength μ
+    source: str
+    margin: float | str = 0.0  # δ: a number, or "strength": μ. An argument `margin` takes its place
+    smoothing: float | str = 0.0  # ε: a number, or "label": 1 - p. An argument `smoothing` takes its place
+    weak: bool = False  # ε is 0 where μ >= 0
+    flip: bool = False  # s = -1 where μ < 0. An argument `flip` takes its place
+    phi: Formula = formula.smoothed  # any other phi(m, **hyper) -> value, slope has no smoothing
+    hyper: dict[str, Hyper] = {}  # noqa: RUF012, read only
+
+    def reads(self, margin, flip) -> bool:
+        """Does the loss need the strength, with these arguments."""
+        return (self.margin == "strength" and margin is None) or self.weak or (self.flip and flip is None)
+
+
+_paper = "arXiv:2401.06080"
+
+REWARD: dict[str, RewardRow] = {
+    "bradley_terry": RewardRow("-log σ(d)", f"{_paper} eq. 2"),
+    "margin": RewardRow("-log σ(d - δ), δ = margin = 1", "the margin of arXiv:2307.09288", margin=1.0),
+    "adaptive_margin": RewardRow("-log σ(d - μ)", f"{_paper} eq. 6, inside the sigmoid", margin="strength"),
+    "smoothing": RewardRow("-(1-ε) log σ(d) - ε log σ(-d), ε = smoothing = 0.1", f"{_paper} eq. 5", smoothing=0.1),
+    "flip": RewardRow("-log σ(s d), s = -1 where μ < 0", f"{_paper}, label flipping", flip=True),
+    "flip_margin": RewardRow(
+        "-log σ(s d - |μ|), s = -1 where μ < 0", f"{_paper}; derived sign", margin="strength", flip=True
+    ),
+    "soft_label": RewardRow("smoothing where μ < 0, else -log σ(d)", f"{_paper}; derived", smoothing=0.1, weak=True),
+    "soft_label_margin": RewardRow(
+        "soft_label of d - μ", f"{_paper}; derived", margin="strength", smoothing=0.1, weak=True
+    ),
+    "soft_label_vote": RewardRow("-p log σ(d) - (1-p) log σ(-d), p = label", "derived", smoothing="label"),
+    "log_exp": RewardRow("log(1 + e^-d) = -log σ(d), finite for any d", "OpenRLHF's LogExpLoss"),
+    "floored": RewardRow(
+        "-log(σ(d) + floor), floor = 1e-5: no slope for a badly wrong pair",
+        "the code of arXiv:2401.06080",
+        phi=formula.floored,
+        hyper={"floor": Hyper(1e-5, lambda floor: floor > 0, "be above 0")},
+    ),
+}
 
 
 class RewardLoss(NamedTuple):
     """loss carries the gradient; everything else is detached. (P,) over pairs."""
 
     loss: Tensor  # () or (P,) with reduction="none"
-    losses: Tensor
+    losses: Tensor  # with the weight, and with the centering term
     margins: Tensor  # chosen - rejected, as given; 0 for a pair of weight 0
     accuracies: Tensor  # 1 where the chosen score is the larger one
+    centering: Tensor  # (P,) c (chosen + rejected)², part of losses
 
 
 def reward_loss(
-    chosen: Tensor,
-    rejected: Tensor,
+    name: str | RewardRow,
+    scores: TokenTensor,
     *,
-    margin: float | Tensor = 0.0,
-    smoothing: float | Tensor = 0.0,
+    mask: TokenTensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    pick: str = "last",
+    token_weight: TokenTensor | None = None,
+    pairs: str | RankedPairs = "halves",
+    strength: Tensor | None = None,
+    margin: float | Tensor | None = None,
+    scale: float = 1.0,
+    clamp: float | None = None,
+    smoothing: float | Tensor | None = None,
     flip: Tensor | None = None,
+    label: Tensor | None = None,
     weight: Tensor | None = None,
+    centering: float = 0.0,
     reduction: str = "mean",
     denominator: float | Tensor | None = None,
+    **hyper: float,
 ) -> RewardLoss:
-    """Mean of -(1-ε) log σ(m) - ε log σ(-m), m = s (chosen - rejected) - margin, ε the smoothing.
+    """A named loss of pairs of scores, see REWARD: the mean over pairs of
 
-    chosen, rejected  (P,) float, scores of the two responses
-    margin     a finite number or (P,), inside the sigmoid. With flip its absolute value is taken for every pair
-    smoothing  a number or (P,) in [0, 1]: how likely the label is wrong. 1 - p makes p a soft label
-    flip       (P,) bool: pairs whose label is taken as wrong, s = -1; None: none, s = 1
-    weight     (P,) float, multiplies the loss of each pair; scores of a pair of weight 0 may be NaN
-    reduction  "mean" over pairs, "sum" or "none"; denominator: a number or tensor to divide the sum by instead
+        -(1-ε) log σ(m) - ε log σ(-m) + c (chosen + rejected)²,   m = s (chosen - rejected) - δ
 
-    margin, smoothing and weight are constants. Returns RewardLoss; no pair at all gives 0, connected to the graph.
+    name      a key of REWARD, or a RewardRow of one's own
+    scores    (S,) one a response, or a pair of (P,), chosen and rejected. Or token scores: (B, T) or a pair of them
+              with mask, flat (N,) with cu_seqlens (S + 1,); see pick_scores
+    pick, token_weight   how a response's score is taken from its tokens' scores: pick_scores
+    pairs     "halves": all chosen, then all rejected; "interleaved"; or RankedPairs, k responses a prompt
+    strength  (P,) finite, the mean difference of several reward models. Where the row reads it, else None
+    margin    δ, a finite number or (P,), in place of the row's. δ = clamp(scale · margin, -clamp, clamp); where pairs
+              are flipped its absolute value is taken for every pair
+    smoothing ε, a number or (P,) in [0, 1], in place of the row's: how likely the label is wrong
+    flip      (P,) bool: pairs whose label is taken as wrong, in place of the row's
+    label     (P,) in [0, 1], p of "soft_label_vote": how likely the label is right
+    weight    (P,) float, multiplies the loss of each pair; scores of a pair of weight 0 may be NaN
+    centering c >= 0, draws scores towards 0 (TRL's center_rewards_coefficient)
+    reduction "mean" over pairs, "sum" or "none"; denominator: a number or tensor to divide the sum by instead
+
+    All but scores are constants. Values on a GPU are not read: an infinite margin is refused on a CPU alone.
+    Returns RewardLoss, float32 (float64 for float64 scores); no pair at all gives 0, connected to the graph.
     Raises  ValueError, TypeError naming argument, expectation and finding.
     Source  arXiv:2401.06080 eq. 2, 5 and 6, whose margin is read as inside the sigmoid; the margin of a flipped pair,
             soft labels and weights are derived.
     """
-    check_tensor("chosen", chosen)
-    if chosen.dim() != 1:
-        fail("chosen", "have shape (P,)", tuple(chosen.shape))
-    check_tensor("rejected", rejected, shape=chosen.shape, like=chosen)
-    dtype = torch.promote_types(chosen.dtype, torch.float32)
-    margin = _constant("margin", margin, chosen, dtype)
-    smoothing = _constant("smoothing", smoothing, chosen, dtype, least=0, most=1)
-    d = chosen.to(dtype) - rejected.to(dtype)
-    if weight is not None:
-        weight = _constant("weight", weight, chosen, dtype)
-        kept = weight != 0
-        d = torch.where(kept, chosen.to(dtype), 0) - torch.where(kept, rejected.to(dtype), 0)
-    m = d
+    row = _row_of(name)
+    hyper = hyper_of(name if isinstance(name, str) else "the row", row.hyper, hyper)
+    check_number("scale", scale, positive=True)
+    check_number("centering", centering, least=0)
+    if clamp is not None:
+        check_number("clamp", clamp, positive=True)
+    scores = pick_scores(scores, mask=mask, cu_seqlens=cu_seqlens, pick=pick, token_weight=token_weight)
+    scores, layout = score_pairs(scores, pairs)
+    count, dtype = scores.shape[0] // 2, torch.promote_types(scores.dtype, torch.float32)
+
+    def constant(name, x, **bounds):
+        return None if x is None else _constant(name, x, count, scores, dtype, **bounds)
+
+    strength = constant("strength", strength)
+    if row.reads(margin, flip) == (strength is None):
+        wanted = "be given for" if strength is None else "be None for"
+        fail("strength", f"{wanted} {name!r}", None if strength is None else "a tensor")
+    if (row.smoothing == "label" and smoothing is None) == (label is None):
+        fail("label", f"be {'given' if label is None else 'None'} for {name!r}", None if label is None else "a tensor")
+    if smoothing is not None and row.phi is not formula.smoothed:
+        fail("smoothing", f"be None for {name!r}", "smoothing")
+    shift = constant("margin", margin)
+    shift = strength if shift is None and row.margin == "strength" else row.margin if shift is None else shift
+    shift = scale * shift
+    if clamp is not None:
+        shift = shift.clamp(-clamp, clamp) if isinstance(shift, Tensor) else max(-clamp, min(clamp, shift))
+    smoothing = constant("smoothing", smoothing, least=0, most=1)
+    if smoothing is None:
+        smoothing = 1 - constant("label", label, least=0, most=1) if row.smoothing == "label" else row.smoothing
+    if row.weak:
+        smoothing = smoothing * (strength < 0).to(dtype)
     if flip is not None:
-        check_tensor("flip", flip, dtypes=(torch.bool,), shape=chosen.shape, like=chosen)
-        m, margin = torch.where(flip, -d, d), abs(margin)
-    losses, _ = formula.smoothed(m - margin, smoothing=smoothing)
+        check_tensor("flip", flip, dtypes=(torch.bool,), shape=(count,), like=scores)
+    elif row.flip:
+        flip = strength < 0
+    sign = None
+    if flip is not None:
+        shift, sign = abs(shift), 1 - 2 * flip.to(dtype)
+    weight = constant("weight", weight)
     if weight is not None:
-        losses = weight * losses
-    loss = reduce(losses, reduction, denominator)
-    d = d.detach()
-    return RewardLoss(loss, losses.detach(), d, (d > 0).to(dtype))
+        kept = weight != 0
+        scores = torch.where(_each_of(kept, layout), scores, 0)
+
+    loss, losses = None, None
+    fused = row.phi is formula.smoothed and missing(row.phi, scores.device) is None
+    if fused:
+        tokens, signs = _tokens(scores), None if sign is None else _each_of(sign, layout)[:, None]
+        options = dict(phi=row.phi, beta=1.0, shift=shift, smoothing=smoothing, token_weight=signs, pairs=layout)
+        plain = None
+        if weight is None and not centering:
+            plain = plain_denominator(reduction, denominator, count)
+        if plain is None:
+            losses = sequence_loss(tokens, **options).losses
+        else:
+            out = batch_loss(tokens, denominator=plain, **options)
+            loss, losses = out.loss, out.losses
+    chosen, rejected = scores.chunk(2) if layout == "halves" else (scores[0::2], scores[1::2])
+    wide = chosen.detach().to(dtype), rejected.detach().to(dtype)
+    d = wide[0] - wide[1]
+    if not fused:
+        more = dict(smoothing=smoothing) if row.phi is formula.smoothed else hyper
+        value, slope = row.phi((d if sign is None else sign * d) - shift, **more)
+        slope = slope if sign is None else sign * slope
+        both = torch.cat([slope, -slope])
+        losses = FromScores.apply(torch.cat([chosen, rejected]).to(dtype), value, both)
+    center = torch.zeros_like(d)
+    if centering:
+        center = centering * (chosen.to(dtype) + rejected.to(dtype)).square()
+        losses = losses + center
+    if weight is not None:
+        losses, center = weigh(weight, losses), weigh(weight, center)
+    if loss is None:
+        loss = reduce(losses, reduction, denominator)
+    return RewardLoss(loss, losses.detach(), d, (d > 0).to(dtype), center.detach())
 
 
-def _constant(name: str, x, like: Tensor, dtype, *, least=None, most=None):
+def _row_of(name: str | RewardRow) -> RewardRow:
+    if isinstance(name, RewardRow):
+        if name.phi is not formula.smoothed and not torch.compiler.is_compiling():
+            if name.smoothing or name.weak:
+                fail("RewardRow.smoothing", "be 0 for a phi of one's own", name.smoothing)
+            _check_formula("phi", name.phi, tuple((key, one.default) for key, one in name.hyper.items()))
+        return name
+    if not isinstance(name, str) or name not in REWARD:
+        fail("name", f"be a RewardRow or one of {tuple(REWARD)}", repr(name) if isinstance(name, str) else type(name))
+    return REWARD[name]
+
+
+def _tokens(scores: Tensor):
+    """Sequences of one token each."""
+    whole = scores[:, None]
+    return Tokens(whole, None, None, (whole.shape,))
+
+
+def _each_of(x: Tensor, layout: str) -> Tensor:
+    """(P,) -> (S,): the number of a pair for both of its responses."""
+    return torch.cat([x, x]) if layout == "halves" else x.repeat_interleave(2)
+
+
+def _constant(name: str, x, count: int, like: Tensor, dtype, *, least=None, most=None):
     """A finite number, or (P,) of them, detached. Values on a GPU are not read: that would be a host sync."""
     if not isinstance(x, Tensor):
         check_number(name, x, least=least, most=most)
         return x
-    check_tensor(name, x, shape=like.shape, like=like)
+    check_tensor(name, x, shape=(count,), like=like)
     x = x.detach().to(dtype)
     if reads_values(x):
         good = x.isfinite()

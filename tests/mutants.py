@@ -183,6 +183,9 @@ MUTANTS = [
     Mutant("C++: last token before the last", "csrc/cpu/segments.cpp", "int64_t i = stop - 1;", "int64_t i = stop - 2;", SEGMENTS),
     Mutant("U+FFFD of the text for a part of a character", "feedback/spans.py", " and not spelled(first, t + 1)", "", CUTS),
     Mutant("a closed pipe is told by a traceback", "cli.py", "except BrokenPipeError:", "except ZeroDivisionError:", "tests/test_cli.py"),
+    Mutant("a fault raised as much as praise", "feedback/spans.py", "((faults, -side), (praise, side))", "((faults, side), (praise, side))", FEEDBACK),
+    Mutant("UTF-16 offsets taken as code points", "feedback/records.py", "units[: 2 * offset]", "units[: 4 * offset]", FEEDBACK),
+    Mutant("a span's own text not compared", "feedback/records.py", "span.text == covered", "True", FEEDBACK),
     Mutant("span loses its last token", "feedback/spans.py", "(shared[0], shared[-1] + 1)", "(shared[0], shared[-1])", FEEDBACK),
     Mutant("span reaches the token behind it", "feedback/spans.py", "max(first, start) < min(stop, end)", "max(first, start) <= min(stop, end)", FEEDBACK),
     # segment rewards, groups, pivots

@@ -85,6 +85,8 @@ def _file(folder, *lines):
         (_span(label=" "), r"responses[1].spans[0].label must be a string that is not blank, got ' '"),
         (_span(score=float("nan")), r"responses[1].spans[0].score must be a finite number or null, got nan"),
         (_span(color="red"), r"responses[1].spans[0].color must be left out or named one of start, end, kind, label,"),
+        (_span(text="tow"), r"responses[1].spans[0].text must be 'two', what the span covers, got 'tow'"),
+        (_span(text=3), r"responses[1].spans[0].text must be a string or null, got 3"),
         (_example(responses=[]), r"responses must be at least one response, got ()"),
         (_example(responses={}), r"responses must be a list, got {}"),
         (_example(responses=["yes"]), r"responses[0] must be a JSON object with text, spans, score, got 'yes'"),
@@ -276,7 +278,7 @@ def test_token_spans_of_worked_examples(text, offsets, span, tokens):
 
 
 def test_a_span_beyond_the_text_is_refused():
-    with pytest.raises(ValueError, match=r"spans must end within the text, at most at 3, got Span\(start=0, end=4"):
+    with pytest.raises(ValueError, match=r"spans\[0\]\.end must be at most 3, the length of the text, got 4"):
         fb.token_spans([(0, 3)], "one", [Span(0, 4, "factual")])
 
 
@@ -291,6 +293,63 @@ def test_weights_by_kind_and_where_spans_overlap():
         assert weights == [2.0, 2.0, 2.0, 0.0, 1.0, 1.0]  # as far from 1: the larger
     assert fb.token_weights(offsets, text, spans[1:2], inside=0.25, outside=0.5) == [0.5, 0.25, 0.25, 0.25, 0.5, 0.5]
     assert fb.token_weights(offsets, text, [], inside=2.0) == [1.0] * 6
+
+
+PLANETS = "🪐 Saturn — ringed"  # the planet is one code point, two UTF-16 code units
+
+
+def test_spans_in_other_forms():
+    full = Span(2, 8, "factual", score=-1.0)
+    arrow = {"start": 2, "end": 8, "kind": "factual", "score": -1.0, "label": None, "text": None}  # null: left out
+    assert fb.to_spans(PLANETS, [full, arrow]) == (full, full)
+    assert fb.to_spans(PLANETS, [(2, 8), [2, 8, "style"], {"start": 2, "end": 8}]) == (
+        *(Span(2, 8, kind) for kind in ("fault", "style", "fault")),
+    )
+    offsets = [(0, 1), (1, 8), (8, 17)]
+    assert fb.token_spans(offsets, PLANETS, [(2, 8)]) == [(1, 2)]
+    assert fb.token_weights(offsets, PLANETS, [{"start": 2, "end": 8}], inside=3.0) == [1.0, 3.0, 1.0]
+
+
+def test_spans_in_utf16_units_are_converted():
+    given = {"start": 3, "end": 9, "text": "Saturn"}  # as JavaScript counts
+    (found,) = fb.to_spans(PLANETS, [given], unit="utf-16")
+    assert PLANETS[found.start : found.end] == "Saturn"
+    (whole,) = fb.to_spans(PLANETS, [Span(0, 18, "all")], unit="utf-16")
+    assert (whole.start, whole.end) == (0, len(PLANETS))
+    with pytest.raises(ValueError, match=r"spans\[0\]\.text must be 'aturn ', what the span covers, got 'Saturn'"):
+        fb.to_spans(PLANETS, [given])  # what is forgotten is found by the text
+
+
+@pytest.mark.parametrize(
+    "spans, unit, message",
+    [
+        ([(0, 1)], "bytes", r"unit must be one of \('code points', 'utf-16'\), got 'bytes'"),
+        ([(1, 4)], "utf-16", r"spans\[0\]\.start must not lie inside a character of two code units, got 1"),
+        ([(0, 99)], "utf-16", r"spans\[0\]\.end must be at most 18, the text's length in UTF-16 code units, got 99"),
+        ([(0, 1), "x"], "code points", r"spans\[1\] must be a Span, a mapping with start and end, or"),
+        ([{"start": 0}], "code points", r"spans\[0\]\.end must be given"),
+        ([{"start": 0}], "utf-16", r"spans\[0\]\.end must be an integer of at least 0, got None"),
+        ([{"start": 0, "end": 1, "hue": 3}], "code points", r"spans\[0\]\.hue must be left out or named one of start"),
+    ],
+)
+def test_wrong_spans_are_refused(spans, unit, message):
+    with pytest.raises(ValueError, match=message):
+        fb.to_spans(PLANETS, spans, unit=unit)
+
+
+def test_pair_weights_of_a_worked_example():
+    text, offsets = "a b c d", [(0, 1), (2, 3), (4, 5), (6, 7), (7, 7)]
+    spans = [Span(0, 3, "factual"), Span(2, 5, "help", score=1.0), Span(6, 7, "style", score=-0.5)]
+    chosen, rejected = fb.pair_weights(
+        (offsets, text, spans), (offsets, text, spans), span_weight=4.0, by_kind={"style": 8.0}
+    )
+    assert chosen == [0.25, 1.0, 4.0, 0.125, 1.0]  # a fault and praise meet on b: 1/4 · 4
+    assert rejected == [4.0, 1.0, 0.25, 8.0, 1.0]
+    plain = fb.pair_weights((offsets, text, spans), (offsets[:2], text, []), span_weight=1.0)
+    assert plain == ([1.0] * 5, [1.0] * 2)
+    for wrong in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="span_weight and by_kind must be finite and above 0, got"):
+            fb.pair_weights((offsets, text, spans), (offsets, text, spans), span_weight=wrong)
 
 
 def test_segments_start_and_end_with_the_spans():
@@ -454,6 +513,11 @@ def test_prompt_and_response_meet_at_a_clean_boundary(tokenizer):
         )
         assert len(e.offsets) == len(e.input_ids) - e.response_start
         assert e == fb.encode(tokenizer, e.input_ids[: e.response_start], response)  # the prompt as token ids
+
+
+def test_a_response_may_be_text(tokenizer):
+    text = "Yes — no."
+    assert fb.encode(tokenizer, "Why?", text) == fb.encode(tokenizer, "Why?", Response(text))
 
 
 def test_the_end_token_is_last_and_empty(offline):

@@ -82,16 +82,16 @@ def read_pairs(options, tokenizer, examples):
 def _pair(options, tokenizer, scored, example, preference):
     prompt = prompt_of(tokenizer, example)
 
-    def answer(index, fault):
+    def answer(index):
         spans = scored_spans(options, scored, example, index)
-        return encode_answer(options, tokenizer, prompt, example.responses[index], spans, fault=fault)
+        return encode_answer(options, tokenizer, prompt, example.responses[index], spans)
 
-    return Pair(
-        name=f"{example.id}, answer {preference.chosen + 1} over {preference.rejected + 1}",
-        prompt=example.prompt,
-        chosen=answer(preference.chosen, fault=1 / options.span_weight),
-        rejected=answer(preference.rejected, fault=options.span_weight),
-    )
+    answers = answer(preference.chosen), answer(preference.rejected)
+    judged = ((one.offsets, one.response.text, one.response.spans) for one in answers)
+    weights = feedback.pair_weights(*judged, span_weight=options.span_weight)
+    chosen, rejected = (one._replace(weights=own) for one, own in zip(answers, weights, strict=True))
+    name = f"{example.id}, answer {preference.chosen + 1} over {preference.rejected + 1}"
+    return Pair(name=name, prompt=example.prompt, chosen=chosen, rejected=rejected)
 
 
 def prompt_of(tokenizer, example):
@@ -101,21 +101,17 @@ def prompt_of(tokenizer, example):
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
-def encode_answer(options, tokenizer, prompt, response, scored, *, fault):
-    """A fault weighs `fault`, praise (a span of positive score) 1/fault, the rest 1."""
+def encode_answer(options, tokenizer, prompt, response, scored):
+    """Every token weighs 1."""
     encoded = feedback.encode(tokenizer, prompt, response)
-    praised = [span for span in response.spans if (span.score or 0.0) > 0]
-    faulty = [span for span in response.spans if span not in praised]
     offsets = encoded.offsets[: options.max_response]
-    down = feedback.token_weights(offsets, response.text, faulty, inside=fault)
-    up = feedback.token_weights(offsets, response.text, praised, inside=1 / fault)
     start = encoded.response_start
     return Answer(
         response=response,
         prompt_ids=encoded.input_ids[:start][-options.max_prompt :],
         response_ids=encoded.input_ids[start:][: options.max_response],
         offsets=offsets,
-        weights=[a * b for a, b in zip(down, up, strict=True)],
+        weights=[1.0] * len(offsets),
         scores=span_scores(offsets, response.text, scored),
     )
 

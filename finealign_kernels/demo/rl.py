@@ -145,7 +145,7 @@ def _rollout(options, model, examples):
 
 
 def _answer(options, tokenizer, example, response):
-    return encode_answer(options, tokenizer, prompt_of(tokenizer, example), response, response.spans, fault=1.0)
+    return encode_answer(options, tokenizer, prompt_of(tokenizer, example), response, response.spans)
 
 
 def preferred(example):

@@ -9,14 +9,16 @@ A feedback file is JSONL in UTF-8: one JSON object a line, an `Example`. (Line b
         "spans": [{"start": 8, "end": 41,              // characters of text, end exclusive
                    "kind": "factual",                  // any word; weights and rewards are chosen by it
                    "label": "the tilt of the axis is the cause",                     // optional, for readers
-                   "score": -1.0}],                    // optional, reward of the segment
+                   "score": -1.0,                      // optional, reward of the segment
+                   "text": "the Earth is further from the Sun"}],           // optional, compared with the response
         "score": 0.2},                                 // optional, 0 to 1; 1 is a demonstration
        {"text": "The Earth's axis is tilted, so in winter the Sun stands low.", "score": 1.0}],
      "preferences": [                                  // optional
        {"chosen": 1, "rejected": 0,                    // indices into responses
         "strength": 3}]}                               // optional, votes for it
 
-Offsets count code points, as Python's str does: "é" may be one or two, most emoji are one, not two as in JavaScript.
+Offsets count code points, as Python's str does: "é" may be one or two, most emoji are one, not two as in JavaScript;
+`to_spans(text, spans, unit="utf-16")` converts those of a tool that counts as JavaScript does (label-studio).
 Optional fields may be left out or null, lists may be empty; a field that is not named here is an error.
 
 Each training task takes what it needs from the same file: preference losses the pairs and, by way of `token_weights`,
@@ -27,6 +29,8 @@ point-wise losses the scores.
     response = example.responses[0]
     encoded = encode(tokenizer, example.prompt, response)
     weights = token_weights(encoded.offsets, response.text, response.spans, inside=2.0, by_kind={"repetition": 1.5})
+
+`pair_weights` has the rule for both responses of a pair: faults weigh more in the rejected one, less in the chosen one.
 
 Where a policy's own responses are judged, sentence by sentence, each reward stands at its segment's last token:
 
@@ -39,9 +43,9 @@ and its strengths, out of three votes, were set by hand.
 """
 
 from .files import read, sample, write
-from .records import Example, Preference, Response, Span
+from .records import Example, Preference, Response, Span, to_spans
 from .segments import segment_tokens, sentences, sub_sentences
-from .spans import Decoded, Encoded, decode, encode, token_segments, token_spans, token_weights
+from .spans import Decoded, Encoded, decode, encode, pair_weights, token_segments, token_spans, token_weights
 
 __all__ = [
     "Decoded",
@@ -52,11 +56,13 @@ __all__ = [
     "Span",
     "decode",
     "encode",
+    "pair_weights",
     "read",
     "sample",
     "segment_tokens",
     "sentences",
     "sub_sentences",
+    "to_spans",
     "token_segments",
     "token_spans",
     "token_weights",

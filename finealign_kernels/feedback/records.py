@@ -1,6 +1,7 @@
 """The records of fine-grained feedback. Each checks itself when it is made, and raises ValueError naming the field."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from reprlib import repr as brief
 
@@ -13,6 +14,7 @@ class Span:
     kind        what sort of judgement it is, "factual" say: weights and rewards are chosen by kind
     label       what a reader is told about it, or None
     score       reward of the segment, negative for a fault; None leaves it to the kind
+    text        what the span covers, or None; where it is given, the response's text is compared with it
     """
 
     start: int
@@ -20,6 +22,7 @@ class Span:
     kind: str
     label: str | None = None
     score: float | None = None
+    text: str | None = None
 
     def __post_init__(self):
         _require(_is_int(self.start) and self.start >= 0, "start", "an integer of at least 0", self.start)
@@ -28,6 +31,7 @@ class Span:
         if self.label is not None:
             _require_text("label", self.label)
         _require(self.score is None or _is_number(self.score), "score", "a finite number or null", self.score)
+        _require(self.text is None or isinstance(self.text, str), "text", "a string or null", self.text)
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,7 @@ class Response:
     def __post_init__(self):
         _require_text("text", self.text)
         _hold(self, "spans", Span)
-        for i, span in enumerate(self.spans):
-            expected = f"at most {len(self.text)}, the length of the text"
-            _require(span.end <= len(self.text), f"spans[{i}].end", expected, span.end)
+        _check_within(self.text, self.spans)
         in_range = self.score is None or (_is_number(self.score) and 0 <= self.score <= 1)
         _require(in_range, "score", "a number from 0 to 1, or null", self.score)
 
@@ -84,6 +86,66 @@ class Example:
                 index = getattr(preference, side)
                 expected = f"below {len(self.responses)}, the number of responses"
                 _require(index < len(self.responses), f"preferences[{i}].{side}", expected, index)
+
+
+UNITS = ("code points", "utf-16")
+
+
+def to_spans(text, spans, *, unit="code points"):
+    """The spans of a text as a tuple of Span, checked against the text.
+
+    spans  each a Span; a mapping with the fields of Span, of which start and end are required and None counts as left
+           out; or (start, end) or (start, end, kind). Without a kind it is "fault"
+    unit   what start and end count: "code points", as Python's str does, or "utf-16" code units, as JavaScript and
+           label-studio do, where a character beyond U+FFFF counts as two; the result counts code points
+
+    A span that has its own text must cover just that in `text`: offsets of another unit, or of another version of the
+    text, are found by it.
+    Raises  ValueError naming the span, the field, what it should be and what it is.
+    """
+    if unit not in UNITS:
+        raise ValueError(f"unit must be one of {UNITS}, got {unit!r}")
+    found = []
+    for i, span in enumerate(spans):
+        record = span if isinstance(span, Span) else _span_fields(span, f"spans[{i}]")
+        if unit == "utf-16":
+            record = to_json(record) if isinstance(record, Span) else dict(record)
+            for name in ("start", "end"):
+                record[name] = _from_utf16(text, record.get(name), f"spans[{i}].{name}")
+        found.append(record if isinstance(record, Span) else from_json(Span, record, f"spans[{i}]."))
+    _check_within(text, found)
+    return tuple(found)
+
+
+def _span_fields(span, path):
+    """The JSON object of a span that is a mapping, or a sequence of start, end and maybe a kind."""
+    if isinstance(span, Mapping):
+        return {"kind": "fault"} | {name: value for name, value in span.items() if value is not None}
+    fits = isinstance(span, list | tuple) and len(span) in (2, 3)
+    _require(fits, path, "a Span, a mapping with start and end, or (start, end) or (start, end, kind)", span)
+    return {"kind": "fault"} | dict(zip(("start", "end", "kind"), span, strict=False))
+
+
+def _from_utf16(text, offset, path):
+    """Code points in front of an offset that counts UTF-16 code units."""
+    _require(_is_int(offset) and offset >= 0, path, "an integer of at least 0", offset)
+    units = text.encode("utf-16-le")
+    expected = f"at most {len(units) // 2}, the text's length in UTF-16 code units"
+    _require(2 * offset <= len(units), path, expected, offset)
+    try:
+        return len(units[: 2 * offset].decode("utf-16-le"))
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} must not lie inside a character of two code units, got {offset}") from None
+
+
+def _check_within(text, spans):
+    """Spans end within the text, and cover what they say they cover."""
+    for i, span in enumerate(spans):
+        expected = f"at most {len(text)}, the length of the text"
+        _require(span.end <= len(text), f"spans[{i}].end", expected, span.end)
+        covered = text[span.start : span.end]
+        same = span.text is None or span.text == covered
+        _require(same, f"spans[{i}].text", f"{brief(covered)}, what the span covers", span.text)
 
 
 _ITEMS = {"responses": Response, "preferences": Preference, "spans": Span}

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from .records import Response, Span
+from .records import Response, Span, to_spans
 
 # U+FFFD as a vocabulary writes it: the character, its UTF-8 bytes in the byte-level alphabet, and as fallback bytes
 REPLACEMENT = ("\ufffd", "\u00ef\u00bf\u00bd", "<0xEF><0xBF><0xBD>")
@@ -17,7 +17,7 @@ class Encoded(NamedTuple):
     offsets: list[tuple[int, int]]  # one per response token; empty for the end-of-sequence token
 
 
-def encode(tokenizer, prompt: str | Sequence[int], response: Response, *, eos=True) -> Encoded:
+def encode(tokenizer, prompt: str | Sequence[int], response: Response | str, *, eos=True) -> Encoded:
     """Tokens of the prompt, then of the response, with the response tokens' offsets in response.text.
 
     The two are tokenised apart and put one after the other, so no token straddles the boundary: a prompt keeps its
@@ -28,17 +28,19 @@ def encode(tokenizer, prompt: str | Sequence[int], response: Response, *, eos=Tr
     tokenizer  a fast tokenizer of transformers: only those know offsets
     prompt     text, which gets the special tokens the tokenizer puts in front (not those it puts behind), or token ids,
                from a chat template say, which are taken as they are
+    response   text, or a Response, of which the text is read
     eos        the tokenizer's end-of-sequence token, if it has one, is the response's last
     Raises     ValueError if the tokenizer is not a fast one, or the prompt neither text nor token ids.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"tokenizer must be a fast one, which gives offsets, got {type(tokenizer).__name__}")
     prompt_ids = _prompt_ids(tokenizer, prompt)
-    tokens = tokenizer(response.text, add_special_tokens=False, return_offsets_mapping=True)
+    text = response if isinstance(response, str) else response.text
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     response_ids, offsets = list(tokens["input_ids"]), [tuple(offset) for offset in tokens["offset_mapping"]]
     if eos and tokenizer.eos_token_id is not None:
         response_ids.append(tokenizer.eos_token_id)
-        offsets.append((len(response.text), len(response.text)))
+        offsets.append((len(text), len(text)))
     return Encoded(prompt_ids + response_ids, len(prompt_ids), offsets)
 
 
@@ -92,11 +94,11 @@ def token_spans(offsets, text: str, spans: Sequence[Span]) -> list[tuple[int, in
     the first and the last are in the range, white space too. A span of white space, or one that no token covers,
     gets (0, 0).
 
-    offsets  (start, end) of each token in text    spans  within text
+    offsets  (start, end) of each token in text    spans  within text, as to_spans takes them
     Raises   ValueError if a span ends beyond the text.
     """
     tokens = [core(text, start, end) for start, end in offsets]
-    return [_token_range(tokens, text, span) for span in spans]
+    return [_token_range(tokens, text, span) for span in to_spans(text, spans)]
 
 
 def token_weights(
@@ -113,13 +115,59 @@ def token_weights(
     Where spans overlap, the weight furthest from `outside` holds, of two as far the larger. So the order of the spans
     does not matter, and a second judgement never weakens the first. The end-of-sequence token is outside.
     """
-    by_kind = by_kind or {}
+    by_kind, spans = by_kind or {}, to_spans(text, spans)
     weights = [float(outside)] * len(offsets)
     for span, (first, stop) in zip(spans, token_spans(offsets, text, spans), strict=True):
         weight = float(by_kind.get(span.kind, inside))
         for t in range(first, stop):
             weights[t] = max(weights[t], weight, key=lambda w: (abs(w - outside), w))
     return weights
+
+
+def pair_weights(
+    chosen: tuple,
+    rejected: tuple,
+    *,
+    span_weight: float = 2.0,
+    by_kind: Mapping[str, float] | None = None,
+) -> tuple[list[float], list[float]]:
+    """Token weights of a pair of responses for a preference loss, from the faults and the praise marked in them.
+
+    With W = by_kind[kind] or else span_weight, a token weighs
+
+                    in a fault    in praise    elsewhere
+        chosen         1/W            W            1
+        rejected        W            1/W           1
+
+    The loss raises all of the chosen response and lowers all of the rejected one. A fault is the reason why a response
+    is rejected, so it is lowered more than the rest; a fault in the chosen response is raised less; praise is the other
+    way round. The weight also multiplies the reference's log-prob, so the margin of an untrained policy stays 0.
+
+    A span of a score above 0 is praise, any other is a fault. Faults that overlap: the weight furthest from 1 holds;
+    a token in a fault and in praise has the product of the two.
+
+    chosen, rejected  (offsets, text, spans) each: (start, end) of each token in text, and spans as to_spans takes them
+    span_weight       W, above 0; 1 weighs every token alike
+    Returns one weight a token, as many as there are offsets, of each side.
+    Raises  ValueError for a weight that is not above 0, and where to_spans does.
+    """
+    by_kind = by_kind or {}
+    for weight in (span_weight, *by_kind.values()):
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"span_weight and by_kind must be finite and above 0, got {weight}")
+    return _side_weights(*chosen, 1.0, span_weight, by_kind), _side_weights(*rejected, -1.0, span_weight, by_kind)
+
+
+def _side_weights(offsets, text, spans, side, span_weight, by_kind):
+    """side 1 raises the response, -1 lowers it."""
+    spans = to_spans(text, spans)
+    praise = [span for span in spans if (span.score or 0.0) > 0]
+    faults = [span for span in spans if span not in praise]
+    found = []
+    for marked, power in ((faults, -side), (praise, side)):
+        powers = {kind: weight**power for kind, weight in by_kind.items()}
+        found.append(token_weights(offsets, text, marked, inside=span_weight**power, by_kind=powers))
+    return [a * b for a, b in zip(*found, strict=True)]
 
 
 def token_segments(offsets, text: str, spans: Sequence[Span]) -> list[int]:
@@ -132,8 +180,6 @@ def token_segments(offsets, text: str, spans: Sequence[Span]) -> list[int]:
 
 
 def _token_range(tokens, text, span):
-    if span.end > len(text):
-        raise ValueError(f"spans must end within the text, at most at {len(text)}, got {span}")
     start, end = core(text, span.start, span.end)
     # both cores start with a character that is not white space, and so does what they share
     shared = [t for t, (first, stop) in enumerate(tokens) if max(first, start) < min(stop, end)]

@@ -3,10 +3,12 @@
 It runs on torch >= 2.10 and Python >= 3.10, with a CPU or a CUDA build of torch. Environment:
 
 FINEALIGN_NATIVE         auto (default) | require | off    the extension as a whole
-FINEALIGN_CUDA           auto (default) | require | off    its CUDA half, which needs nvcc (no GPU)
-FINEALIGN_ARCHS          for example "80;90a;100f;120+PTX"
+FINEALIGN_CUDA           auto (default) | require | off    its CUDA half, which needs nvcc, but no GPU
+FINEALIGN_ARCHS          the GPUs to compile for, "80;90a;100f;120+PTX" where it is not set
 FINEALIGN_TORCH          torch's folder, if it is not in this environment; any 2.10+ will do
 FINEALIGN_VERSION_LOCAL  for example cu130
+
+The CUDA half takes minutes to compile: "auto" does so where nvcc is found and a GPU is seen or FINEALIGN_ARCHS is set.
 """
 
 import os
@@ -74,6 +76,18 @@ def find_nvcc():
     return None
 
 
+def sees_gpu():
+    """True where the NVIDIA driver lists a GPU. torch is not imported for it: it may not be in this environment."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return any(Path("/dev").glob("nvidia[0-9]*"))
+    try:
+        found = subprocess.run([smi, "--list-gpus"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return found.returncode == 0 and "GPU" in found.stdout
+
+
 def gencode(archs):
     """ "90a;120+PTX" -> nvcc's -gencode options."""
     options = []
@@ -108,7 +122,16 @@ def plan():
     nvcc = None if cuda == "off" else find_nvcc()
     if nvcc is None and cuda == "require":
         raise SystemExit("finealign_kernels: FINEALIGN_CUDA=require, but no nvcc found")
-    say(f"native extension: {cxx}, torch headers in {torch}, " + (f"CUDA by {nvcc}" if nvcc else "no nvcc: CPU only"))
+    wanted = cuda == "require" or "FINEALIGN_ARCHS" in os.environ
+    if cuda == "off":
+        half = "CPU only, by FINEALIGN_CUDA=off"
+    elif nvcc is None:
+        half = "CPU only: no nvcc found"
+    elif wanted or sees_gpu():
+        half = f"CUDA by {nvcc}"
+    else:
+        nvcc, half = None, "CPU only: no GPU seen. FINEALIGN_CUDA=require compiles the CUDA half without one"
+    say(f"native extension: {cxx}, torch headers in {torch}, {half}")
     return Plan(cxx, torch, nvcc)
 
 

@@ -126,7 +126,7 @@ void segment_spread_cpu(const SegmentSpread& op, Parallel parallel);
 const char* segment_reduce_cuda(const SegmentReduce& op, void* stream);
 const char* segment_spread_cuda(const SegmentSpread& op, void* stream);
 
-// ---- sequence losses (csrc/cpu/sequence_loss.cpp, csrc/cuda/sequence_loss.cu) --------------------------------------
+// ---- sequence losses (csrc/cpu/sequence_loss*, csrc/cuda/sequence_loss.cu) ------------------------------------------
 
 // What a sequence's weighted sum is divided by: 1, the kept token weights, or the number of mask tokens.
 enum class Average : int32_t { none = 0, kept = 1, all = 2 };

@@ -33,6 +33,7 @@ from .losses.preference import (
 )
 from .losses.reward import REWARD, RewardLoss, RewardRow, reward_loss
 from .losses.sampler import sampler_weights
+from .losses.strength import Strength, preference_strength
 from .losses.value import ValueLoss, value_loss
 from .losses.weights import ld_weights, wpo_weights
 from .ops._check import check_errors
@@ -69,6 +70,7 @@ __all__ = [
     "Row",
     "SegmentEnds",
     "SegmentRewards",
+    "Strength",
     "ValueLoss",
     "adaptive_mask",
     "advantages",
@@ -99,6 +101,7 @@ __all__ = [
     "pointwise_loss",
     "policy_loss",
     "preference_loss",
+    "preference_strength",
     "prefix_scores",
     "ranked_pairs",
     "reverse_scan",

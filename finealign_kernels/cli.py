@@ -114,6 +114,37 @@ def _doctor(options):
     return doctor.run(**options)
 
 
+def _strength_options(parser):
+    add = parser.add_argument
+    add("files", nargs="+", metavar="FILE", help=_SCORE_FILES)
+    add("--out", metavar="FILE", help="the first file's rows with the new columns; .jsonl, .parquet or .arrow")
+    add("--report", metavar="FILE", help="HTML with a histogram and the standard deviation over the mean")
+    add("--difference", metavar="FIELD", help="default: difference or differences")
+    add("--chosen", metavar="FIELD", help="default: chosen_score or chosen_scores")
+    add("--rejected", metavar="FIELD", help="default: rejected_score or rejected_scores")
+    add("--flip", type=float, metavar="P", help="flip the P %% of lowest strength; default: those below 0")
+    add("--drop", type=float, metavar="P", help="weight 0 for the P %% of lowest strength; default: none")
+    add("--scale", type=float, default=1.0, metavar="X", help="margin = scale * strength; default: %(default)s")
+    add("--clamp", type=float, metavar="X", help="margins are held in [-X, X]")
+
+
+_SCORE_FILES = (
+    "JSON Lines, or Parquet or Arrow where the package datasets is installed; a row is a pair with the scores of its "
+    "chosen and rejected response, or their difference: a number, or a list of one a model. Several files: each holds "
+    "other models' scores of the same pairs"
+)
+
+
+def _strength(options):
+    from . import strength
+
+    try:
+        strength.run(strength.Options(**{**options, "files": tuple(options["files"])}))
+    except strength.UsageError as error:
+        return _complain("strength", error, 2)
+    return 0
+
+
 def _complain(command, error, status):
     print(f"finealign {command}: {error}", file=sys.stderr)
     return status
@@ -124,6 +155,11 @@ COMMANDS = {
         "align a small model with a preference or policy loss, each step beside eager PyTorch",
         _demo_options,
         _demo,
+    ),
+    "strength": (
+        "from the scores of several reward models to strengths, labels and margins of preference pairs",
+        _strength_options,
+        _strength,
     ),
     "doctor": ("say what works on this machine and test it against float64", _doctor_options, _doctor),
 }

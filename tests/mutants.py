@@ -29,7 +29,7 @@ TRL, SEQUENCE, POLICY, VALUE = (
     "tests/test_policy.py",
     "tests/test_value.py",
 )
-REWARD = "tests/test_reward.py"
+REWARD, STRENGTH = "tests/test_reward.py", "tests/test_strength.py"
 FUSED_POLICY = "tests/test_policy_loss.py"
 SILENT = "tests/test_silent_faults.py"
 DIVERGENCE, RETURNS, SCAN = "tests/test_divergence.py", "tests/test_returns.py", "tests/test_scan.py"
@@ -232,6 +232,10 @@ MUTANTS = [
     Mutant("ties kept as pairs", "losses/pairs.py", "kept = up | down", "kept = up | ~up", REWARD),
     Mutant("the last token of the padding", "losses/pairs.py", "last = torch.searchsorted(kept, kept[bounds[1:]]) - 1", "last = bounds[1:] - 1", REWARD),
     Mutant("interleaved weights of halves", "losses/reward.py", "else x.repeat_interleave(2)", "else torch.cat([x, x])", REWARD),
+    Mutant("the spread of a sample", "losses/strength.py", "(square / count)", "(square / max(1, count - 1))", STRENGTH),
+    Mutant("ties counted as votes", "losses/strength.py", "vote + (d > 0)", "vote + (d >= 0)", STRENGTH),
+    Mutant("the strongest pairs taken for the weakest", "losses/strength.py", "self.mean.argsort(stable=True)", "self.mean.argsort(stable=True, descending=True)", STRENGTH),
+    Mutant("margins of the command unscaled", "strength.py", "margin = options.scale * strength.mean", "margin = strength.mean", STRENGTH),
     Mutant("the slope of the floored loss", "formulas/margin.py", "-up * (-m).sigmoid() / (up + floor)", "-(-m).sigmoid()", REWARD),
     # the fused head
     Mutant("a graph that is traced asks for a capture", OP, "not torch.compiler.is_compiling() and torch.cuda", "torch.cuda", GPU),

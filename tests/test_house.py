@@ -27,7 +27,7 @@ ARROW = {
     "report": set(),
     "testing": {"formulas", "kernels"},
 }
-TOP = {"cli", "demo", "doctor", "__main__", "__init__"}  # these may import everything
+TOP = {"cli", "demo", "doctor", "strength", "__main__", "__init__"}  # these may import everything
 
 
 def modules():

@@ -1,4 +1,4 @@
-"""Curves over steps and bars of a quantity, as inline SVG and plain boxes."""
+"""Curves over steps, bars of a quantity, histograms and scatters, as inline SVG and plain boxes."""
 
 import math
 from collections.abc import Sequence
@@ -35,6 +35,25 @@ class Bars(NamedTuple):
     amounts: dict[str, float]
 
 
+class Histogram(NamedTuple):
+    """How many of `values` (finite) lie in each of `bins` equal ranges; `unit` stands under the axis."""
+
+    title: str
+    values: Sequence[float]
+    unit: str = ""
+    bins: int = 40
+
+
+class Scatter(NamedTuple):
+    """One point for each pair of finite numbers; `across` and `up` name the axes."""
+
+    title: str
+    x: Sequence[float]
+    y: Sequence[float]
+    across: str
+    up: str
+
+
 def curves(title, charts, *, note=None):
     """A section of line charts; step 1 is the first value of each series."""
     return section(title, tag("div", *map(_line_chart, charts), class_="grid"), note=note)
@@ -43,6 +62,57 @@ def curves(title, charts, *, note=None):
 def bars(title, groups, *, note=None):
     """A section of horizontal bars, one figure for each `Bars`."""
     return section(title, tag("div", *map(_bar_chart, groups), class_="grid"), note=note)
+
+
+def distributions(title, charts, *, note=None):
+    """A section of histograms and scatters, in the order of `charts`."""
+    drawn = [_histogram(chart) if isinstance(chart, Histogram) else _scatter(chart) for chart in charts]
+    return section(title, tag("div", *drawn, class_="grid"), note=note)
+
+
+def _histogram(chart):
+    ticks = _ticks(chart.values)
+    low, high = ticks[0], ticks[-1]
+    counts = [0] * chart.bins
+    for value in chart.values:
+        counts[min(int((value - low) / (high - low) * chart.bins), chart.bins - 1)] += 1
+    levels = _ticks([0, *counts])
+    x, y = _scale(low, high, _LEFT, _WIDTH - _RIGHT), _scale(levels[0], levels[-1], _HEIGHT - _BOTTOM, _TOP)
+    width = (_WIDTH - _RIGHT - _LEFT) / chart.bins
+    boxes = []
+    for i, count in enumerate(counts):
+        start, stop = (low + (high - low) * k / chart.bins for k in (i, i + 1))
+        words = tag("title", f"{number(float(start))} to {number(float(stop))}: {count}")
+        place = dict(x=f"{x(start) + 0.5:.1f}", y=f"{y(count):.1f}", width=f"{width - 1:.1f}")
+        boxes.append(tag("rect", words, height=f"{_HEIGHT - _BOTTOM - y(count):.1f}", class_="box", **place))
+    names = tag("span", tag("span", chart.unit), class_="names")
+    return _axes_figure(chart.title, names, ticks, levels, x, y, tag("g", *boxes, class_="c0"))
+
+
+def _scatter(chart):
+    ticks, levels = _ticks(chart.x), _ticks(chart.y)
+    x = _scale(ticks[0], ticks[-1], _LEFT, _WIDTH - _RIGHT)
+    y = _scale(levels[0], levels[-1], _HEIGHT - _BOTTOM, _TOP)
+    points = [
+        tag("circle", cx=f"{x(one):.1f}", cy=f"{y(other):.1f}", r=2, class_="point")
+        for one, other in zip(chart.x, chart.y, strict=True)
+    ]
+    names = tag("span", tag("span", f"across: {chart.across}"), tag("span", f"up: {chart.up}"), class_="names")
+    return _axes_figure(chart.title, names, ticks, levels, x, y, tag("g", *points, class_="c0"))
+
+
+def _axes_figure(title, names, ticks, levels, x, y, drawn):
+    """A figure with numbers under and beside it."""
+    drawing = tag(
+        "svg",
+        *(_gridline(y(level), number(float(level))) for level in levels),
+        *(_step_label(x(tick), number(float(tick))) for tick in ticks),
+        drawn,
+        viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
+        role="img",
+        aria_label=title,
+    )
+    return tag("figure", tag("figcaption", tag("h3", title), names), drawing)
 
 
 def _bar_chart(group):
@@ -123,8 +193,12 @@ def _values(chart):
 
 
 def _linear_axis(chart):
+    return _ticks(_values(chart))
+
+
+def _ticks(values):
     """Three to six round ticks that enclose every value."""
-    values = _values(chart) or [0.0, 1.0]
+    values = values or [0.0, 1.0]
     low, high = min(values), max(values)
     if high - low <= 1e-6 * max(abs(low), abs(high)):
         low, high = low - (abs(low) * 0.1 or 1.0), high + (abs(high) * 0.1 or 1.0)

@@ -57,6 +57,7 @@ svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--soft); font-size: 12px; }
 svg .rule { stroke: var(--line); } svg .limit { stroke: var(--ink); stroke-dasharray: 5 4; }
 svg .curve { fill: none; stroke: currentColor; stroke-width: 2; stroke-linejoin: round; }
+svg .box { fill: currentColor; } svg .point { fill: currentColor; opacity: .45; }
 svg .dot { fill: currentColor; stroke: var(--card); stroke-width: 1.5; }
 
 .bar { display: grid; grid-template-columns: 5.5em 1fr 6.5em; align-items: center; gap: 10px; margin: 7px 0;

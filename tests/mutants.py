@@ -32,6 +32,7 @@ TRL, SEQUENCE, POLICY, VALUE = (
 REWARD, STRENGTH = "tests/test_reward.py", "tests/test_strength.py"
 FUSED_POLICY = "tests/test_policy_loss.py"
 SILENT = "tests/test_silent_faults.py"
+MISTAKES = "tests/test_ordinary_mistakes.py"
 DIVERGENCE, RETURNS, SCAN = "tests/test_divergence.py", "tests/test_returns.py", "tests/test_scan.py"
 ADVANTAGES, HEAD = "tests/test_advantages.py", "tests/test_linear_logprobs_triton.py"
 HOUSE = "tests/test_house.py"
@@ -52,6 +53,9 @@ MUTANTS = [
     Mutant("short forms hide their arguments", "losses/options.py", "*(p for p in passed if p.name not in hidden)", "", HOUSE),
     Mutant("subpackages need an import", "__init__.py", 'name in ("feedback", "integrations")', "False", HOUSE),
     Mutant("numbers that float32 does not hold", "ops/_check.py", "abs(value) > LARGEST", "abs(value) > 1e300", LOGPROBS),
+    Mutant("numpy's numbers are none", "ops/_check.py", "isinstance(value, (float, np.floating))", "isinstance(value, float)", MISTAKES),
+    Mutant("a 2 in a mask", "ops/_check.py", "low < 0 or high > 1", "low < 0", MISTAKES),
+    Mutant("a mask of integers as its values", "ops/_check.py", "return x != 0", "return x == 0", MISTAKES),
     Mutant("unequal pairs taken", "ops/_layout.py", "shapes[0][0] != shapes[1][0]", "False", "tests/test_layout.py"),
     # the mathematics of a row
     Mutant("sign of the label's gradient", FORMULA, "-g * torch.expm1(logp)", "g * torch.expm1(logp)", LOGPROBS),

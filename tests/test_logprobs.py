@@ -955,7 +955,11 @@ REFUSALS = {
     ),
     "labels high": (lambda: call(labels=Y + 40), IndexError, r"labels\[0\] = 40 is outside \[0, 40\)"),
     "labels low": (lambda: call(labels=Y - 7), IndexError, r"labels\[0\] = -7 is outside \[0, 40\)"),
-    "mask dtype": (lambda: call(mask=torch.ones(6)), TypeError, "mask must have dtype bool, got torch.float32"),
+    "mask dtype": (
+        lambda: call(mask=torch.ones(6)),
+        TypeError,
+        "mask must have dtype bool or int64 or int32 or uint8, got torch.float32",
+    ),
     "mask shape": (
         lambda: call(mask=torch.ones(5, dtype=torch.bool)),
         ValueError,

@@ -311,7 +311,7 @@ REFUSALS = {
         ValueError,
         "ref_logp must be None",
     ),
-    "weight": (lambda: fk.kto(L, L, Z, desirable_weight=math.nan), ValueError, "positive_weight must be a finite"),
+    "weight": (lambda: fk.kto(L, L, Z, desirable_weight=math.nan), ValueError, "desirable_weight must be a finite"),
     "no reference": (lambda: fk.pointwise_loss("kto", L, target=Z), ValueError, "ref_logp must be given for 'kto'"),
     "beta": (lambda: fk.kto(L, L, Z, beta=-1.0), ValueError, "beta must be a finite number > 0"),
 }

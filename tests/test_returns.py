@@ -553,7 +553,7 @@ X = torch.zeros(2, 3)
             ValueError,
             "masked must be 'carry' where segments are the actions, got 'zero'",
         ),
-        (lambda: gae(X, X, mask=X), TypeError, "mask must have dtype bool, got torch.float32"),
+        (lambda: gae(X, X, mask=X), TypeError, "mask must have dtype bool or"),
         (lambda: gae(X, X, backend="triton"), ValueError, "backend must be 'auto', 'reference' or 'native'"),
         (lambda: discounted_returns(X, masked="no"), ValueError, "masked must be one of .*'restart'.*, got 'no'"),
         (lambda: kl_penalty(X, X, estimator="k4"), ValueError, r"estimator must be one of .*, got 'k4'"),

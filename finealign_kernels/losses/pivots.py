@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..formulas import pivots as formula
 from ..formulas.segments import segment_ids
-from ..ops._check import FLOATS, check_number, check_tensor, fail, reads_values
+from ..ops._check import FLAGS, FLOATS, as_flags, check_flags, check_number, check_tensor, fail, number, reads_values
 from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like, unflatten
 from ..ops.segments import segment_mean, segment_sum
 
@@ -47,7 +47,7 @@ def implicit_scores(
 
     logp, ref_logp  as in preference_loss; nats. Returns float32 (float64 for float64), detached. Raises ValueError.
     """
-    check_number("beta", beta, above=0)
+    beta = check_number("beta", beta, above=0)
     tokens = flatten(logp, mask, cu_seqlens, name="logp")
     ref = flatten_like(ref_logp, tokens, "ref_logp")
     wide = torch.promote_types(tokens.x.dtype, torch.float32)
@@ -110,16 +110,16 @@ def pivot_flags(
     _check_only_with("threshold", threshold, "kind", "threshold", kind)
     _check_only_with("percent", percent, "kind", "salience", kind)
     if threshold is not None:
-        check_number("threshold", threshold, least=0)
+        threshold = check_number("threshold", threshold, least=0)
     if percent is not None:
-        check_number("percent", percent, above=0, most=100)
+        percent = check_number("percent", percent, above=0, most=100)
     if unit not in ("score", "std"):
         fail("unit", "be 'score' or 'std'", repr(unit))
     tokens = flatten(token_score, mask, cu_seqlens, name="token_score")
     q, read = _scores(tokens)
     first, before = formula.firsts(_mask(tokens), tokens.cu_seqlens), formula.previous(read, tokens.cu_seqlens)
     if kind == "threshold":
-        if not isinstance(baseline, (int, float)) or baseline != 0 or quantile is not None:
+        if number(baseline) != 0 or quantile is not None:
             fail("baseline", "be left out with kind='threshold', which compares neighbours", repr(baseline))
         flags = read & formula.threshold(q, before, threshold * formula.std(q, read) if unit == "std" else threshold)
     else:
@@ -189,7 +189,7 @@ def adaptive_mask(
     if segment_score not in SEGMENT_SCORES:
         fail("segment_score", f"be one of {SEGMENT_SCORES}", repr(segment_score))
     if soft is not None:
-        check_number("soft", soft, above=0)
+        soft = check_number("soft", soft, above=0)
     if pivots is not None and segment_ids is not None:
         fail("segment_ids", "be None where pivots are given", "both")
     tokens = flatten(token_score, mask, cu_seqlens, name="token_score")
@@ -256,7 +256,7 @@ def _starts(flags: Tensor, tokens: Tokens) -> Tensor:
 def _segments(tokens: Tokens, pivots, segment_ids) -> tuple[Tensor, Tensor]:
     """Tokens that are in a segment and tokens at which one starts, (N,) bool."""
     if segment_ids is None:
-        return _mask(tokens), _starts(flatten_like(pivots, tokens, "pivots", (torch.bool,)), tokens)
+        return _mask(tokens), _starts(as_flags("pivots", flatten_like(pivots, tokens, "pivots", FLAGS)), tokens)
     ids = flatten_like(segment_ids, tokens, "segment_ids", (torch.int32, torch.int64))
     inside = _mask(tokens) & (ids >= 0)
     before = formula.previous(inside, tokens.cu_seqlens)
@@ -282,7 +282,7 @@ def _baseline(q: Tensor, read: Tensor, tokens: Tokens, baseline, quantile) -> Te
         fail("baseline", f"be a number, a tensor or one of {BASELINES}", repr(baseline))
     _check_only_with("quantile", quantile, "baseline", "quantile", baseline if isinstance(baseline, str) else None)
     if quantile is not None:
-        check_number("quantile", quantile, least=0, most=1)
+        quantile = check_number("quantile", quantile, least=0, most=1)
     if not isinstance(baseline, str):
         return _per_token("baseline", baseline, tokens)
     if baseline == "row":
@@ -294,7 +294,7 @@ def _baseline(q: Tensor, read: Tensor, tokens: Tokens, baseline, quantile) -> Te
 def _per_token(name: str, value: float | Tensor, tokens: Tokens, dtype: torch.dtype = torch.float32) -> Tensor:
     """(N,) of a number, a tensor with one element, or one number a sequence."""
     if not isinstance(value, Tensor):
-        check_number(name, value)
+        value = check_number(name, value)
         return torch.full_like(tokens.x, value, dtype=dtype)
     check_tensor(name, value, dtypes=FLOATS, like=tokens.x)
     if value.shape != (tokens.segments,) and value.numel() != 1:
@@ -315,8 +315,8 @@ def _side(side: int | str | TokenTensor, tokens: Tokens) -> Tensor:
             fail("token_score", f"hold an even number of sequences with side={side!r}", many)
         place = torch.arange(many, device=tokens.x.device)
         signs = torch.where(place < many // 2 if side == "halves" else place % 2 == 0, 1.0, -1.0)
-    elif isinstance(side, (int, float)) and not isinstance(side, bool) and side in (1, -1):
-        signs = torch.full((many,), float(side), device=tokens.x.device)
+    elif number(side) in (1, -1):
+        signs = torch.full((many,), float(number(side)), device=tokens.x.device)
     else:
         fail("side", "be 'halves', 'interleaved', 1, -1 or a tensor", repr(side))
     return signs[segment_ids(tokens.cu_seqlens, tokens.x.shape[0])]
@@ -338,10 +338,8 @@ def _advantages(side: Tensor, tokens: Tokens) -> Tensor:
 def _flatten_flags(pivots, mask, cu_seqlens) -> Tokens:
     """Tokens whose x is 1 at a pivot."""
     pair = isinstance(pivots, (tuple, list))
-    for part in pivots if pair else (pivots,):
-        check_tensor("pivots", part, dtypes=(torch.bool,))
-    floats = tuple(part.float() for part in pivots) if pair else pivots.float()
-    return flatten(floats, mask, cu_seqlens, name="pivots")
+    floats = tuple(check_flags("pivots", part).float() for part in (pivots if pair else (pivots,)))
+    return flatten(floats if pair else floats[0], mask, cu_seqlens, name="pivots")
 
 
 def _check_only_with(name, value, argument, when, found) -> None:

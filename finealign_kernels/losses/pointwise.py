@@ -10,7 +10,15 @@ from ..ops._check import FLOATS, check_number, check_tensor, fail, reads_values
 from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like
 from ..ops.sequence_loss import batch_loss, sequence_loss
 from .options import short_form
-from .preference import FromScores, check_options, check_reference, flat_shift, response_scores, score_loss
+from .preference import (
+    FromScores,
+    check_options,
+    check_reference,
+    flat_shift,
+    number_or_tensor,
+    response_scores,
+    score_loss,
+)
 from .reduce import REDUCTIONS, has_tokens, plain_denominator, reduce, sequence_scores, sequence_weights, weigh
 from .table import PREFERENCE, Row, fused_functions, is_fused, row_of, scale_of, told
 
@@ -69,9 +77,9 @@ def pointwise_loss(
     if row.pair:
         known = tuple(n for n, r in PREFERENCE.items() if not r.pair)
         fail("name", f"be a Row with pair=False or one of {known}", told(name))
-    beta, shift, average = check_options(row, beta, shift, None, average, segment_ids)
-    check_number("positive_weight", positive_weight)
-    check_number("other_weight", other_weight)
+    beta, shift, _, average = check_options(row, beta, shift, None, average, segment_ids)
+    positive_weight = check_number("positive_weight", positive_weight)
+    other_weight = check_number("other_weight", other_weight)
     if reduction not in (*REDUCTIONS, "class_mean"):
         fail("reduction", f"be one of {(*REDUCTIONS, 'class_mean')}", repr(reduction))
     check_reference(name, row, ref_logp)
@@ -172,11 +180,14 @@ def kto(
     desirable_weight, undesirable_weight  multiply the losses of the two classes, the paper's λ
     Keyword arguments and errors: pointwise_loss.
     """
-    beta = options.get("beta") or PREFERENCE["kto"].beta
-    if not isinstance(z0, Tensor):
-        check_number("z0", z0)
+    beta = PREFERENCE["kto"].beta if options.get("beta") is None else options["beta"]
+    beta = check_number("beta", beta, positive=True)
+    z0 = number_or_tensor("z0", z0)
     z0 = z0.detach().clamp(min=0) if isinstance(z0, Tensor) else max(0.0, z0)
-    weights = dict(positive_weight=desirable_weight, other_weight=undesirable_weight)
+    weights = dict(
+        positive_weight=check_number("desirable_weight", desirable_weight),
+        other_weight=check_number("undesirable_weight", undesirable_weight),
+    )
     return pointwise_loss("kto", logp, ref_logp, target=target, shift=beta * z0, **weights, **options)
 
 
@@ -245,9 +256,7 @@ def unlikelihood(logp: TokenTensor, target: Tensor, **options: "Unpack[Pointwise
 
 
 def _minus(c: float | Tensor) -> float | Tensor:
-    if not isinstance(c, Tensor):
-        check_number("c", c)
-    return -c
+    return -number_or_tensor("c", c)
 
 
 def _row(kind: str, rows: dict[str, str]) -> str:

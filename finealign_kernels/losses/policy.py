@@ -234,15 +234,17 @@ def policy_loss(
     reduction = row.reduction if reduction is None else reduction
     check_token_reduction(reduction, average, denominator, max_length)
     kl_coef = row.kl_coef if kl_coef is None else kl_coef
+    kl_coef, entropy_coef = check_number("kl_coef", kl_coef), check_number("entropy_coef", entropy_coef)
     _check_terms(kl_coef, kl, ref_logp, entropy_coef, entropy, entropy_reduction, entropy_denominator)
 
-    for argument, value in (
-        ("denominator", denominator),
-        ("max_length", max_length),
-        ("entropy_denominator", entropy_denominator),
-    ):
-        if value is not None:
-            check_denominator(value, argument)
+    denominator, max_length, entropy_denominator = (
+        value if value is None else check_denominator(value, argument)
+        for argument, value in (
+            ("denominator", denominator),
+            ("max_length", max_length),
+            ("entropy_denominator", entropy_denominator),
+        )
+    )
 
     tokens = flatten(logp, mask, cu_seqlens, name="logp")
     if row.whole:
@@ -368,8 +370,6 @@ def _check_bounds(row: PolicyRow, hyper: dict) -> None:
 
 
 def _check_terms(kl_coef, kl, ref_logp, entropy_coef, entropy, entropy_reduction, entropy_denominator) -> None:
-    check_number("kl_coef", kl_coef)
-    check_number("entropy_coef", entropy_coef)
     if kl not in KL:
         fail("kl", f"be one of {tuple(KL)}", repr(kl))
     if kl_coef != 0 and ref_logp is None:

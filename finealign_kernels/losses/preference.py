@@ -147,7 +147,7 @@ def preference_loss(
     logp          (2B, T) with mask; or flat (N,) with cu_seqlens (2B + 1,); or a pair (B, T⁺), (B, T⁻). float, nats
     ref_logp      as logp, of the frozen reference; or (2B,) sums of whole responses, without weights and average.
                   Required by rows with a reference, refused by the others
-    mask          as logp, bool: is the token read. What stands elsewhere (NaN, inf) reaches neither value nor gradient
+    mask          as logp, bool (or ints, 0 and 1): is the token read. What stands elsewhere (NaN, inf) does not matter
     token_weight  as logp, float: how much a token counts, in policy and reference alike; default 1
     segment_ids   as logp, int: the segment of each token, not decreasing in a response, -1 for none
     average       False: h is the weighted sum; "kept": divided by Σ token_weight; "all": by the number of mask tokens;
@@ -173,7 +173,7 @@ def preference_loss(
     Raises  ValueError, TypeError naming argument, expectation and finding.
     """
     row, hyper = row_of(name, hyper)
-    beta, shift, average = check_options(row, beta, shift, scale, average, segment_ids)
+    beta, shift, scale, average = check_options(row, beta, shift, scale, average, segment_ids)
     if pairs not in ("halves", "interleaved"):
         fail("pairs", "be 'halves' or 'interleaved'", repr(pairs))
     if isinstance(logp, (tuple, list)) and pairs != "halves":
@@ -181,7 +181,7 @@ def preference_loss(
     check_reference(name, row, ref_logp)
     nll_weight = (1.0 if row.nll else 0.0) if nll_weight is None else nll_weight
     nll = nll or row.nll or "token"
-    check_number("nll_weight", nll_weight)
+    nll_weight = check_number("nll_weight", nll_weight)
     if nll not in ("sequence", "token"):
         fail("nll", "be 'sequence' or 'token'", repr(nll))
     if nll_denominator is not None and (nll != "token" or not nll_weight):
@@ -264,18 +264,21 @@ def _losses_of_scores(name, row: Row, score, tokens: Tokens, ref_logp, weight, p
 
 
 def check_options(row: Row, beta, shift, scale, average, segment_ids):
-    """beta, shift and average as given, else as the row has them."""
+    """beta, shift, scale and average as given, else as the row has them."""
     beta = row.beta if beta is None else beta
     shift = row.shift if shift is None else shift
     average = row.average if average is None else average
-    check_number("beta", beta, positive=True)
-    if not isinstance(shift, Tensor):
-        check_number("shift", shift)
+    beta = check_number("beta", beta, positive=True)
+    shift = number_or_tensor("shift", shift)
     _check_least(row, shift)
     if scale is not None:
-        check_number("scale", scale, positive=True)
+        scale = check_number("scale", scale, positive=True)
     check_average(average, segment_ids)
-    return beta, shift, average
+    return beta, shift, scale, average
+
+
+def number_or_tensor(name: str, value: float | Tensor) -> float | Tensor:
+    return value if isinstance(value, Tensor) else check_number(name, value)
 
 
 def _check_least(row: Row, shift: float | Tensor) -> None:
@@ -427,7 +430,7 @@ def simpo(logp: TokenTensor, *, gamma: float = 1.0, **options: "Unpack[Preferenc
 
     logp is (2B, T), chosen responses first; gamma is a target margin. Keyword arguments and errors: preference_loss.
     """
-    return preference_loss("simpo", logp, shift=gamma, **options)
+    return preference_loss("simpo", logp, shift=number_or_tensor("gamma", gamma), **options)
 
 
 @short_form(preference_loss)
@@ -478,7 +481,7 @@ def cpo(logp: TokenTensor, *, alpha: float = 1.0, **options: "Unpack[PreferenceO
 
     logp is (2B, T), chosen responses first. Keyword arguments and errors: preference_loss.
     """
-    return preference_loss("cpo", logp, nll_weight=alpha, **options)
+    return preference_loss("cpo", logp, nll_weight=check_number("alpha", alpha), **options)
 
 
 @short_form(preference_loss, "scale")
@@ -490,4 +493,4 @@ def orpo(logp: TokenTensor, *, odds_weight: float = 0.1, **options: "Unpack[Pref
     The log-odds are those of e^h, with h the mean logp of a response. logp is (2B, T), chosen responses first.
     Keyword arguments and errors: preference_loss.
     """
-    return preference_loss("orpo", logp, scale=odds_weight, **options)
+    return preference_loss("orpo", logp, scale=check_number("odds_weight", odds_weight, positive=True), **options)

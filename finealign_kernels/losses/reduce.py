@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..formulas import segments as formula
-from ..ops._check import check_one_of, check_tensor, fail, reads_values
+from ..ops._check import check_number, check_one_of, check_tensor, fail, number, reads_values
 from ..ops._layout import Tokens, flatten_like
 from ..ops._once import once
 from ..ops.segments import segment_broadcast, segment_sum
@@ -172,9 +172,10 @@ def check_denominator(denominator, name: str = "denominator"):
         if denominator.numel() != 1:
             fail(name, "hold one number", f"shape {tuple(denominator.shape)}")
         return denominator.detach().reshape(())
-    if isinstance(denominator, bool) or not isinstance(denominator, (int, float)) or not 0 < denominator < float("inf"):
+    count = number(denominator)
+    if count is None or not 0 < count < float("inf"):
         fail(name, "be a finite number > 0 or a tensor with one element", repr(denominator))
-    return denominator
+    return check_number(name, count, positive=True)
 
 
 def wide_of(tokens: Tokens) -> torch.dtype:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..formulas import margin as formula
-from ..ops._check import check_number, check_tensor, fail, reads_values
+from ..ops._check import check_flags, check_number, check_tensor, fail, reads_values
 from ..ops._layout import Tokens, TokenTensor
 from ..ops.sequence_loss import batch_loss, missing, sequence_loss
 from .pairs import RankedPairs, pick_scores, score_pairs
@@ -124,10 +124,8 @@ def reward_loss(
     """
     row = _row_of(name)
     hyper = hyper_of(name if isinstance(name, str) else "the row", row.hyper, hyper)
-    check_number("scale", scale, positive=True)
-    check_number("centering", centering, least=0)
-    if clamp is not None:
-        check_number("clamp", clamp, positive=True)
+    scale, centering = check_number("scale", scale, positive=True), check_number("centering", centering, least=0)
+    clamp = clamp if clamp is None else check_number("clamp", clamp, positive=True)
     scores = pick_scores(scores, mask=mask, cu_seqlens=cu_seqlens, pick=pick, token_weight=token_weight)
     scores, layout = score_pairs(scores, pairs)
     count, dtype = scores.shape[0] // 2, torch.promote_types(scores.dtype, torch.float32)
@@ -154,7 +152,7 @@ def reward_loss(
     if row.weak:
         smoothing = smoothing * (strength < 0).to(dtype)
     if flip is not None:
-        check_tensor("flip", flip, dtypes=(torch.bool,), shape=(count,), like=scores)
+        flip = check_flags("flip", flip, shape=(count,), like=scores)
     elif row.flip:
         flip = strength < 0
     sign = None
@@ -224,8 +222,7 @@ def _each_of(x: Tensor, layout: str) -> Tensor:
 def _constant(name: str, x, count: int, like: Tensor, dtype, *, least=None, most=None):
     """A finite number, or (P,) of them, detached. Values on a GPU are not read: that would be a host sync."""
     if not isinstance(x, Tensor):
-        check_number(name, x, least=least, most=most)
-        return x
+        return check_number(name, x, least=least, most=most)
     check_tensor(name, x, shape=(count,), like=like)
     x = x.detach().to(dtype)
     if reads_values(x):

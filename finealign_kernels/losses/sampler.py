@@ -56,9 +56,8 @@ def sampler_weights(
         fail("mode", "be 'sequence_mask' with gate='geometric': the mean is that of a sequence", repr(mode))
     if on_missing not in ("propagate", "one"):
         fail("on_missing", "be 'propagate' or 'one'", repr(on_missing))
-    for name, bound in (("low", low), ("high", high)):
-        if bound is not None:
-            check_number(name, bound)
+    low = low if low is None else check_number("low", low)
+    high = high if high is None else check_number("high", high)
     if gate in ("binary_kl", "tv") and low is not None:
         fail("low", f"be None with gate={gate!r}: a divergence is bounded from above", low)
     if low is None and high is None:

@@ -330,20 +330,21 @@ def told(name: str | Row) -> str:
 
 def hyper_of(name: str | Row, takes: dict[str, Hyper], given: dict) -> dict:
     """The hyper-parameters of a row: those given, checked, else its own."""
+    found = {}
     for key, value in given.items():
         if key not in takes:
             raise TypeError(f"{told(name)} takes {tuple(takes) or 'no hyper-parameter'}, got {key!r}")
-        check_number(key, value)
+        found[key] = value = check_number(key, value)
         if not takes[key].holds(value):
             fail(key, takes[key].expected, repr(value))
-    return {key: given.get(key, wanted.default) for key, wanted in takes.items()}
+    return {key: found.get(key, wanted.default) for key, wanted in takes.items()}
 
 
 def score_transform(name: str | Row, row: Row, divergence: str, alpha: float) -> Formula | None:
     """What a row's score becomes before the margin: the row's own, or g(h) of an f-divergence from the reference."""
     if divergence not in DIVERGENCE:
         fail("divergence", f"be one of {tuple(DIVERGENCE)}", repr(divergence))
-    check_number("alpha", alpha)
+    alpha = check_number("alpha", alpha)
     if divergence == "reverse_kl":
         return row.transform
     if not row.reference or row.label or row.chosen or row.match:

@@ -47,7 +47,7 @@ def value_loss(
     Source  the code of arXiv:2306.01693 (fgrlhf/ppo.py), verl and OpenRLHF.
     """
     if clip is not None:
-        check_number("clip", clip, positive=True)
+        clip = check_number("clip", clip, positive=True)
         if old_values is None:
             fail("old_values", f"be given for clip = {clip} (clip=None compares with the returns alone)", None)
     check_token_reduction(reduction, average, denominator, max_length)

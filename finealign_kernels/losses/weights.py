@@ -21,7 +21,7 @@ def ld_weights(
     Of logp only the layout is read, which is that of the result, and float32 (float64) is its dtype. alpha in [0, 1].
     Raises ValueError, TypeError. Source: arXiv:2409.06411.
     """
-    check_number("alpha", alpha)
+    alpha = check_number("alpha", alpha)
     if not 0 <= alpha <= 1:
         fail("alpha", "be in [0, 1]", alpha)
     tokens = flatten(logp, mask, cu_seqlens, name="logp")

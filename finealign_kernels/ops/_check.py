@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,6 +10,7 @@ from ..formulas.logprobs import BAD, SKIP
 
 LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny  # of the numbers that float32 holds
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLAGS = (torch.bool, torch.int64, torch.int32, torch.uint8)  # of a mask; integers in it are 0 and 1
 PACKED = ("quant_state", "SCB")  # what a tensor of bitsandbytes, of 4 or 8 bits, is unpacked by
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
@@ -30,14 +32,34 @@ def check_tensor(name: str, x: object, *, dtypes=FLOATS, shape=None, like: Tenso
         fail(name, f"be on {like.device}", x.device)
 
 
-def check_number(name: str, value: object, positive: bool = False, *, above=None, least=None, most=None) -> None:
-    """A finite number in a range: value > above (0 with positive), value >= least, value <= most.
+def number(value: object) -> int | float | None:
+    """The Python number of a number, also one of numpy (a scalar, an array without dimensions); None of all else."""
+    if type(value) is float or type(value) is int:
+        return value
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        return int(value)
+    return float(value) if isinstance(value, (float, np.floating)) else None
+
+
+def check_integer(name: str, value: object, expected: str, least: int | None = None) -> int:
+    """A whole number; expected completes the message."""
+    found = number(value)
+    if not isinstance(found, int) or (least is not None and found < least):
+        fail(name, expected, _describe(value))
+    return found
+
+
+def check_number(name: str, value: object, positive: bool = False, *, above=None, least=None, most=None) -> int | float:
+    """A finite number in a range: value > above (0 with positive), value >= least, value <= most; as Python's.
 
     float32 must hold it too, since losses and logits are computed there: at most 3.4e38 in size, and at least 1.2e-38
     where it must be positive, so that neither it nor its inverse overflows or vanishes.
     """
     above = 0 if positive else above
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+    given, value = value, number(value)
+    good = value is not None and abs(value) < float("inf")
     good = good and (above is None or value > above) and (least is None or value >= least)
     if good and (abs(value) > LARGEST or (above == 0 and value < SMALLEST)):
         fail(
@@ -47,7 +69,25 @@ def check_number(name: str, value: object, positive: bool = False, *, above=None
         )
     if not good or (most is not None and value > most):
         bounds = [f"{word} {bound}" for word, bound in ((">", above), (">=", least), ("<=", most)) if bound is not None]
-        fail(name, " ".join(["be a finite number", " and ".join(bounds)]).strip(), _describe(value))
+        fail(name, " ".join(["be a finite number", " and ".join(bounds)]).strip(), _describe(given))
+    return value
+
+
+def check_flags(name: str, x: object, *, shape=None, like: Tensor | None = None) -> Tensor:
+    """A mask as bool. One of integers holds 0 and 1: others are refused on a CPU; on a GPU all but 0 count as 1."""
+    check_tensor(name, x, dtypes=FLAGS, shape=shape, like=like)
+    return as_flags(name, x)
+
+
+def as_flags(name: str, x: Tensor) -> Tensor:
+    """check_flags of a tensor whose dtype is one of FLAGS."""
+    if x.dtype == torch.bool:
+        return x
+    if reads_values(x) and x.numel():
+        low, high = (int(bound) for bound in x.aminmax())
+        if low < 0 or high > 1:
+            fail(name, "hold 0 and 1 alone where it is no bool", low if low < 0 else high)
+    return x != 0
 
 
 def reads_values(x: Tensor) -> bool:
@@ -97,7 +137,7 @@ def targets(labels: Tensor, mask: Tensor | None, ignore_index: int, vocab: int, 
     outputs NaN, and an error word is set that check_errors() reads; FINEALIGN_DEBUG=1 checks at once everywhere.
     """
     flat = labels.reshape(-1).long()
-    read = flat != ignore_index
+    read = flat != check_integer("ignore_index", ignore_index, "be an integer")
     if mask is not None:
         read = read & mask.reshape(-1)
     wrong = read & ((flat < 0) | (flat >= vocab))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._check import FLOATS, check_tensor, fail, reads_values
+from ._check import FLAGS, FLOATS, as_flags, check_tensor, fail, reads_values
 from ._once import refuse_transforms
 
 TokenTensor = Tensor | tuple[Tensor, Tensor]
@@ -84,7 +84,7 @@ def flatten(
         check_cu_seqlens(cu_seqlens, whole.shape[0], whole)
     tokens = Tokens(whole, None, ends, shapes)
     if mask is not None:
-        tokens.whole_mask = whole_like(mask, tokens, "mask", (torch.bool,))
+        tokens.whole_mask = as_flags("mask", whole_like(mask, tokens, "mask", FLAGS))
     return tokens
 
 

@@ -11,8 +11,10 @@ from ..formulas.logprobs import Coef, Head
 from . import _choose, _chunked
 from ._check import (
     OUTPUTS,
+    check_flags,
     check_head,
     check_head_options,
+    check_integer,
     check_tensor,
     fail,
     note_errors,
@@ -60,8 +62,9 @@ def linear_logprobs(
     weight       (V, D), same dtype and device as hidden (under autocast both are cast to its dtype)
     labels       (...) int32 or int64
     bias         (V,) float; -inf takes an id out of the vocabulary (padded heads)
-    mask         (...) bool: may the row be read. Where it is false, or the label is ignore_index, every output is 0,
-                 the row is never projected (hidden may hold NaN there) and upstream gradients are not looked at
+    mask         (...) bool (or ints, 0 and 1): may the row be read. Where it is false, or the label is ignore_index,
+                 every output is 0, the row is never projected (hidden may hold NaN there) and upstream gradients are
+                 not looked at
     temperature, softcap > 0; logit_scale finite
     outputs      further outputs wanted: "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"
     workspace    bytes kept between forward and backward so that rows need no second product: a number, 0, "full", or
@@ -97,12 +100,12 @@ def linear_logprobs(
         hidden, weight = (x.to(torch.get_autocast_dtype(device)) for x in (hidden, weight))
     if hidden.dtype != weight.dtype:
         fail("weight", f"have the dtype of hidden, {hidden.dtype}", weight.dtype, TypeError)
-    _check_rows(labels, hidden.shape[:-1], mask, hidden)
+    mask = _check_rows(labels, hidden.shape[:-1], mask, hidden)
     vocab = weight.shape[0]
     if bias is not None:
         check_tensor("bias", bias, shape=(vocab,), like=hidden)
         bias = bias.to(_chunked.wide(hidden.dtype))
-    outputs = _outputs(outputs)
+    outputs, budget = _outputs(outputs), _bytes(workspace, weight)
     check_head_options(temperature, softcap, logit_scale, outputs)
     if group is not None:
         fail("group", "be None: a vocabulary-parallel head is not supported yet", f"a {type(group).__name__}")
@@ -120,7 +123,7 @@ def linear_logprobs(
         else:
             inputs = [t for t in (hidden, weight, bias) if t is not None]
             keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)  # inside apply it cannot be told
-            budget = _bytes(workspace, weight) if keep else 0
+            budget = budget if keep else 0
             found = _LinearLogprobs.apply(x, weight, bias, target, head, _want(outputs), budget, on_device, name)
     return _shaped(found, labels.shape, outputs)
 
@@ -150,7 +153,7 @@ def token_logprobs(
     check_tensor("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] == 0:
         fail("logits", "have shape (..., V) with V >= 1", tuple(logits.shape))
-    _check_rows(labels, logits.shape[:-1], mask, logits)
+    mask = _check_rows(labels, logits.shape[:-1], mask, logits)
     outputs = _outputs(outputs)
     check_head_options(temperature, softcap, logit_scale, outputs)
     head = Head(float(logit_scale), float(softcap or 0.0), 1.0 / float(temperature))
@@ -221,10 +224,10 @@ class _TokenLogprobs(torch.autograd.Function):
 # ---- arguments and results -----------------------------------------------------------------------------------------
 
 
-def _check_rows(labels, shape, mask, like) -> None:
+def _check_rows(labels, shape, mask, like) -> Tensor | None:
+    """The mask as bool."""
     check_tensor("labels", labels, dtypes=(torch.int64, torch.int32), shape=shape, like=like)
-    if mask is not None:
-        check_tensor("mask", mask, dtypes=(torch.bool,), shape=shape, like=like)
+    return None if mask is None else check_flags("mask", mask, shape=shape, like=like)
 
 
 def _outputs(outputs) -> tuple[str, ...]:
@@ -240,9 +243,7 @@ def _bytes(workspace, weight: Tensor) -> int:
         return weight.numel() * weight.element_size()
     if workspace == "full":
         return _chunked.FULL
-    if isinstance(workspace, int) and not isinstance(workspace, bool) and workspace >= 0:
-        return workspace
-    fail("workspace", "be 'auto', 'full' or a number of bytes >= 0", repr(workspace))
+    return check_integer("workspace", workspace, "be 'auto', 'full' or a number of bytes >= 0", least=0)
 
 
 def _capturing(x: Tensor) -> bool:

@@ -55,7 +55,7 @@ def reverse_scan(
 def _decays(decay: float | Tensor, tokens: Tokens) -> tuple[Tensor | None, Tensor | None]:
     """Decays of tokens (N,), or rates: () one for all, float64, or (S,) one a sequence."""
     if not isinstance(decay, Tensor):
-        check_number("decay", decay)
+        decay = check_number("decay", decay)
         return None, torch.full((), decay, dtype=torch.float64, device=tokens.x.device)
     if decay.shape == (tokens.segments,) != tokens.shapes[0]:
         check_tensor("decay", decay, like=tokens.x)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..formulas import segments as formula
 from . import _native
-from ._check import FLOATS, check_tensor, fail
+from ._check import FLOATS, check_flags, check_integer, check_tensor, fail
 from ._layout import Tokens, check_cu_seqlens, flatten, padded_cu_seqlens, unflatten
 
 SUM, MEAN, LAST = 0, 1, 2  # Over in csrc/launch.h
@@ -25,7 +25,7 @@ def segment_sum(
 
     x           (N,) with cu_seqlens, or (B, T), where every row is a segment; float
     cu_seqlens  (S + 1,) int32 or int64, starts at 0, does not decrease, ends at N
-    mask        bool, the shape of x; where it is false x is not looked at and may hold NaN
+    mask        bool (or ints, 0 and 1), the shape of x; where it is false x is not looked at and may hold NaN
     backend     "auto", "reference" (torch), or "native" (the compiled extension, on a CPU or a CUDA GPU)
     Returns     (S,) float32 (float64 for float64), differentiable in x any number of times.
     Raises      ValueError, TypeError; for values of cu_seqlens on a CPU only: on a GPU a bad segment gives NaN.
@@ -83,7 +83,7 @@ def _reduce(tokens: Tokens, over: int, backend: str) -> Tensor:
 def _spread(v: Tensor, cu_seqlens: Tensor | None, total: int | None, mask: Tensor | None, over: int, backend: str):
     check_tensor("v", v, dtypes=FLOATS)
     if mask is not None:
-        check_tensor("mask", mask, dtypes=(torch.bool,), like=v)
+        mask = check_flags("mask", mask, like=v)
     if cu_seqlens is None:
         if mask is None or mask.dim() != 2:
             fail("mask", "be (S, T) where cu_seqlens is not given", None if mask is None else tuple(mask.shape))
@@ -106,7 +106,7 @@ def _spread(v: Tensor, cu_seqlens: Tensor | None, total: int | None, mask: Tenso
 
 def _total(cu_seqlens: Tensor, total: int | None, mask: Tensor | None) -> int:
     if total is not None:
-        return total
+        return check_integer("total", total, "be the number of tokens", least=0)
     if mask is not None:
         return mask.numel()
     if cu_seqlens.device.type != "cpu":

@@ -121,8 +121,7 @@ def advantages(
     """
     check_estimator("kl", kl)
     check_mode("whitening", whitening)
-    check_number("kl_coef", kl_coef)
-    check_number("baseline", baseline)
+    kl_coef, baseline = check_number("kl_coef", kl_coef), check_number("baseline", baseline)
     for name, value, known in (
         ("masked", masked, MASKED),
         ("pivots", pivots, PIVOTS),
@@ -337,11 +336,10 @@ def _tokens(rewards, mask, cu_seqlens) -> tuple[Tokens, list[SegmentRewards] | N
     if not isinstance(models, Sequence) or not models:
         fail("rewards", "be a tensor, SegmentRewards or a sequence of them", type(rewards).__name__, TypeError)
     tokens = layout_of(mask, cu_seqlens)
-    for k, model in enumerate(models):
-        check_model(f"rewards[{k}]", model, tokens)
+    models = [check_model(f"rewards[{k}]", model, tokens) for k, model in enumerate(models)]
     double = any(model.reward.dtype == torch.float64 for model in models)
     x = torch.zeros((), dtype=torch.float64 if double else torch.float32, device=tokens.x.device)
-    return tokens.with_x(x.expand(tokens.x.shape)), list(models)
+    return tokens.with_x(x.expand(tokens.x.shape)), models
 
 
 def _kept(x: Tensor, mask: Tensor | None) -> Tensor:

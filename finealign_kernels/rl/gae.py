@@ -174,7 +174,7 @@ def constant(x: Tensor, dtype: torch.dtype) -> Tensor:
 def rate(name: str, value: float | Tensor, tokens: Tokens) -> Tensor:
     """(1,) or (S,) float64 in [0, 1]."""
     if not isinstance(value, Tensor):
-        check_number(name, value)
+        value = check_number(name, value)
         if not 0 <= value <= 1:
             fail(name, "be in [0, 1]", value)
         return torch.full((1,), value, dtype=torch.float64, device=tokens.x.device)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..formulas import groups as formula
 from ..formulas.segments import summed_in
-from ..ops._check import check_number, check_tensor, fail
+from ..ops._check import check_integer, check_number, check_tensor, fail
 from ..ops._layout import check_cu_seqlens
 
 TURN_KINDS = ("return_to_go", "outcome")
@@ -36,7 +36,7 @@ def group_advantages(rewards: Tensor, groups: int | Tensor, *, kind: str = "grou
     Source   arXiv:2402.03300 (GRPO), 2503.20783 (Dr. GRPO), 2402.14740 (RLOO).
     """
     _check_one_of("kind", kind, formula.KINDS)
-    check_number("eps", eps, least=0)
+    eps = check_number("eps", eps, least=0)
     wide = _rewards("rewards", rewards, 1)
     return formula.group_advantages(wide, _keys(groups, wide), kind=kind, eps=eps).to(_result(rewards))
 
@@ -61,7 +61,7 @@ def decoupled_advantages(
     Raises   ValueError, TypeError.
     Source   GDPO, arXiv:2601.05242.
     """
-    check_number("eps", eps, least=0)
+    eps = check_number("eps", eps, least=0)
     if not isinstance(rewards, Tensor):
         for k, model in enumerate(rewards):
             check_tensor(f"rewards[{k}]", model, shape=rewards[0].shape, like=rewards[0])
@@ -70,8 +70,7 @@ def decoupled_advantages(
     weights = [1.0] * len(wide) if weights is None else list(weights)
     if len(weights) != len(wide):
         fail("weights", f"hold {len(wide)} numbers, one a model", len(weights))
-    for k, weight in enumerate(weights):
-        check_number(f"weights[{k}]", weight)
+    weights = [check_number(f"weights[{k}]", weight) for k, weight in enumerate(weights)]
     return formula.decoupled_advantages(wide, _keys(groups, wide[0]), weights, eps=eps).to(_result(rewards))
 
 
@@ -129,9 +128,11 @@ def _keys(groups: int | Tensor, rewards: Tensor, rows: int | None = None) -> Ten
     if isinstance(groups, Tensor):
         check_tensor("groups", groups, dtypes=(torch.int32, torch.int64), shape=(rows,), like=rewards)
         return groups.long()
-    if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1 or rows % groups:
-        fail("groups", f"be (S,) int, or a number of responses that divides {rows}", repr(groups))
-    return torch.arange(rows, device=rewards.device) // groups
+    expected = f"be (S,) int, or a number of responses that divides {rows}"
+    count = check_integer("groups", groups, expected, least=1)
+    if rows % count:
+        fail("groups", expected, count)
+    return torch.arange(rows, device=rewards.device) // count
 
 
 def _check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..formulas import rewards as formula
 from ..formulas.rewards import PLACEMENTS, SegmentRewards
 from ..formulas.segments import segment_ids, summed_in
-from ..ops._check import check_number, check_tensor, fail, reads_values
+from ..ops._check import check_flags, check_number, check_tensor, fail, reads_values
 from ..ops._layout import Tokens, check_cu_seqlens, flatten, unflatten
 
 INDICES = (torch.int32, torch.int64)
@@ -66,8 +66,7 @@ def token_rewards(
             fail(name, f"be one of {known}", repr(value))
     tokens = layout_of(mask, cu_seqlens)
     models = [models] if isinstance(models, SegmentRewards) else list(models)
-    for k, model in enumerate(models):
-        check_model(f"models[{k}]", model, tokens)
+    models = [check_model(f"models[{k}]", model, tokens) for k, model in enumerate(models)]
     result = torch.float64 if any(model.reward.dtype == torch.float64 for model in models) else torch.float32
     total = torch.zeros_like(tokens.x, dtype=summed_in(tokens.x))
     for model in models:
@@ -115,11 +114,12 @@ def layout_of(mask: Tensor | None, cu_seqlens: Tensor | None) -> Tokens:
             )
         check_cu_seqlens(cu_seqlens, None, cu_seqlens)
         mask = torch.ones(int(cu_seqlens[-1]), dtype=torch.bool)
-    check_tensor("mask", mask, dtypes=(torch.bool,))
+    mask = check_flags("mask", mask)
     return flatten(torch.zeros((), device=mask.device).expand(mask.shape), mask, cu_seqlens, name="mask")
 
 
-def check_model(name: str, model: SegmentRewards, tokens: Tokens) -> None:
+def check_model(name: str, model: SegmentRewards, tokens: Tokens) -> SegmentRewards:
+    """The model, its weight a Python number."""
     if not isinstance(model, SegmentRewards):
         fail(name, "be SegmentRewards", f"a {type(model).__name__}", TypeError)
     check_tensor(f"{name}.reward", model.reward, like=tokens.x)
@@ -127,7 +127,7 @@ def check_model(name: str, model: SegmentRewards, tokens: Tokens) -> None:
         fail(f"{name}.reward", "have shape (M,), a number a segment", tuple(model.reward.shape))
     for field in ("end",) if model.start is None else ("end", "start"):
         check_tensor(f"{name}.{field}", getattr(model, field), dtypes=INDICES, shape=model.reward.shape, like=tokens.x)
-    check_number(f"{name}.weight", model.weight)
+    model = model._replace(weight=check_number(f"{name}.weight", model.weight))
     check_tensor(f"{name}.cu_segments", model.cu_segments, dtypes=INDICES, like=tokens.x)
     if model.cu_segments.shape != (tokens.segments + 1,):
         expected = f"have shape ({tokens.segments + 1},), the bounds of the segments of {tokens.segments} sequences"
@@ -143,6 +143,7 @@ def check_model(name: str, model: SegmentRewards, tokens: Tokens) -> None:
             _refuse(
                 f"{name}.start", "be at least 0 and after the end before it", _overlaps(model), model.start, model, row
             )
+    return model
 
 
 def _refuse(name: str, expected: str, wrong: Tensor, value: Tensor, model: SegmentRewards, row: Tensor) -> None:

@@ -1,0 +1,172 @@
+"""What users hand over by mistake, or in another library's types, to every public function: taken, or refused by name.
+
+CALLS holds one full call of each public function; the tests put other values in the place of its arguments.
+"""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+
+import finealign_kernels as fk
+
+generator = torch.Generator().manual_seed(0)
+MASK = torch.tensor(
+    [[True] * 5, [True, True, True, False, False], [True] * 4 + [False], [True, False, True, True, True]]
+)
+ENDS = torch.tensor([0, 2, 4])  # of 4 segments of 2 prompts
+
+
+def rand(*shape):
+    return torch.rand(*shape, generator=generator)
+
+
+X, REF, SCORE = -rand(4, 5), -rand(4, 5), rand(4, 5) - 0.5
+WEIGHT, IDS = rand(4, 5), torch.arange(5).expand(4, 5) // 2
+KIND, SIDES = torch.tensor([True, False, True, False]), torch.tensor([1.0, -1, 1, -1])
+LOGP = dict(logp=X, mask=MASK, token_weight=WEIGHT, denominator=3.0)
+WITH_REF = LOGP | dict(ref_logp=REF, beta=0.5)
+SCORES = dict(token_score=SCORE, mask=MASK)
+ROWS = dict(
+    labels=torch.tensor([1, 0, 2, 3]), mask=KIND, temperature=0.5, softcap=20.0, logit_scale=2.0, ignore_index=-100
+)
+SEGMENTS = fk.SegmentRewards(rand(4), torch.tensor([1, 2, 0, 4]), ENDS, weight=0.5)
+
+CALLS = {
+    "adaptive_mask": SCORES | dict(side=1, baseline=0.25, soft=0.5, pivots=MASK),
+    "advantages": dict(rewards=SEGMENTS, mask=MASK[:2], values=X[:2], old_logp=X[:2], ref_logp=REF[:2])
+    | dict(kl_coef=0.5, gamma=0.75, lam=0.5, token_score=SCORE[:2], baseline=0.25, bootstrap=rand(2)),
+    "best_of_n": dict(reward=SCORE, mask=MASK),
+    "cdpo": WITH_REF | dict(smoothing=0.25, shift=0.5),
+    "cpo": LOGP | dict(alpha=0.5, beta=0.5, nll_denominator=3.0),
+    "decoupled_advantages": dict(rewards=SCORE[:2, :4], groups=2, weights=(0.5, 2.0), eps=0.25),
+    "discounted_returns": dict(rewards=SCORE, mask=MASK, gamma=0.5),
+    "dpo": WITH_REF | dict(scale=0.5, nll_weight=0.5, pair_weight=rand(2)),
+    "gae": dict(rewards=SCORE, values=X, mask=MASK, gamma=0.5, lam=0.75, segment_ids=IDS),
+    "group_advantages": dict(rewards=SCORE[0, :4], groups=2, eps=0.25),
+    "implicit_scores": dict(logp=X, ref_logp=REF, mask=MASK, beta=0.5),
+    "ipo": WITH_REF,
+    "kl_penalty": dict(old_logp=X, ref_logp=REF, mask=MASK),
+    "kto": WITH_REF | dict(target=KIND, z0=0.25, desirable_weight=0.5, undesirable_weight=2.0),
+    "ld_weights": dict(logp=X, mask=MASK, alpha=0.25),
+    "linear_logprobs": ROWS | dict(hidden=rand(4, 3), weight=rand(6, 3), bias=rand(6), workspace=64, outputs="entropy"),
+    "moments": dict(x=SCORE, mask=MASK),
+    "nll_loss": LOGP,
+    "orpo": LOGP | dict(odds_weight=0.5),
+    "pdpo": WITH_REF | dict(target=KIND, c=0.25),
+    "pivot_flags": SCORES | dict(kind="salience", percent=50.0, baseline="quantile", quantile=0.25),
+    "pivot_segments": dict(pivots=KIND.expand(4, 4), mask=MASK[:, :4]),
+    "pointwise_loss": WITH_REF | dict(name="kto", target=KIND, positive_weight=0.5, other_weight=2.0, shift=0.5),
+    "policy_loss": LOGP
+    | dict(name="ppo", old_logp=REF, advantages=SCORE, ref_logp=REF, low=0.25, high=0.5, dual=2.0, kl_coef=0.5)
+    | dict(entropy=WEIGHT, entropy_coef=0.5, entropy_denominator=4.0, sampler_weight=WEIGHT)
+    | dict(reduction="constant", max_length=8.0),
+    "preference_loss": WITH_REF | dict(name="dpo", divergence="alpha", alpha=0.25, segment_ids=IDS, average="segments"),
+    "prefix_scores": dict(prefix_reward=SCORE, mask=MASK, start=0.5),
+    "reverse_scan": dict(x=SCORE, decay=0.5, mask=MASK),
+    "pick_scores": dict(x=SCORE, mask=MASK, pick="mean", token_weight=WEIGHT),
+    "ranked_pairs": dict(quality=SCORE[0, :4], cu_groups=ENDS),
+    "reward_loss": dict(name="bradley_terry", scores=(X[0], X[1]), margin=0.5, smoothing=0.25, flip=MASK[1])
+    | dict(weight=WEIGHT[0], denominator=3.0, scale=0.5, clamp=2.0, centering=0.25),
+    "robust": WITH_REF | dict(smoothing=0.25),
+    "sampler_weights": dict(old_logp=X, sampler_logp=REF, mode="token_mask", low=0.5, high=2.0, mask=MASK),
+    "segment_broadcast": dict(v=SCORE[0, :4], mask=MASK),
+    "segment_ends": dict(segment_ids=IDS, mask=MASK.new_ones(4, 5)),
+    "segment_mean": dict(x=SCORE, mask=MASK),
+    "segment_put_last": dict(v=SCORE[0, :2], cu_seqlens=ENDS, total=4),
+    "segment_sum": dict(x=SCORE, mask=MASK),
+    "simpo": LOGP | dict(gamma=0.5),
+    "slic": WITH_REF,
+    "token_logprobs": ROWS | dict(logits=rand(4, 6)),
+    "token_rewards": dict(models=SEGMENTS, mask=MASK[:2]),
+    "turn_advantages": dict(rewards=SCORE[0, :4], cu_turns=ENDS, groups=2),
+    "ulma": WITH_REF | dict(target=KIND, c=0.25),
+    "unlikelihood": LOGP | dict(target=KIND, beta=0.5),
+    "value_loss": dict(
+        values=X, old_values=REF, returns=SCORE, mask=MASK, clip=0.25, denominator=3.0, token_weight=WEIGHT
+    ),
+    "whiten": dict(x=SCORE, mask=MASK),
+    "wpo_weights": dict(logp=X, log_sum_sq_probs=REF, mask=MASK),
+}
+
+
+def call(name, **others):
+    return getattr(fk, name)(**{**CALLS[name], **others})
+
+
+def bits(result):
+    """Every tensor of a result, or None."""
+    return [*result] if isinstance(result, tuple) else [result]
+
+
+def same(found, wanted):
+    for one, other in zip(bits(found), bits(wanted), strict=True):
+        assert (one is None and other is None) or (one.dtype == other.dtype and torch.equal(one, other))
+
+
+def test_every_public_function_has_its_call():
+    functions = {name for name in fk.__all__ if inspect.isfunction(getattr(fk, name))}
+    assert functions - {"check_errors"} == set(CALLS)
+
+
+# ---- numbers that numpy made, masks of integers ---------------------------------------------------------------------
+
+NUMBERS = [(name, key) for name, call in CALLS.items() for key, value in call.items() if type(value) in (int, float)]
+MASKS = [
+    (name, key)
+    for name, call in CALLS.items()
+    for key, value in call.items()
+    if isinstance(value, torch.Tensor) and value.dtype == torch.bool and key != "target"
+]
+
+
+@pytest.mark.parametrize("name,key", NUMBERS)
+def test_numbers_of_numpy_are_numbers(name, key):
+    value, wanted = CALLS[name][key], call(name)
+    kinds = (np.float64, np.float32, np.float16, lambda x: np.array(x, np.float32), lambda x: np.array(x))
+    if isinstance(value, int):
+        kinds = (np.int64, np.int32, np.int16, lambda x: np.array(x))
+    for kind in kinds:
+        same(call(name, **{key: kind(value)}), wanted)
+    for wrong in (np.bool_(True), np.array([value]), np.array("1"), True):
+        with pytest.raises((TypeError, ValueError), match=f"^{key}\\b.* must "):
+            call(name, **{key: wrong})
+
+
+def test_numbers_of_numpy_inside_arguments():
+    half = np.float32(0.5)
+    same(call("advantages", rewards=SEGMENTS._replace(weight=half)), call("advantages"))
+    same(call("token_rewards", models=SEGMENTS._replace(weight=half)), call("token_rewards"))
+    same(call("decoupled_advantages", weights=np.array([0.5, 2], np.float32)), call("decoupled_advantages"))
+    own = fk.Row(lambda m: (-m, torch.full_like(m, -1)), "-m", "", beta=half, shift=np.int64(2))
+    plain = own._replace(beta=0.5, shift=2)
+    same(fk.preference_loss(own, X, REF), fk.preference_loss(plain, X, REF))
+
+
+@pytest.mark.parametrize("dtype", (torch.int64, torch.int32, torch.uint8), ids=str)
+@pytest.mark.parametrize("name,key", MASKS)
+def test_integers_0_and_1_are_a_mask(name, key, dtype):
+    mask = CALLS[name][key]
+    same(call(name, **{key: mask.to(dtype)}), call(name))
+    wrong = mask.to(dtype)
+    wrong.view(-1)[0] = 2
+    with pytest.raises(ValueError, match=f"^{key} must hold 0 and 1 alone where it is no bool, got 2"):
+        call(name, **{key: wrong})
+    if dtype.is_signed:
+        wrong.view(-1)[0] = -100
+        with pytest.raises(ValueError, match="got -100"):
+            call(name, **{key: wrong})
+    with pytest.raises(TypeError, match=f"^{key} must have dtype bool or int64 or int32 or uint8"):
+        call(name, **{key: mask.float()})
+
+
+def test_integers_are_a_mask_of_flat_tokens_and_of_pairs():
+    flat = dict(logp=X.reshape(-1), ref_logp=REF.reshape(-1), cu_seqlens=torch.arange(0, 21, 5))
+    same(fk.dpo(mask=MASK.view(-1).int(), **flat), fk.dpo(mask=MASK.view(-1), **flat))
+    pair = dict(logp=(X[:2], X[2:, :4]), ref_logp=(REF[:2], REF[2:, :4]))
+    masks = MASK[:2], MASK[2:, :4]
+    for given in (tuple(m.long() for m in masks), (masks[0].long(), masks[1])):
+        same(fk.dpo(mask=given, **pair), fk.dpo(mask=masks, **pair))
+    with pytest.raises(ValueError, match="^mask must hold 0 and 1 alone"):
+        fk.dpo(mask=(masks[0].long(), masks[1].long() + 1), **pair)

@@ -57,6 +57,9 @@ MUTANTS = [
     Mutant("a 2 in a mask", "ops/_check.py", "low < 0 or high > 1", "low < 0", MISTAKES),
     Mutant("a mask of integers as its values", "ops/_check.py", "return x != 0", "return x == 0", MISTAKES),
     Mutant("unequal pairs taken", "ops/_layout.py", "shapes[0][0] != shapes[1][0]", "False", "tests/test_layout.py"),
+    # the demo
+    Mutant("noise of a head gradient divided by noise", "demo/heads.py", "of.dweight * NOISE / LIMIT", "0.0", "tests/test_cli.py"),
+    Mutant("a head gradient is held against everything", "demo/heads.py", "of.dweight * NOISE / LIMIT", "1e3 * of.dweight", "tests/test_cli.py"),
     # the mathematics of a row
     Mutant("sign of the label's gradient", FORMULA, "-g * torch.expm1(logp)", "g * torch.expm1(logp)", LOGPROBS),
     Mutant("label's gradient from p", FORMULA, "-g * torch.expm1(logp)", "g * (1 - logp.exp())", LOGPROBS),
@@ -322,8 +325,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         site, sources = Path(folder) / "site", Path(folder) / "sources"
         install(site)
-        shutil.copytree(ROOT, sources, ignore=shutil.ignore_patterns(".git", "__pycache__", "*.so"))
-        rebuild(sources, site)
+        if any(mutant.path.startswith("csrc/") for mutant in chosen):
+            shutil.copytree(ROOT, sources, ignore=shutil.ignore_patterns(".git", "__pycache__", "*.so"))
+            rebuild(sources, site)
         pristine = shutil.copy(site / "finealign_kernels/_C.abi3.so", Path(folder) / "pristine.so")
         for count, mutant in enumerate(chosen, 1):
             found = caught(mutant, site, sources)

@@ -187,10 +187,53 @@ def test_a_difference_ends_the_demo_with_status_1(plant, figure, monkeypatch, ca
 
 def test_a_wrong_head_gradient_alone_is_seen():
     right = heads.Head(torch.tensor(1.0), torch.ones(2, 3), torch.ones(4, 3))
-    compared = heads.differences(right._replace(dweight=torch.full((4, 3), 1.001)), right)
+    of = heads.Sizes(1.0, 1.0)
+    compared = heads.differences(right._replace(dweight=torch.full((4, 3), 1.001)), right, of)
     with pytest.raises(demo.DifferenceError, match="step 5: the head gradient .* 0.001 "):
         heads.refuse_difference(5, compared)
-    heads.refuse_difference(5, heads.differences(right, right))
+    heads.refuse_difference(5, heads.differences(right, right, of))
+
+
+SAME = feedback.Response("the same answer")
+EQUAL = [
+    feedback.Example(name, "Why?", (SAME, feedback.Response("the same answer")), (feedback.Preference(1, 0),))
+    for name in "ab"
+]
+
+
+@pytest.mark.parametrize("loss", demo.LOSSES)
+def test_equal_answers_are_not_a_difference(loss):
+    """The gradient of the head is 0 for a loss of the difference: fused and eager have rounding left, and agree."""
+    chosen = options(loss=loss, batch=1, pairs=2, span_weight=1.0)
+    model, batches = prepared(chosen, EQUAL)
+    steps, last = training.train(chosen, model, batches)
+    assert all(value <= 1e-5 for step in steps for value in step.differences.values())
+    assert last.head.dlogp.norm() > 0.01
+
+
+@pytest.mark.parametrize(
+    "arguments", ([], ["--lora"], ["--rl", "ppo"], ["--rl", "grpo"], ["--trainer", "trl"]), ids=str
+)
+def test_demo_with_equal_answers(arguments, tmp_path, capsys):
+    if "trl" in arguments:
+        pytest.importorskip("trl")
+    if "--lora" in arguments:
+        pytest.importorskip("peft")
+    feedback.write(tmp_path / "equal.jsonl", EQUAL)
+    paths = ["--data", str(tmp_path / "equal.jsonl"), "--report", str(tmp_path / "r.html")]
+    assert main(["demo", "--model", "tiny", "--steps", "3", "--batch", "1", *arguments, *paths]) == 0
+
+
+def test_a_wrong_head_gradient_is_seen_where_the_right_one_cancels(monkeypatch):
+    chosen = options(batch=1, pairs=1)
+    model, (batch,) = prepared(chosen, EQUAL)
+    hidden = models.hidden_states(model, batch)
+    found, _ = training.run_heads(chosen, hidden, model.weight, batch, 1)
+    of = heads.sizes(found["fused"].dlogp, hidden, model.weight)
+    assert found["eager"].dweight.norm() < 1e-6 * of.dweight  # it cancels
+    wrong = found["fused"]._replace(dweight=found["fused"].dweight + 1e-5 * of.dweight / len(model.weight) ** 0.5)
+    with pytest.raises(demo.DifferenceError, match="head gradient"):
+        heads.refuse_difference(1, heads.differences(wrong, found["eager"], of))
 
 
 # ---- masks ---------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from .options import average_of, beta_of
 LIMIT = 1e-4  # relative, float32; eager's own error on confident tokens reaches 5e-5
 LEAST_LOSS = 0.1  # nats
 TINY = torch.finfo(torch.float32).tiny
+NOISE = 64 * torch.finfo(torch.float32).eps  # rounding of a sum, relative to the size of its terms
 
 
 class DifferenceError(Exception):
@@ -171,18 +172,37 @@ def _ratio(total, length):
     return total / torch.where(length == 0, 1, length)
 
 
-def differences(fused, eager):
+class Sizes(NamedTuple):
+    """Norms of the terms that are summed to the gradients: where the terms cancel, the sum is rounding of this size."""
+
+    dhidden: float
+    dweight: float
+
+
+def sizes(dlogp, hidden, weight):
+    """Sizes of dhidden_n = Σ_v dz_nv w_v and of dweight_v = Σ_n dz_nv h_n, with dz_nv = dlogp_n (1[v = label] - p_v).
+
+    ‖dlogp‖ times the root mean square norm of a row of weight, and (Σ_n dlogp_n² ‖h_n‖²)^½. 1 and p round by as much
+    where they cancel, so p is in neither.
+    """
+    row = weight.detach().norm() / len(weight) ** 0.5
+    return Sizes((dlogp.norm() * row).item(), (dlogp[..., None] * hidden.detach()).norm().item())
+
+
+def differences(fused, eager, of):
     """Relative difference (norm of the difference over eager's norm) of the loss and of each gradient.
 
-    A loss with a negative item (unlikelihood) passes through 0: it is held against LEAST_LOSS at least.
+    A gradient whose terms (of: their Sizes) cancel, as those of two equal answers do, is held against the size from
+    which LIMIT is above their rounding. A loss with a negative item (unlikelihood) passes through 0: it is held against
+    LEAST_LOSS at least.
     """
     items = getattr(fused.metrics, "losses", fused.loss)
     found = {
         "loss": _relative(fused.loss, eager.loss, LEAST_LOSS if (items < 0).any() else 0.0),
-        "hidden gradient": _relative(fused.dhidden, eager.dhidden),
+        "hidden gradient": _relative(fused.dhidden, eager.dhidden, of.dhidden * NOISE / LIMIT),
     }
     if fused.dweight is not None:
-        found["head gradient"] = _relative(fused.dweight, eager.dweight)
+        found["head gradient"] = _relative(fused.dweight, eager.dweight, of.dweight * NOISE / LIMIT)
     return found
 
 

@@ -19,7 +19,7 @@ from ..rl.advantages import advantages
 from ..rl.groups import group_advantages
 from ..rl.rewards import SegmentRewards, token_rewards
 from .data import Answer, encode_answer, pad, prompt_of, read_examples, response_start, start_logp
-from .heads import differences, refuse_difference
+from .heads import differences, refuse_difference, sizes
 from .models import hidden_states, load_model
 from .options import UsageError, lr_of
 from .training import Last, backward, head_costs, run_heads
@@ -210,7 +210,8 @@ def train(options, model, rollouts):
         if not again:
             rollout = judged(options, rollout, hidden.detach(), model.weight.detach(), critic)
         heads, seconds = run_heads(options, hidden, model.weight, rollout, number)
-        fused, compared = heads["fused"], differences(heads["fused"], heads["eager"])
+        fused = heads["fused"]
+        compared = differences(fused, heads["eager"], sizes(fused.dlogp, hidden, model.weight))
         refuse_difference(number, compared)
         backward(hidden, model.weight, fused)
         policy.step()

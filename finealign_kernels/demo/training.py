@@ -9,7 +9,7 @@ import torch
 
 from ..testing.measure import peak_extra_mib
 from .data import Batch, make_batch, read_examples, read_pairs
-from .heads import Head, differences, eager_head, fused_head, leaves, refuse_difference
+from .heads import Head, differences, eager_head, fused_head, leaves, refuse_difference, sizes
 from .masks import masked, unmasked
 from .models import hidden_states, load_model
 from .options import lr_of, scores_of, warmup_of
@@ -86,7 +86,8 @@ def train(options, model, batches):
             if scores_of(options) is not None and number > warmup_of(options):
                 batch = masked(options, model, hidden, batch)
             heads, seconds = run_heads(options, hidden, model.weight, batch, number)
-            fused, compared = heads["fused"], differences(heads["fused"], heads["eager"])
+            fused = heads["fused"]
+            compared = differences(fused, heads["eager"], sizes(fused.dlogp, hidden, model.weight))
             refuse_difference(number, compared)
             backward(hidden, model.weight, fused)
             optimizer.step()

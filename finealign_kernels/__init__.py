@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .losses.contrastive import CONTRAST, ContrastiveLoss, contrastive_loss, dropout_views
 from .losses.nll import NLLLoss, nll_loss
 from .losses.pairs import RankedPairs, pick_scores, ranked_pairs
 from .losses.pivots import (
@@ -54,6 +55,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptiveMask",
     "Advantages",
+    "CONTRAST",
+    "ContrastiveLoss",
     "GAE",
     "Hyper",
     "LogProbs",
@@ -77,10 +80,12 @@ __all__ = [
     "best_of_n",
     "cdpo",
     "check_errors",
+    "contrastive_loss",
     "cpo",
     "decoupled_advantages",
     "discounted_returns",
     "dpo",
+    "dropout_views",
     "feedback",
     "gae",
     "group_advantages",

@@ -29,7 +29,7 @@ TRL, SEQUENCE, POLICY, VALUE = (
     "tests/test_policy.py",
     "tests/test_value.py",
 )
-REWARD, STRENGTH = "tests/test_reward.py", "tests/test_strength.py"
+REWARD, STRENGTH, CONTRASTIVE = "tests/test_reward.py", "tests/test_strength.py", "tests/test_contrastive.py"
 FUSED_POLICY = "tests/test_policy_loss.py"
 SILENT = "tests/test_silent_faults.py"
 MISTAKES = "tests/test_ordinary_mistakes.py"
@@ -243,6 +243,15 @@ MUTANTS = [
     Mutant("ties counted as votes", "losses/strength.py", "vote + (d > 0)", "vote + (d >= 0)", STRENGTH),
     Mutant("the strongest pairs taken for the weakest", "losses/strength.py", "self.mean.argsort(stable=True)", "self.mean.argsort(stable=True, descending=True)", STRENGTH),
     Mutant("margins of the command unscaled", "strength.py", "margin = options.scale * strength.mean", "margin = strength.mean", STRENGTH),
+    Mutant("an own key among the negatives", "ops/contrast.py", ".scatter_(1, own, -torch.inf)", "", CONTRASTIVE),
+    Mutant("mirrored keys pull", "ops/contrast.py", "similar.sub_(minus)", "similar.add_(minus)", CONTRASTIVE),
+    Mutant("a push along the key", "ops/contrast.py", "push.addcmul_((push * part).sum(1, keepdim=True), part, value=-1)", "push", CONTRASTIVE),
+    Mutant("own keys of rank 0 on all ranks", "losses/contrastive.py", "start=sum(sizes[:rank])", "start=0", CONTRASTIVE),
+    Mutant("a gather without the other ranks' gradient", "losses/contrastive.py", "dist.all_reduce(total, group=ctx.group)", "pass", CONTRASTIVE),
+    Mutant("the last Sinkhorn step on prototypes", "formulas/contrast.py", "        log_q = log_q - over_ranks(log_q.logsumexp(0))\n        log_q = log_q - log_q.logsumexp(1, keepdim=True)", "        log_q = log_q - log_q.logsumexp(1, keepdim=True)\n        log_q = log_q - over_ranks(log_q.logsumexp(0))", CONTRASTIVE),
+    Mutant("gradient through the codes", "losses/contrastive.py", "formula.sinkhorn(scores.detach(),", "formula.sinkhorn(scores,", CONTRASTIVE),
+    Mutant("codes not swapped", "formulas/contrast.py", "zip(codes, (second, first), strict=True)", "zip(codes, (first, second), strict=True)", CONTRASTIVE),
+    Mutant("Sinkhorn of a rank alone", "losses/contrastive.py", "return torch.stack(found).logsumexp(0)", "return lse", CONTRASTIVE),
     Mutant("the slope of the floored loss", "formulas/margin.py", "-up * (-m).sigmoid() / (up + floor)", "-(-m).sigmoid()", REWARD),
     # the fused head
     Mutant("a graph that is traced asks for a capture", OP, "not torch.compiler.is_compiling() and torch.cuda", "torch.cuda", GPU),

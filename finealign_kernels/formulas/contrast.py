@@ -1,0 +1,47 @@
+"""Contrast between two views of the same rows: InfoNCE and SwAV, in torch's own arithmetic.
+
+A row's length is floored at FLOOR: a zero row has cosine 0 with every other, and no gradient.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+FLOOR = 1e-8
+
+
+def unit(x: Tensor) -> Tensor:
+    """x / |x| (N, D); a row shorter than FLOOR is x / FLOOR, a constant."""
+    length = torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True)
+    live = length >= FLOOR
+    safe = torch.where(live, x, 1)
+    return torch.where(live, safe / torch.linalg.vector_norm(safe, dim=1, keepdim=True), x.detach() / FLOOR)
+
+
+def info_nce(first: Tensor, second: Tensor, *, temperature: float) -> Tensor:
+    """(N,): logsumexp_j S_ij - S_ii,  S_ij = cos(first_i, second_j) / temperature."""
+    similar = unit(first) @ unit(second).T / temperature
+    return similar.logsumexp(1) - similar.diagonal()
+
+
+def sinkhorn(
+    scores: Tensor, *, epsilon: float, iterations: int, over_ranks: Callable[[Tensor], Tensor] = lambda lse: lse
+) -> Tensor:
+    """Codes q (N, K) of each row, Σ_k q = 1, balanced over the K prototypes: Q = exp(scores / epsilon), then
+
+        iterations times   each prototype's sum over all rows to 1/K,   then each row's sum over prototypes to 1/N
+
+    and q = N Q. In logarithms: no epsilon underflows. over_ranks makes the logsumexp over all ranks from a rank's own.
+    """
+    log_q = scores / epsilon
+    for _ in range(iterations):
+        log_q = log_q - over_ranks(log_q.logsumexp(0))
+        log_q = log_q - log_q.logsumexp(1, keepdim=True)
+    return log_q.exp()
+
+
+def swapped(first: Tensor, second: Tensor, codes: tuple[Tensor, Tensor], *, temperature: float) -> Tensor:
+    """(N,): -Σ_k q_first log p_second - Σ_k q_second log p_first, p = softmax(scores / temperature) of scores (N, K)."""
+    one, other = (-q * (s / temperature).log_softmax(1) for q, s in zip(codes, (second, first), strict=True))
+    return one.sum(1) + other.sum(1)

@@ -1,0 +1,32 @@
+"""Two processes over gloo, for tests of what crosses ranks."""
+
+import os
+import subprocess
+import sys
+
+import torch
+
+
+def run(module: str, function: str, folder, ranks: int = 2) -> list:
+    """What `module.function(rank)` returns in each of the processes, in which torch.distributed is set up."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import ranks; ranks.enter(*sys.argv[2:])"
+    arguments = [sys.executable, "-c", code, os.path.dirname(__file__), module, function, str(folder), str(ranks)]
+    started = [subprocess.Popen([*arguments, str(rank)], stderr=subprocess.PIPE) for rank in range(ranks)]
+    try:
+        for process in started:
+            _, told = process.communicate(timeout=300)
+            assert process.returncode == 0, told.decode()[-3000:]
+    finally:
+        for process in started:
+            process.kill()
+    return [torch.load(f"{folder}/{rank}.pt") for rank in range(ranks)]
+
+
+def enter(module: str, function: str, folder: str, ranks: str, rank: str) -> None:
+    import importlib
+
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(f"{folder}/store", int(ranks))
+    torch.distributed.init_process_group("gloo", store=store, rank=int(rank), world_size=int(ranks))
+    torch.save(getattr(importlib.import_module(module), function)(int(rank)), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()

@@ -42,6 +42,6 @@ def sinkhorn(
 
 
 def swapped(first: Tensor, second: Tensor, codes: tuple[Tensor, Tensor], *, temperature: float) -> Tensor:
-    """(N,): -Σ_k q_first log p_second - Σ_k q_second log p_first, p = softmax(scores / temperature) of scores (N, K)."""
+    """(N,): -Σ_k q_first log p_second - Σ_k q_second log p_first, p = softmax(scores / temperature), (N, K)."""
     one, other = (-q * (s / temperature).log_softmax(1) for q, s in zip(codes, (second, first), strict=True))
     return one.sum(1) + other.sum(1)

@@ -69,8 +69,8 @@ def contrastive_loss(
     temperature    τ; default: as above
     prototypes     (K, D), of "swav": c, taken as unit vectors; they have a gradient, the codes q have none
     epsilon, iterations   of Sinkhorn, in logarithms
-    group          a process group: keys (simcse) and Sinkhorn's sums (swav) are those of all its ranks. The loss is then
-                   this rank's share, its sum over ranks is the loss of one rank with all rows: a framework that averages
+    group          a process group: keys (simcse) and Sinkhorn's sums (swav) are those of all its ranks. The loss is
+                   this rank's share, its sum over ranks that of one rank with all rows: a framework that averages
                    gradients needs it times the number of ranks. Gradients cross ranks
     reduction      "mean": over all rows, of all ranks; or "sum". denominator: divides the sum instead
 

@@ -56,6 +56,8 @@ MUTANTS = [
     Mutant("numpy's numbers are none", "ops/_check.py", "isinstance(value, (float, np.floating))", "isinstance(value, float)", MISTAKES),
     Mutant("a 2 in a mask", "ops/_check.py", "low < 0 or high > 1", "low < 0", MISTAKES),
     Mutant("a mask of integers as its values", "ops/_check.py", "return x != 0", "return x == 0", MISTAKES),
+    Mutant("any truth for an option", "ops/_check.py", "if not isinstance(value, (bool, np.bool_)):", "if False:", MISTAKES),
+    Mutant("outputs looked up unseen", "ops/_check.py", "if not isinstance(name, str) or name not in OUTPUTS:", "if False:", MISTAKES),
     Mutant("unequal pairs taken", "ops/_layout.py", "shapes[0][0] != shapes[1][0]", "False", "tests/test_layout.py"),
     # the demo
     Mutant("noise of a head gradient divided by noise", "demo/heads.py", "of.dweight * NOISE / LIMIT", "0.0", "tests/test_cli.py"),

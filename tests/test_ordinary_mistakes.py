@@ -91,7 +91,7 @@ CALLS = {
 }
 
 
-def call(name, **others):
+def call(name, /, **others):
     return getattr(fk, name)(**{**CALLS[name], **others})
 
 
@@ -170,3 +170,54 @@ def test_integers_are_a_mask_of_flat_tokens_and_of_pairs():
         same(fk.dpo(mask=given, **pair), fk.dpo(mask=masks, **pair))
     with pytest.raises(ValueError, match="^mask must hold 0 and 1 alone"):
         fk.dpo(mask=(masks[0].long(), masks[1].long() + 1), **pair)
+
+
+# ---- options of another type ----------------------------------------------------------------------------------------
+
+
+class Thing:
+    """Of no type that anything here takes."""
+
+
+WRONG = (Thing(), "things", 5, 2.5, True, None, ["things"], (), {"a": 1}, X.new_ones(2, 2, 2), b"x", lambda x: x)
+ALSO = {("pick_scores", "x"): "scores", ("simpo", "gamma"): "shift"}  # names that an argument has in its refusals
+
+
+def takes(value, parameter) -> bool:
+    """May the function take the value, by the annotation of its parameter."""
+    kinds = str(parameter.annotation)
+    if value is None:
+        return "None" in kinds or parameter.default is None
+    if isinstance(value, torch.Tensor):
+        return "Tensor" in kinds
+    if isinstance(value, bool):
+        return "bool" in kinds
+    if isinstance(value, (int, float)):
+        return "float" in kinds or (isinstance(value, int) and "int" in kinds)
+    if isinstance(value, (list, tuple)):
+        return "Iterable" in kinds and not value
+    return inspect.isfunction(value) and "Callable" in kinds
+
+
+OPTIONS = [
+    (name, parameter.name)
+    for name in CALLS
+    for parameter in inspect.signature(getattr(fk, name)).parameters.values()
+    if parameter.kind is not parameter.VAR_KEYWORD
+]
+
+
+@pytest.mark.parametrize("name,key", OPTIONS)
+def test_what_is_of_another_type_is_refused_by_name(name, key):
+    parameter = inspect.signature(getattr(fk, name)).parameters[key]
+    for value in WRONG:
+        try:
+            call(name, **{key: value})
+        except (TypeError, ValueError) as error:
+            said, names = str(error), {key, ALSO.get((name, key), key)}
+            assert " must " in said and ", got " in said, (value, said)
+            assert takes(value, parameter) or any(one in said.split(" must ")[0] for one in names), (value, said)
+        except RuntimeError as error:  # of a backend that cannot run here
+            assert value is True and key == "batch_invariant" and "cannot run here" in str(error), (value, error)
+        else:
+            assert takes(value, parameter), value

@@ -80,6 +80,8 @@ def pick_scores(
     """
     check_one_of("pick", pick, PICKS)
     parts = tuple(x) if isinstance(x, (tuple, list)) else (x,)
+    if not parts:
+        fail("scores", "be a tensor or a pair of them", "0 of them", TypeError)
     for part in parts:
         check_tensor("scores", part)
     if cu_seqlens is None and all(part.dim() == 1 for part in parts):

@@ -278,7 +278,8 @@ def _segment_scores(q: Tensor, read: Tensor, starts: Tensor, kind: str) -> Tenso
 
 def _baseline(q: Tensor, read: Tensor, tokens: Tokens, baseline, quantile) -> Tensor:
     """b of each token (N,), float32."""
-    if isinstance(baseline, str) and baseline not in BASELINES:
+    known = baseline in BASELINES if isinstance(baseline, str) else isinstance(baseline, Tensor)
+    if not known and number(baseline) is None:
         fail("baseline", f"be a number, a tensor or one of {BASELINES}", repr(baseline))
     _check_only_with("quantile", quantile, "baseline", "quantile", baseline if isinstance(baseline, str) else None)
     if quantile is not None:

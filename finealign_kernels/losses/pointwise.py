@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..formulas import margin
-from ..ops._check import FLOATS, check_number, check_tensor, fail, reads_values
+from ..ops._check import FLOATS, check_bool, check_number, check_one_of, check_tensor, fail, reads_values
 from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like
 from ..ops.sequence_loss import batch_loss, sequence_loss
 from .options import short_form
@@ -82,6 +82,7 @@ def pointwise_loss(
     other_weight = check_number("other_weight", other_weight)
     if reduction not in (*REDUCTIONS, "class_mean"):
         fail("reduction", f"be one of {(*REDUCTIONS, 'class_mean')}", repr(reduction))
+    check_bool("drop_empty", drop_empty)
     check_reference(name, row, ref_logp)
 
     tokens = flatten(logp, mask, cu_seqlens, name="logp")
@@ -260,4 +261,5 @@ def _minus(c: float | Tensor) -> float | Tensor:
 
 
 def _row(kind: str, rows: dict[str, str]) -> str:
-    return rows[kind] if kind in rows else fail("kind", f"be one of {tuple(rows)}", repr(kind))
+    check_one_of("kind", kind, tuple(rows))
+    return rows[kind]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..formulas import divergence, surrogate
-from ..ops._check import check_number, fail
+from ..ops._check import check_bool, check_number, check_one_of, fail
 from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like, unflatten
 from ..ops.policy_loss import Reduction, missing
 from ..ops.policy_loss import policy_loss as fused_policy_loss
@@ -160,7 +160,8 @@ def token_loss(name: str, log_ratio: Tensor, advantage: Tensor, logp: Tensor, **
 
 
 def row_of(name: str) -> PolicyRow:
-    return POLICY[name] if name in POLICY else fail("name", f"be one of {tuple(POLICY)}", repr(name))
+    check_one_of("name", name, tuple(POLICY))
+    return POLICY[name]
 
 
 def _hyper_of(name: str, row: PolicyRow, **given) -> dict:
@@ -233,6 +234,7 @@ def policy_loss(
     _check_bounds(row, hyper)
     reduction = row.reduction if reduction is None else reduction
     check_token_reduction(reduction, average, denominator, max_length)
+    count_empty = check_bool("count_empty", count_empty)
     kl_coef = row.kl_coef if kl_coef is None else kl_coef
     kl_coef, entropy_coef = check_number("kl_coef", kl_coef), check_number("entropy_coef", entropy_coef)
     _check_terms(kl_coef, kl, ref_logp, entropy_coef, entropy, entropy_reduction, entropy_denominator)
@@ -370,8 +372,7 @@ def _check_bounds(row: PolicyRow, hyper: dict) -> None:
 
 
 def _check_terms(kl_coef, kl, ref_logp, entropy_coef, entropy, entropy_reduction, entropy_denominator) -> None:
-    if kl not in KL:
-        fail("kl", f"be one of {tuple(KL)}", repr(kl))
+    check_one_of("kl", kl, tuple(KL))
     if kl_coef != 0 and ref_logp is None:
         fail("ref_logp", f"be given for kl_coef = {kl_coef} (kl_coef=0 leaves the KL out)", None)
     if entropy_coef != 0 and entropy is None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops._check import check_number, check_one_of, check_tensor, fail
+from ..ops._check import check_bool, check_number, check_one_of, check_tensor, fail
 from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like
 from ..ops._once import once
 from ..ops.segments import segment_sum
@@ -28,7 +28,18 @@ from .reduce import (
     sequence_weights,
     weigh,
 )
-from .table import PREFERENCE, Hyper, Row, fused_functions, is_fused, row_of, scale_of, score_transform, told
+from .table import (
+    DIVERGENCE,
+    PREFERENCE,
+    Hyper,
+    Row,
+    fused_functions,
+    is_fused,
+    row_of,
+    scale_of,
+    score_transform,
+    told,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -180,13 +191,15 @@ def preference_loss(
         fail("pairs", "be 'halves' for a pair (chosen, rejected) of tensors", repr(pairs))
     check_reference(name, row, ref_logp)
     nll_weight = (1.0 if row.nll else 0.0) if nll_weight is None else nll_weight
-    nll = nll or row.nll or "token"
+    nll = (row.nll or "token") if nll is None else nll
     nll_weight = check_number("nll_weight", nll_weight)
     if nll not in ("sequence", "token"):
         fail("nll", "be 'sequence' or 'token'", repr(nll))
     if nll_denominator is not None and (nll != "token" or not nll_weight):
         fail("nll_denominator", "be None but for an NLL over tokens", repr(nll_denominator))
-    check_one_of("drop_empty", drop_empty, (False, True))
+    check_bool("drop_empty", drop_empty)
+    check_one_of("divergence", divergence, tuple(DIVERGENCE))
+    alpha = check_number("alpha", alpha)
     if row.match and drop_empty:
         fail("drop_empty", f"be False for {told(name)}, which matches pairs across the batch", drop_empty)
 

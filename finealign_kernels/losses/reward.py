@@ -133,6 +133,9 @@ def reward_loss(
     def constant(name, x, **bounds):
         return None if x is None else _constant(name, x, count, scores, dtype, **bounds)
 
+    for key, value in (("strength", strength), ("label", label), ("weight", weight)):
+        if value is not None:
+            check_tensor(key, value)
     strength = constant("strength", strength)
     if row.reads(margin, flip) == (strength is None):
         wanted = "be given for" if strength is None else "be None for"

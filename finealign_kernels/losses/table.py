@@ -342,8 +342,7 @@ def hyper_of(name: str | Row, takes: dict[str, Hyper], given: dict) -> dict:
 
 def score_transform(name: str | Row, row: Row, divergence: str, alpha: float) -> Formula | None:
     """What a row's score becomes before the margin: the row's own, or g(h) of an f-divergence from the reference."""
-    if divergence not in DIVERGENCE:
-        fail("divergence", f"be one of {tuple(DIVERGENCE)}", repr(divergence))
+    check_one_of("divergence", divergence, tuple(DIVERGENCE))
     alpha = check_number("alpha", alpha)
     if divergence == "reverse_kl":
         return row.transform

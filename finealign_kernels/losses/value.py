@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..formulas import surrogate
-from ..ops._check import check_number, fail
+from ..ops._check import check_bool, check_number, fail
 from ..ops._layout import TokenTensor, flatten, flatten_like, unflatten
 from .reduce import FromTokens, check_token_reduction, mean_of_tokens, read, token_shares, weigh
 
@@ -50,6 +50,7 @@ def value_loss(
         clip = check_number("clip", clip, positive=True)
         if old_values is None:
             fail("old_values", f"be given for clip = {clip} (clip=None compares with the returns alone)", None)
+    count_empty = check_bool("count_empty", count_empty)
     check_token_reduction(reduction, average, denominator, max_length)
     tokens = flatten(values, mask, cu_seqlens, name="values")
     value, target = read(tokens.x, tokens), read(flatten_like(returns, tokens, "returns"), tokens)

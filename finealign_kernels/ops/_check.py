@@ -1,6 +1,7 @@
 """Refusals: every message names the argument, what it should be and what it is."""
 
 import os
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -102,6 +103,17 @@ def check_one_of(name: str, value: object, known: tuple) -> None:
         fail(name, f"be one of {known}", repr(value))
 
 
+def check_callable(name: str, value: object) -> None:
+    if value is not None and not callable(value):
+        fail(name, "be a function or None", _describe(value), TypeError)
+
+
+def check_bool(name: str, value: object) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        fail(name, "be True or False", _describe(value))
+    return bool(value)
+
+
 def check_head(name: str, x: object) -> None:
     """The LM head as a plain, whole tensor."""
     if isinstance(x, torch.nn.Module):
@@ -120,14 +132,21 @@ def check_head(name: str, x: object) -> None:
         fail(name, "have shape (V, D), not empty", f"{tuple(x.shape)}{hint}")
 
 
-def check_head_options(temperature, softcap, logit_scale, outputs) -> None:
+def check_head_options(temperature, softcap, logit_scale) -> None:
     check_number("temperature", temperature, positive=True)
     if softcap is not None:
         check_number("softcap", softcap, positive=True)
     check_number("logit_scale", logit_scale)
-    unknown = [name for name in outputs if name not in OUTPUTS] if not isinstance(outputs, str) else [outputs]
-    if unknown:
-        fail("outputs", f"be a tuple of names out of {OUTPUTS}", repr(unknown[0]))
+
+
+def check_outputs(outputs: object) -> tuple[str, ...]:
+    """Names of outputs; one name may stand by itself."""
+    several = isinstance(outputs, Iterable) and not isinstance(outputs, (str, Tensor))
+    names = tuple(outputs) if several else (outputs,)
+    for name in names:
+        if not isinstance(name, str) or name not in OUTPUTS:
+            fail("outputs", f"be a tuple of names out of {OUTPUTS}", repr(name))
+    return names
 
 
 def targets(labels: Tensor, mask: Tensor | None, ignore_index: int, vocab: int, defer: bool) -> Tensor:

@@ -47,7 +47,7 @@ def pick(
     if backend == "auto":
         first = "native" if device == "cpu" else "triton"
         return "torch" if reasons[first] else first
-    if backend not in reasons:
+    if not isinstance(backend, str) or backend not in reasons:
         raise ValueError(f"backend must be 'auto' or one of {known}, got {backend!r}")
     if reasons[backend]:
         raise RuntimeError(f"backend {backend!r} cannot run here: {reasons[backend]}")

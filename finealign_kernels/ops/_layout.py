@@ -8,6 +8,7 @@ from ._check import FLAGS, FLOATS, as_flags, check_tensor, fail, reads_values
 from ._once import refuse_transforms
 
 TokenTensor = Tensor | tuple[Tensor, Tensor]
+INTEGERS = (torch.int32, torch.int64)
 MANY = 4096  # bounds from which on the native check is the faster one
 
 
@@ -64,6 +65,8 @@ def flatten(
     mask has the shapes of x. Padding, which a mask takes out, stays where it is. Raises ValueError or TypeError.
     """
     parts = _parts(name, x)
+    if cu_seqlens is not None:
+        check_tensor("cu_seqlens", cu_seqlens, dtypes=INTEGERS)
     for part in parts:
         check_tensor(name, part, dtypes=FLOATS, like=parts[0])
         refuse_transforms(name, part)
@@ -130,7 +133,7 @@ def check_cu_seqlens(
     cu_seqlens: Tensor, total: int | None, like: Tensor, *, name: str = "cu_seqlens", of: str = "tokens"
 ) -> None:
     """Shape and dtype always; the values at once on a CPU, on a GPU only with FINEALIGN_DEBUG=1 (it is a host sync)."""
-    check_tensor(name, cu_seqlens, dtypes=(torch.int32, torch.int64), like=like)
+    check_tensor(name, cu_seqlens, dtypes=INTEGERS, like=like)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         fail(name, "have shape (S + 1,)", tuple(cu_seqlens.shape))
     if not reads_values(cu_seqlens) or (len(cu_seqlens) > MANY and _fits(cu_seqlens, total)):

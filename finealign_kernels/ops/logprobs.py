@@ -11,10 +11,12 @@ from ..formulas.logprobs import Coef, Head
 from . import _choose, _chunked
 from ._check import (
     OUTPUTS,
+    check_bool,
     check_flags,
     check_head,
     check_head_options,
     check_integer,
+    check_outputs,
     check_tensor,
     fail,
     note_errors,
@@ -105,8 +107,9 @@ def linear_logprobs(
     if bias is not None:
         check_tensor("bias", bias, shape=(vocab,), like=hidden)
         bias = bias.to(_chunked.wide(hidden.dtype))
-    outputs, budget = _outputs(outputs), _bytes(workspace, weight)
-    check_head_options(temperature, softcap, logit_scale, outputs)
+    outputs, budget = check_outputs(outputs), _bytes(workspace, weight)
+    check_head_options(temperature, softcap, logit_scale)
+    batch_invariant = check_bool("batch_invariant", batch_invariant)
     if group is not None:
         fail("group", "be None: a vocabulary-parallel head is not supported yet", f"a {type(group).__name__}")
     if compact not in ("auto", "host", "device"):
@@ -154,8 +157,9 @@ def token_logprobs(
     if logits.dim() < 1 or logits.shape[-1] == 0:
         fail("logits", "have shape (..., V) with V >= 1", tuple(logits.shape))
     mask = _check_rows(labels, logits.shape[:-1], mask, logits)
-    outputs = _outputs(outputs)
-    check_head_options(temperature, softcap, logit_scale, outputs)
+    outputs = check_outputs(outputs)
+    check_head_options(temperature, softcap, logit_scale)
+    inplace_backward = check_bool("inplace_backward", inplace_backward)
     head = Head(float(logit_scale), float(softcap or 0.0), 1.0 / float(temperature))
     name = _choose.choose(backend, logits)
     x = logits.reshape(-1, logits.shape[-1])
@@ -228,10 +232,6 @@ def _check_rows(labels, shape, mask, like) -> Tensor | None:
     """The mask as bool."""
     check_tensor("labels", labels, dtypes=(torch.int64, torch.int32), shape=shape, like=like)
     return None if mask is None else check_flags("mask", mask, shape=shape, like=like)
-
-
-def _outputs(outputs) -> tuple[str, ...]:
-    return (outputs,) if isinstance(outputs, str) and outputs in OUTPUTS else tuple(outputs)
 
 
 def _want(outputs) -> int:

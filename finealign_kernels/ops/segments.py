@@ -84,6 +84,8 @@ def _spread(v: Tensor, cu_seqlens: Tensor | None, total: int | None, mask: Tenso
     check_tensor("v", v, dtypes=FLOATS)
     if mask is not None:
         mask = check_flags("mask", mask, like=v)
+    if total is not None:
+        total = check_integer("total", total, "be the number of tokens", least=0)
     if cu_seqlens is None:
         if mask is None or mask.dim() != 2:
             fail("mask", "be (S, T) where cu_seqlens is not given", None if mask is None else tuple(mask.shape))
@@ -106,7 +108,7 @@ def _spread(v: Tensor, cu_seqlens: Tensor | None, total: int | None, mask: Tenso
 
 def _total(cu_seqlens: Tensor, total: int | None, mask: Tensor | None) -> int:
     if total is not None:
-        return check_integer("total", total, "be the number of tokens", least=0)
+        return total
     if mask is not None:
         return mask.numel()
     if cu_seqlens.device.type != "cpu":

@@ -17,7 +17,7 @@ from ..formulas import returns as formula
 from ..formulas.rewards import SegmentRewards
 from ..formulas.segments import segment_ids
 from ..ops import advantages as native
-from ..ops._check import check_number, fail
+from ..ops._check import check_bool, check_callable, check_number, fail
 from ..ops._layout import Tokens, flatten, flatten_like, unflatten
 from .gae import MASKED, check_estimator, constant, gae_of, per_sequence, rate, returns_of
 from .rewards import check_model, layout_of, token_rewards
@@ -130,6 +130,10 @@ def advantages(
     ):
         if value not in known:
             fail(name, f"be one of {known}", repr(value))
+    whiten_rewards = check_bool("whiten_rewards", whiten_rewards)
+    whiten_advantages = check_bool("whiten_advantages", whiten_advantages)
+    unbiased, compat = check_bool("unbiased", unbiased), check_bool("compat", compat)
+    check_callable("sum_moments", sum_moments)
     tokens, models = _tokens(rewards, mask, cu_seqlens)
     if (old_logp is None) != (ref_logp is None):
         fail("old_logp and ref_logp", "be given together", "one of them", TypeError)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..formulas import groups as formula
 from ..formulas.segments import summed_in
-from ..ops._check import check_integer, check_number, check_tensor, fail
+from ..ops._check import _describe, check_integer, check_number, check_tensor, fail
 from ..ops._layout import check_cu_seqlens
 
 TURN_KINDS = ("return_to_go", "outcome")
@@ -63,10 +63,17 @@ def decoupled_advantages(
     """
     eps = check_number("eps", eps, least=0)
     if not isinstance(rewards, Tensor):
+        if isinstance(rewards, (tuple, list)) and not rewards:
+            fail("rewards", "hold a model", "none")
+        if not isinstance(rewards, (tuple, list)):
+            fail("rewards", "be (K, S), or a sequence of K tensors (S,)", _describe(rewards), TypeError)
+        check_tensor("rewards[0]", rewards[0])
         for k, model in enumerate(rewards):
             check_tensor(f"rewards[{k}]", model, shape=rewards[0].shape, like=rewards[0])
-        rewards = torch.stack(list(rewards)) if len(rewards) else fail("rewards", "hold a model", "none")
+        rewards = torch.stack(list(rewards))
     wide = _rewards("rewards", rewards, 2)
+    if weights is not None and not hasattr(weights, "__len__"):
+        fail("weights", "be a sequence of numbers, one a model", _describe(weights), TypeError)
     weights = [1.0] * len(wide) if weights is None else list(weights)
     if len(weights) != len(wide):
         fail("weights", f"hold {len(wide)} numbers, one a model", len(weights))

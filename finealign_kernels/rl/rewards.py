@@ -65,7 +65,9 @@ def token_rewards(
         if value not in known:
             fail(name, f"be one of {known}", repr(value))
     tokens = layout_of(mask, cu_seqlens)
-    models = [models] if isinstance(models, SegmentRewards) else list(models)
+    models = [models] if isinstance(models, SegmentRewards) else models
+    if not isinstance(models, Sequence) or not models:
+        fail("models", "be SegmentRewards or a sequence of them", type(models).__name__, TypeError)
     models = [check_model(f"models[{k}]", model, tokens) for k, model in enumerate(models)]
     result = torch.float64 if any(model.reward.dtype == torch.float64 for model in models) else torch.float32
     total = torch.zeros_like(tokens.x, dtype=summed_in(tokens.x))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..formulas import returns as formula
 from ..ops import advantages as native
-from ..ops._check import fail
+from ..ops._check import check_bool, check_callable, fail
 from ..ops._layout import Tokens, unflatten
 from .gae import constants
 
@@ -51,6 +51,8 @@ def whiten(
     Source  arXiv:2306.01693 and its released code.
     """
     check_mode("mode", mode)
+    unbiased, shift_mean = check_bool("unbiased", unbiased), check_bool("shift_mean", shift_mean)
+    check_callable("sum_moments", sum_moments)
     tokens = constants(x, mask, _one_sequence(x) if cu_seqlens is None else cu_seqlens, "x")
     triple = summed(moments_of(tokens, backend), sum_moments)
     return unflatten(whiten_of(tokens, triple, mode, unbiased, shift_mean, backend), tokens.shapes)

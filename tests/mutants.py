@@ -16,6 +16,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 LOGPROBS, LOSSES, SEGMENTS = "tests/test_logprobs.py", "tests/test_losses.py", "tests/test_segments.py"
 LAUNCH, GPU = "tests/test_triton_launch.py", "tests/test_gpu.py"
+LAUNCHES = "tests/test_launches.py"
 TRITON, FEEDBACK = "tests/test_row_logprobs_triton.py", "tests/test_feedback.py"
 REWARDS, GROUPS, PIVOTS = "tests/test_rewards.py", "tests/test_groups.py", "tests/test_pivots.py"
 CUTS, POINTWISE, TABLE = (
@@ -84,12 +85,15 @@ MUTANTS = [
     Mutant("dbias of the last block only", CHUNKED, "self.db[self.span] += dz", "self.db[self.span] = dz", LOGPROBS),
     Mutant("dX rounded to bfloat16", CHUNKED, "dx = dx.to(self.hidden.dtype)", "dx = dx.to(torch.bfloat16).to(self.hidden.dtype)", LOGPROBS),
     Mutant("mask lost in forward", CHUNKED, "index = None if on_device else rows_in(read)", "index = None", LOGPROBS),
-    Mutant("masked rows not cleaned", CHUNKED, "block = torch.where(self.keep[start:stop, None], block, 0)", "pass", LOGPROBS),
-    Mutant("dropped rows by logp's gradient alone", FORMULA, "(self.dlogp != 0) | (self.dlse != 0) | (self.dentropy != 0)", "self.dlogp != 0", LOGPROBS),
+    Mutant("masked rows not cleaned", CHUNKED, "matrix = torch.where(keep[:, None], matrix, 0)", "pass", LOGPROBS),
+    Mutant("dropped rows by logp's gradient alone", FORMULA, "torch.stack(self[:3]).ne(0).any(0)", "self.dlogp != 0", LOGPROBS),
     Mutant("workspace one row too large", CHUNKED, "min(rows, workspace // (vocab * dtype.itemsize))", "min(rows, -(-workspace // (vocab * dtype.itemsize)))", LOGPROBS),
-    Mutant("E of another row", CHUNKED, "(read.cumsum(0) - 1)[index]", "index", LOGPROBS),
-    Mutant("maxima of the first tile", CHUNKED, "(chunk, e_max[place, tops])", "(chunk, e_max[place, 0])", LOGPROBS),
+    Mutant("E of another row", CHUNKED, "(read.cumsum(0) if rank is None else rank)[index[:stored]] - 1", "index[:stored]", LOGPROBS),
+    Mutant("maxima of the first tile", CHUNKED, "tops[t, i:j]", "tops[0, i:j]", LOGPROBS),
     Mutant("near-uniform rows from bf16 E", CHUNKED, "tokens.log() - coef.entropy < 0.5", "tokens.log() - coef.entropy < -1", LOGPROBS),
+    Mutant("rows without E take the products of a block's first", CHUNKED, "[(cut + i, cut + j) for", "[(start + i, start + j) for", LAUNCHES),
+    Mutant("a second read of the host", CHUNKED, "    index = front(active, from_e)", "    index = front(active, from_e) if bool(active.any()) else front(active, from_e)", LAUNCHES),
+    Mutant("dW of several blocks not summed in float32", CHUNKED, "direct=len(blocks) == 1 and dtype == weight.dtype", "direct=dtype == weight.dtype", LAUNCHES),
     Mutant("no active row leaves dW unwritten", CHUNKED, "self.slice.zero_()", "pass", LOGPROBS),
     Mutant("dW for a frozen head", OP, "ctx.needs_input_grad[:3]", "(True, True, False)", LOGPROBS),
     Mutant("E kept under no_grad", OP, "keep = torch.is_grad_enabled() and any", "keep = any", LOGPROBS),
@@ -97,7 +101,7 @@ MUTANTS = [
     Mutant("logits overwritten in backward", OP, "grad = logits if ctx.inplace else torch", "grad = logits if True else torch", LOGPROBS),
     Mutant("a packed head for a head of another shape", "ops/_check.py", "isinstance(x, Tensor) and any(getattr", "False and any(getattr", LOGPROBS),
     Mutant("the base weight of an adapter advised", "ops/_check.py", "merge the adapter, leave", "merge the adapter or pass its base weight, leave", LOGPROBS),
-    Mutant("label check off", "ops/_check.py", "(flat < 0) | (flat >= vocab)", "flat > vocab", LOGPROBS),
+    Mutant("label check off", "ops/_check.py", "flat != flat.clamp(0, vocab - 1)", "flat > vocab", LOGPROBS),
     Mutant("autocast reaches the products", OP, "with torch.autocast(device, enabled=False):", "if True:", LOGPROBS),
     # the native row kernels
     Mutant("C++: sum includes the maximum", ROWS, "from = side ? first + 1 : 0", "from = side ? first : 0", LOGPROBS),
@@ -268,7 +272,7 @@ MUTANTS = [
     Mutant("fused head: products again by the library", "ops/_fused.py", "again=again", "again=None", HEAD),
     Mutant("fused head: every block overwrites dW", "ops/_fused.py", "add=block.start > 0", "add=False", HEAD),
     Mutant("fused head: near-uniform rows from E", "ops/_fused.py", "from_e &= ~_chunked.near_uniform(coef, bias, vocab)", "pass", HEAD),
-    Mutant("fused head: a count read on the host", "ops/_fused.py", "return Order(read.shape[0], front(read), read.sum())", "return Order(read.shape[0], front(read), torch.tensor(int(read.sum())))", HEAD),
+    Mutant("fused head: a count read on the host", "ops/_fused.py", "return Order(read.shape[0], _chunked.front(read, read), read.sum())", "return Order(read.shape[0], _chunked.front(read, read), torch.tensor(int(read.sum())))", HEAD),
     Mutant("fused head: a step past the width", "kernels/linear_logprobs.py", "x = tl.load(x_rows + ks.to(tl.int64) * x_stride_d, mask=ks < depth, other=0.0)", "x = tl.load(x_rows + ks.to(tl.int64) * x_stride_d)", HEAD),
     Mutant("fused head: a maximum that starts at 0", "kernels/linear_logprobs.py", 'm = tl.max(tl.where(z == z, z, float("-inf")), axis=1)', 'm = tl.maximum(tl.max(tl.where(z == z, z, float("-inf")), axis=1), 0.0)', HEAD),
     Mutant("fused head: the last group as high as others", "kernels/linear_logprobs.py", "height = tl.minimum(row_tiles - first, GROUP)", "height = GROUP", HEAD),

@@ -168,7 +168,7 @@ class Coef(NamedTuple):
 
     def active(self) -> Tensor:
         """Rows with a gradient. A NaN is one."""
-        return (self.dlogp != 0) | (self.dlse != 0) | (self.dentropy != 0)
+        return torch.stack(self[:3]).ne(0).any(0)
 
 
 def tile_gradient(

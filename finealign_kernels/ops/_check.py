@@ -15,7 +15,8 @@ FLAGS = (torch.bool, torch.int64, torch.int32, torch.uint8)  # of a mask; intege
 PACKED = ("quant_state", "SCB")  # what a tensor of bitsandbytes, of 4 or 8 bits, is unpacked by
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
-_words: dict[torch.device, Tensor] = {}  # error words of devices whose values are not read on the host: [rows, bound]
+# rows with a wrong label, counted on a device whose values are not read on the host, for each size of a vocabulary
+_words: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def fail(name: str, expected: str, got: object, kind: type[Exception] = ValueError):
@@ -159,28 +160,27 @@ def targets(labels: Tensor, mask: Tensor | None, ignore_index: int, vocab: int, 
     read = flat != check_integer("ignore_index", ignore_index, "be an integer")
     if mask is not None:
         read = read & mask.reshape(-1)
-    wrong = read & ((flat < 0) | (flat >= vocab))
+    outside = flat != flat.clamp(0, vocab - 1)
     at_once = os.environ.get("FINEALIGN_DEBUG") == "1" or (labels.device.type == "cpu" and not defer)
-    if at_once and not torch.compiler.is_compiling() and bool(wrong.any()):
+    if at_once and not torch.compiler.is_compiling() and bool((wrong := read & outside).any()):
         n = int(wrong.nonzero()[0])
         at = ", ".join(str(int(i)) for i in torch.unravel_index(torch.tensor(n), labels.shape))
         raise IndexError(f"labels[{at}] = {int(flat[n])} is outside [0, {vocab})")
-    return torch.where(read, torch.where(wrong, BAD, flat), SKIP)
+    return torch.where(read, torch.where(outside, BAD, flat), SKIP)
 
 
 def note_errors(target: Tensor, vocab: int) -> None:
     """Counts rows whose label is out of range in the device's error word, without reading it."""
-    word = _words.get(target.device)
+    word = _words.get((target.device, vocab))
     if word is None:
-        word = _words[target.device] = torch.zeros(2, dtype=torch.int64, device=target.device)
-    wrong = (target == BAD).sum()
-    word.copy_(torch.stack([word[0] + wrong, torch.where(wrong > 0, vocab, word[1])]))
+        word = _words[target.device, vocab] = torch.zeros((), dtype=torch.int64, device=target.device)
+    word.add_((target == BAD).sum())
 
 
 def check_errors() -> None:
     """Raises IndexError if a label was out of range since the last call, on any device. It is a host sync."""
-    for device, word in _words.items():
-        count, vocab = word.tolist()
+    for (device, vocab), word in _words.items():
+        count = int(word)
         if count:
             word.zero_()
             raise IndexError(f"{count} labels on {device} were outside [0, {vocab}); their rows are NaN")

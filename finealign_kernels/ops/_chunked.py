@@ -3,7 +3,8 @@
 fwd    for each chunk of the vocabulary, for each block of rows: product, row state; then one combine.
        The first rows, as many as the workspace holds, keep E = exp(z - m_tile) for backward.
 bwd    for each chunk, for each block of rows with a gradient: dZ from E or from the product again, then
-       dX += dZ W (float32) and the chunk's slice of dW = dZᵀ X, summed in float32 and written once.
+       dX += dZ W (float32) and the chunk's slice of dW = dZᵀ X, summed in float32 and rounded once. On a GPU a block
+       holds as many rows as fit into a number of bytes, so that dW of a usual batch is one product a chunk.
 """
 
 from typing import NamedTuple
@@ -23,10 +24,15 @@ class Tile(NamedTuple):
 
     rows: int
     columns: int
+    gradient: int = 0  # bytes of dZ that backward may hold at a time, if those of `rows` are fewer
+
+    def gradient_rows(self, dtype: torch.dtype) -> int:
+        """Rows of a block of backward."""
+        return max(self.rows, self.gradient // (self.columns * dtype.itemsize))
 
 
 def tile_of(device: str) -> Tile:
-    return Tile(2048, 4096) if device == "cpu" else Tile(4096, 16384)
+    return Tile(2048, 4096) if device == "cpu" else Tile(4096, 16384, gradient=2**28)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -48,25 +54,18 @@ def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
-class Operand:
-    """Blocks of a matrix's rows in the GEMMs' dtype; the last one made is kept."""
+def operand(matrix: Tensor, dtype: torch.dtype, index: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+    """A matrix's rows in the GEMMs' dtype: those of an index, all, or all with 0 for those that are not kept."""
+    if index is not None:
+        matrix = matrix.index_select(0, index)
+    elif keep is not None:  # rows that are computed and thrown away may hold NaN
+        matrix = torch.where(keep[:, None], matrix, 0)
+    return matrix.to(dtype)
 
-    def __init__(self, matrix: Tensor, dtype: torch.dtype, index: Tensor | None = None, keep: Tensor | None = None):
-        self.matrix, self.dtype, self.index, self.keep = matrix, dtype, index, keep
-        self.last = (None, None)
 
-    def __getitem__(self, span: tuple[int, int]) -> Tensor:
-        if self.last[0] != span:
-            self.last = (span, self._make(*span))
-        return self.last[1]
-
-    def _make(self, start: int, stop: int) -> Tensor:
-        if self.index is not None:
-            return self.matrix.index_select(0, self.index[start:stop]).to(self.dtype)
-        block = self.matrix[start:stop].to(self.dtype)
-        if self.keep is not None:  # rows that are computed and thrown away may hold NaN
-            block = torch.where(self.keep[start:stop, None], block, 0)
-        return block
+def on_host(*counts: Tensor) -> list[int]:
+    """Numbers that stand on the device, by one read: the only sync of a direction."""
+    return torch.stack(counts).tolist()
 
 
 def spans(total: int, step: int, cut: int = 0) -> list[tuple[int, int]]:
@@ -104,8 +103,7 @@ def fwd(hidden, weight, bias, target, head, want, workspace, on_device, rows_nam
     dtype, out_dtype = compute_dtype(hidden), wide(hidden.dtype)
     read = target != formula.SKIP
     index = None if on_device else rows_in(read)
-    x = Operand(hidden, dtype, index, read if on_device else None)
-    w = Operand(weight, dtype)
+    x = operand(hidden, dtype, index, read if on_device else None)
     at = target if index is None else target[index]
     n = at.shape[0]
     chunks = spans(vocab, tile.columns)
@@ -119,20 +117,21 @@ def fwd(hidden, weight, bias, target, head, want, workspace, on_device, rows_nam
     direct = e.dtype == out_dtype  # the product is written where its E will stand
     buffer = torch.empty(min(n, tile.rows) * min(vocab, tile.columns), dtype=out_dtype, device=hidden.device)
     for t, (c0, c1) in enumerate(chunks):
-        wt, b = w[c0, c1].t(), None if bias is None else bias[c0:c1]
+        wt, b = weight[c0:c1].to(dtype).t(), None if bias is None else bias[c0:c1]
         for start, stop in spans(n, tile.rows, kept):
             here = e_slice(e, room, c0, c1)[start:stop] if stop <= kept else None
             in_place = direct and here is not None
             z = here if in_place else buffer[: (stop - start) * (c1 - c0)].view(stop - start, c1 - c0)
-            product(x[start, stop], wt, z)
+            product(x[start:stop], wt, z)
             side = dict(e=None if direct else here, in_place=in_place)
             state = part[start:stop, t], first[start:stop, t], label[start:stop]
             rows_of.tile_fwd(z, b, at[start:stop], c0, head, want, *state, **side)
     found = rows_of.combine(part, first, label, at, want)
     if index is not None:
         found = formula.Rows(*(x.new_zeros(n_all).index_copy_(0, index, x) for x in found))
-    e_max = part.new_zeros(room, len(chunks))
-    e_max[:kept] = part[:kept, :, 0]
+    e_max = part[:kept, :, 0].contiguous()
+    if kept < room:
+        e_max = torch.cat([e_max, e_max.new_zeros(room - kept, len(chunks))])
     return (*found, e, e_max)
 
 
@@ -154,51 +153,64 @@ def bwd(
         rows = Active(None, None, hidden.shape[0], room if recompute is None else 0)
     else:
         rows = active_rows(active, read, room, recompute)
-    x, w = Operand(hidden, dtype, rows.index, active if on_device else None), Operand(weight, dtype)
-    at, coef = rows.take(target), torch.stack([rows.take(c) for c in coef])
+    x = operand(hidden, dtype, rows.index, active if on_device else None)
+    at, coef = rows.take(target), torch.stack(coef) if rows.index is None else torch.stack(coef)[:, rows.index]
+    tops = e_max if rows.place is None else e_max[rows.place]
+    tops = tops if e_columns else tops.t().contiguous()
 
-    blocks, columns = spans(rows.count, tile.rows, rows.stored), min(vocab, tile.columns)
-    dz_buffer = torch.empty(min(rows.count, tile.rows) * columns, dtype=dtype, device=hidden.device)
-    wider = dtype != out_dtype and again is None
-    z_buffer = torch.empty_like(dz_buffer, dtype=out_dtype) if wider else dz_buffer
-    grads = Gradients(needs, rows.count, hidden, weight, out_dtype, columns)
+    size, columns = tile.gradient_rows(dtype), min(vocab, tile.columns)
+    blocks = [(start, stop, pieces(start, stop, rows.stored, tile.rows)) for start, stop in spans(rows.count, size)]
+    coefs = {span: coef[:, slice(*span)].contiguous() for *_, inner in blocks for span in inner}
+    dz_buffer = hidden.new_empty(min(rows.count, size) * columns, dtype=dtype)
+    wider = dtype != out_dtype and again is None and rows.stored < rows.count
+    z_buffer = hidden.new_empty(min(rows.count, tile.rows) * columns, dtype=out_dtype) if wider else None
+    grads = Gradients(
+        needs, rows.count, hidden, weight, out_dtype, columns, direct=len(blocks) == 1 and dtype == weight.dtype
+    )
     for t, (c0, c1) in enumerate(spans(vocab, tile.columns)):
-        wc, b = w[c0, c1], None if bias is None else bias[c0:c1]
+        wc, b, width = weight[c0:c1].to(dtype), None if bias is None else bias[c0:c1], c1 - c0
         chunk = e_slice(e, room, c0, c1)
-        tops = slice(c0 // e_columns, -(-c1 // e_columns)) if e_columns else t
         grads.open(c0, c1, empty=not blocks)
-        for start, stop in blocks:
-            shape = (stop - start, c1 - c0)
-            dz = dz_buffer[: shape[0] * shape[1]].view(shape)
-            block = at[start:stop], coef[:, start:stop].contiguous()
-            if stop <= rows.stored:
-                place = None if rows.place is None else rows.place[start:stop]
-                src, top = (
-                    (chunk[start:stop], e_max[start:stop, tops]) if place is None else (chunk, e_max[place, tops])
-                )
-                side = dict(e_columns=e_columns) if e_columns else {}
-                rows_of.tile_bwd(dz, src, place, top.contiguous(), b, *block, c0, head, **side)
-            elif again is not None:
-                again(dz, start, stop, rows.index, *block, c0, c1)
-            else:
-                z = z_buffer[: shape[0] * shape[1]].view(shape)
-                product(x[start, stop], wc.t(), z)
-                rows_of.tile_bwd(dz, None if dz_buffer is z_buffer else z, None, None, b, *block, c0, head)
-            grads.add(dz, x, wc, start, stop)
+        for start, stop, inner in blocks:
+            block = dz_buffer[: (stop - start) * width].view(stop - start, width)
+            for i, j in inner:
+                dz, side = block[i - start : j - start], (at[i:j], coefs[i, j], c0)
+                if j <= rows.stored:
+                    src, place = (chunk[i:j], None) if rows.place is None else (chunk, rows.place[i:j])
+                    if e_columns:
+                        top = tops[i:j, c0 // e_columns : -(-c1 // e_columns)]
+                        rows_of.tile_bwd(dz, src, place, top, b, *side, head, e_columns=e_columns)
+                    else:
+                        rows_of.tile_bwd(dz, src, place, tops[t, i:j], b, *side, head)
+                elif again is not None:
+                    again(dz, i, j, rows.index, *side, c1)
+                else:
+                    z = dz if z_buffer is None else z_buffer[: (j - i) * width].view(j - i, width)
+                    product(x[i:j], wc.t(), z)
+                    rows_of.tile_bwd(dz, None if z is dz else z, None, None, b, *side, head)
+            grads.add(block, x, wc, start, stop)
         grads.close()
     return grads.result(rows.index)
+
+
+def pieces(start: int, stop: int, stored: int, step: int) -> list[tuple[int, int]]:
+    """A block of rows in pieces: those that have their E in one, the others in steps."""
+    cut = min(max(start, stored), stop)
+    ends = [(start, cut)] if cut > start else []
+    return ends + [(cut + i, cut + j) for i, j in spans(stop - cut, step)]
 
 
 class Gradients:
     """Sums of the gradients in float32 (float64): dX over chunks, a chunk's slice of dW and dbias over blocks."""
 
-    def __init__(self, needs, rows: int, hidden: Tensor, weight: Tensor, dtype: torch.dtype, columns: int):
+    def __init__(self, needs, rows: int, hidden, weight, dtype: torch.dtype, columns: int, direct: bool = False):
+        """direct: a chunk's dW is one product, which sums in float32 and rounds once, in the weight's dtype."""
         need_x, need_w, need_b = needs
         self.hidden = hidden
         self.dx = hidden.new_zeros(rows, hidden.shape[1], dtype=dtype) if need_x else None
         self.dw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if need_w else None
         self.db = weight.new_zeros(weight.shape[0], dtype=dtype) if need_b else None
-        narrow = need_w and weight.dtype != dtype
+        narrow = need_w and weight.dtype != dtype and not direct
         self.sums = weight.new_empty(columns, weight.shape[1], dtype=dtype) if narrow else None
 
     def open(self, c0: int, c1: int, empty: bool) -> None:
@@ -209,11 +221,11 @@ class Gradients:
             if empty:
                 self.slice.zero_()
 
-    def add(self, dz: Tensor, x: Operand, w: Tensor, start: int, stop: int) -> None:
+    def add(self, dz: Tensor, x: Tensor, w: Tensor, start: int, stop: int) -> None:
         if self.dx is not None:
             product(dz, w, self.dx[start:stop], accumulate=True)
         if self.dw is not None:
-            product(dz.t(), x[start, stop], self.slice, accumulate=start > 0)
+            product(dz.t(), x[start:stop], self.slice, accumulate=start > 0)
         if self.db is not None:
             self.db[self.span] += dz.sum(0, dtype=self.db.dtype)
 
@@ -248,18 +260,24 @@ def rows_in(flags: Tensor) -> Tensor | None:
     return None if index.shape[0] == flags.shape[0] else index
 
 
+def front(flags: Tensor, first: Tensor) -> Tensor:
+    """All indices: those of `first`, which are in flags, first, then the others of `flags`, each in their order."""
+    return (flags.to(torch.uint8) + first).argsort(descending=True, stable=True)
+
+
 def active_rows(active: Tensor, read: Tensor, room: int, recompute: Tensor | None) -> Active:
     """The active rows of a call that read `read` and kept E of its first `room`, without those to recompute."""
-    index = active.nonzero()[:, 0]
-    place = (read.cumsum(0) - 1)[index]  # E has the rows that were read
-    from_e = place < room
+    n = active.shape[0]
+    rank = None if room >= n else read.cumsum(0)  # E has the rows that were read
+    from_e = active if rank is None else active & (rank <= room)
     if recompute is not None:
-        from_e &= ~recompute[index]
-    if index.shape[0] == active.shape[0] and bool(from_e[:room].all()):
-        return Active(None, None, index.shape[0], min(room, index.shape[0]))
-    count = int(from_e.sum())
-    order = torch.cat([from_e.nonzero()[:, 0], (~from_e).nonzero()[:, 0]])
-    return Active(index[order], place[order[:count]], index.shape[0], count)
+        from_e = from_e & ~recompute
+    index = front(active, from_e)
+    stored, count = on_host(from_e.sum(), active.sum())
+    if count == n and stored in (0, min(room, n)):
+        return Active(None, None, n, stored)
+    place = (read.cumsum(0) if rank is None else rank)[index[:stored]] - 1
+    return Active(index[:count], place, count, stored)
 
 
 def near_uniform(coef: formula.Coef, bias: Tensor | None, vocab: int) -> Tensor:

@@ -25,15 +25,9 @@ class Order(NamedTuple):
 
 def order(read: Tensor, on_device: bool) -> Order:
     if on_device:
-        return Order(read.shape[0], front(read), read.sum())
+        return Order(read.shape[0], _chunked.front(read, read), read.sum())
     index = _chunked.rows_in(read)
     return Order(read.shape[0] if index is None else index.shape[0], index, None)
-
-
-def front(flags: Tensor, first: Tensor | None = None) -> Tensor:
-    """All indices: those of `first` first, then those of flags. No count is read on the host."""
-    rank = (~flags).to(torch.uint8)
-    return (rank if first is None else rank + (~first)).argsort(stable=True)
 
 
 def tile_of(x: Tensor, head: formula.Head):
@@ -65,8 +59,9 @@ def fwd(hidden, weight, bias, target, head, want, workspace, on_device, _, stati
     floats = [part.new_zeros(n_all) for _ in range(8)]
     found = formula.Rows(*floats[:5], torch.zeros(n_all, dtype=torch.bool, device=hidden.device), *floats[5:])
     kernels.combine(part, first, label, target, rows, want, found)
-    e_max = part.new_zeros(room, tiles)
-    e_max[: min(room, rows.n)] = part[:room, :, 0]
+    e_max = part[:room, :, 0].contiguous()
+    if rows.n < room:
+        e_max = torch.cat([e_max, e_max.new_zeros(room - rows.n, tiles)])
     return (*found, e, e_max)
 
 
@@ -110,7 +105,7 @@ def _bounded_bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, nee
     from_e = active & (place < room)
     if curved and e.dtype != torch.float32:
         from_e &= ~_chunked.near_uniform(coef, bias, vocab)
-    index = front(active, from_e)
+    index = _chunked.front(active, from_e)
     counts = torch.stack([from_e.sum(), active.sum()])
     at, place, coef = target[index], place[index], torch.stack([c[index] for c in coef])
 

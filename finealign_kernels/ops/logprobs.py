@@ -303,7 +303,8 @@ def _(hidden, weight, bias, target, scale, softcap, inv_temperature, want, works
 
 
 def _coef(dlogp, dlse, dentropy, logp, entropy, m, l, label_slope) -> Coef:
-    grads = (torch.zeros_like(m) if d is None else d.to(m.dtype) for d in (dlogp, dlse, dentropy))
+    zero = torch.zeros_like(m)
+    grads = (zero if d is None else d.to(m.dtype) for d in (dlogp, dlse, dentropy))
     return Coef(*grads, m, l, entropy, logp, label_slope)
 
 

@@ -1,0 +1,176 @@
+"""How many kernels a call of the loss head launches on a GPU, and how often the host waits: counted without one.
+
+The library's own Python runs on a CPU with a GPU's tiles; its products and row kernels are counted, not computed. A
+call of torch counts once, also a sort, which is several kernels.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import finealign_kernels as fk
+from finealign_kernels.formulas import logprobs as formula
+from finealign_kernels.ops import _check, _choose, _chunked
+from finealign_kernels.ops import logprobs as op
+from finealign_kernels.testing import samples
+
+N, CHUNKS, DEPTH = 64, 8, 8
+TILE = _chunked.Tile(32, 16, gradient=2 * N * 16)  # as on a GPU with N = 8192: two blocks forward, one backward
+VOCAB = CHUNKS * TILE.columns  # Llama-3-8B's head is 8 chunks too
+# what makes memory without writing to it, or a number on the host: no kernel runs
+FREE = {"empty", "empty_like", "new_empty", "empty_strided", "scalar_tensor"}
+OPS = {"linear_logprobs_fwd": op._linear_fwd, "linear_logprobs_bwd": op._linear_bwd}
+WAITS = {"nonzero", "_local_scalar_dense", "item", "is_nonzero", "masked_select", "equal", "unique"}
+
+
+class Count(TorchDispatchMode):
+    """Calls of torch that launch a kernel, and those that wait for one. Looks into the library's ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.launches, self.waits = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace == "finealign":
+            with self:
+                return OPS[name]._init_fn(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if name in WAITS or (name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])):
+            self.waits.append(name)
+        leaves = torch.utils._pytree.tree_leaves
+        old, new = (
+            {x.untyped_storage().data_ptr() for x in leaves(t) if isinstance(x, torch.Tensor)}
+            for t in ([args, kwargs], out)
+        )
+        if name not in FREE and (func._schema.is_mutable or not new <= old):  # else it is a view
+            self.launches.append(name)
+        return out
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """A count, and a head that believes to be on a GPU."""
+    count = Count()
+
+    def kernel(name, result=lambda *a, **k: None):
+        def launch(*args, **kwargs):
+            count.launches.append(name)
+            return result(*args, **kwargs)
+
+        return launch
+
+    def states(part, first, label, target, want):
+        floats = [part.new_empty(len(part)) for _ in range(8)]
+        return formula.Rows(*floats[:5], torch.empty(len(part), dtype=torch.bool), *floats[5:])
+
+    rows = SimpleNamespace(
+        tile_fwd=kernel("row_fwd"), tile_bwd=kernel("row_bwd"), combine=kernel("combine", states), TILE=None, SPAN=None
+    )
+    real = op.targets
+
+    def targets(labels, mask, ignore_index, vocab, defer):
+        target = real(labels, mask, ignore_index, vocab, defer=True)
+        _check.note_errors(target, vocab)
+        return target
+
+    def on_host(*counts, read=_chunked.on_host):
+        count.waits.append("on_host")
+        return read(*counts)
+
+    monkeypatch.setattr(_choose, "rows", lambda name: rows)
+    monkeypatch.setattr(_chunked, "tile_of", lambda device: TILE)
+    monkeypatch.setattr(_chunked, "compute_dtype", lambda x: x.dtype)
+    monkeypatch.setattr(_chunked, "product", kernel("product"))
+    monkeypatch.setattr(_chunked, "on_host", on_host)
+    monkeypatch.setattr(op, "targets", targets)
+    _check.note_errors(torch.zeros(1, dtype=torch.int64), VOCAB)  # the word is made once a process
+    return count
+
+
+def head(grad=True):
+    hidden = torch.zeros(N, DEPTH, dtype=torch.bfloat16, requires_grad=grad)
+    weight = torch.zeros(VOCAB, DEPTH, dtype=torch.bfloat16, requires_grad=grad)
+    return hidden, weight, torch.arange(N) % VOCAB
+
+
+def run(count, hidden, weight, labels, upstream, **options):
+    """(launches, waits) of forward, then of backward."""
+    with count:
+        out = fk.linear_logprobs(hidden, weight, labels, **options)
+        ahead = len(count.launches), len(count.waits)
+        torch.autograd.backward(out.logp, upstream)
+    return ahead, (len(count.launches) - ahead[0], len(count.waits) - ahead[1])
+
+
+def test_a_dense_step_launches_few_kernels_and_waits_once_a_direction(watch):
+    forward, backward = run(watch, *head(), torch.ones(N), workspace="full")
+    own = {name: watch.launches.count(name) for name in ("product", "row_fwd", "row_bwd", "combine")}
+    # forward: a product and a row kernel for each of 8 chunks x 2 blocks; backward: one block
+    assert own == {"product": 16 + 2 * CHUNKS, "row_fwd": 16, "row_bwd": CHUNKS, "combine": 1}
+    assert forward[0] + backward[0] < 90, watch.launches
+    assert (forward[1], backward[1]) == (1, 1), watch.waits
+
+
+@pytest.mark.parametrize("workspace", (0, 2**9, "full"))
+@pytest.mark.parametrize("left_out", (False, True))
+def test_rows_left_out_cost_no_launch_a_tile(watch, workspace, left_out):
+    """Pivots: labels that are ignored and rows without gradient. Each direction gathers its rows once."""
+    hidden, weight, labels = head()
+    upstream = torch.ones(N)
+    if left_out:
+        labels[::5], upstream[::3] = -100, 0.0
+    forward, backward = run(watch, hidden, weight, labels, upstream, workspace=workspace)
+    assert (forward[1], backward[1]) == (1, 1), watch.waits
+    assert watch.launches.count("index_select") == (2 if left_out else 0)
+    own = ("product", "row_fwd", "row_bwd", "combine")
+    others = [name for name in watch.launches if name not in own]
+    assert len(others) < 70, others
+
+
+def test_the_count_sees_a_copy_and_a_wait():
+    with Count() as count:
+        x = torch.zeros(4)
+        x.clone()
+        x.view(2, 2).t()
+        x.nonzero()
+        float(x.sum())
+    assert count.launches == ["zeros", "clone", "nonzero", "sum"]
+    assert count.waits == ["nonzero", "_local_scalar_dense"]
+
+
+# ---- the blocks of a GPU's backward give the numbers of the others -------------------------------------------------
+
+
+def wide_product(a, b, out, accumulate=False):
+    """A GPU's product of halves: summed in float32, rounded when it is written."""
+    found = a.float() @ b.float()
+    out.copy_(out + found if accumulate else found)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("workspace", (0, 3000, "full"))
+@pytest.mark.parametrize("left_out", (False, True))
+@pytest.mark.parametrize("gradient", (0, 20, 10**6))  # rows of a block: the tile's, some, all
+def test_blocks_of_any_size(monkeypatch, dtype, workspace, left_out, gradient):
+    sample = samples.linear(50, 130, 16, dtype)
+    labels, upstream = sample.labels.clone(), torch.linspace(-1, 1, 50)
+    if left_out:
+        labels[::5], upstream[::3] = -100, 0.0
+
+    def gradients(backend):
+        tensors = [x.clone().requires_grad_() for x in (sample.hidden, sample.weight)]
+        out = fk.linear_logprobs(*tensors, labels, workspace=workspace, outputs="entropy", backend=backend)
+        return torch.autograd.grad((out.logp * upstream).sum() + 0.1 * (out.entropy * upstream).sum(), tensors)
+
+    tile = _chunked.Tile(8, 64, gradient=gradient * 64 * dtype.itemsize)
+    assert tile.gradient_rows(dtype) == max(8, gradient)
+    exact = gradients("reference")
+    monkeypatch.setattr(_chunked, "tile_of", lambda device: tile)
+    monkeypatch.setattr(_chunked, "compute_dtype", lambda x: x.dtype)
+    monkeypatch.setattr(_chunked, "product", wide_product)
+    for found, expected in zip(gradients("torch"), exact, strict=True):
+        error = (found.double() - expected.double()).norm() / expected.double().norm()
+        assert error < (1e-6 if dtype == torch.float32 else 6e-3)  # E, dZ and the result in bfloat16, 2^-9 each

@@ -160,17 +160,18 @@ def test_blocks_of_any_size(monkeypatch, dtype, workspace, left_out, gradient):
     if left_out:
         labels[::5], upstream[::3] = -100, 0.0
 
-    def gradients(backend):
-        tensors = [x.clone().requires_grad_() for x in (sample.hidden, sample.weight)]
+    def gradients(backend, dtype):
+        tensors = [x.to(dtype, copy=True).requires_grad_() for x in (sample.hidden, sample.weight)]
         out = fk.linear_logprobs(*tensors, labels, workspace=workspace, outputs="entropy", backend=backend)
         return torch.autograd.grad((out.logp * upstream).sum() + 0.1 * (out.entropy * upstream).sum(), tensors)
 
     tile = _chunked.Tile(8, 64, gradient=gradient * 64 * dtype.itemsize)
     assert tile.gradient_rows(dtype) == max(8, gradient)
-    exact = gradients("reference")
+    exact = gradients("reference", torch.float64)
     monkeypatch.setattr(_chunked, "tile_of", lambda device: tile)
     monkeypatch.setattr(_chunked, "compute_dtype", lambda x: x.dtype)
     monkeypatch.setattr(_chunked, "product", wide_product)
-    for found, expected in zip(gradients("torch"), exact, strict=True):
-        error = (found.double() - expected.double()).norm() / expected.double().norm()
-        assert error < (1e-6 if dtype == torch.float32 else 6e-3)  # E, dZ and the result in bfloat16, 2^-9 each
+    for found, expected in zip(gradients("torch", dtype), exact, strict=True):
+        error = (found.double() - expected).norm() / expected.norm()
+        # E, dZ and the result are rounded to bfloat16 once each; a sum of blocks in it would be 2.6e-3 to 4e-3 off
+        assert error < (1e-6 if dtype == torch.float32 else 2.5e-3)

@@ -9,15 +9,17 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 WORKERS ?= auto
 BIN = $(VENV)/bin
+export NO_MKDOCS_2_WARNING = 1
 PIP = $(BIN)/pip install --quiet --no-compile --disable-pip-version-check
 # The package is installed in editable mode, so only a change of these installs it again.
 SOURCES = pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.* kernels/cuda/*)
 
-.PHONY: help setup demo test bench lint
+.PHONY: help setup demo test bench docs lint
 help:
 	@echo "make demo    align a small language model and write finealign_report.html"
 	@echo "make test    run the tests"
 	@echo "make bench   time the loss head beside its rivals"
+	@echo "make docs    build the documentation into site/"
 	@echo "make lint    check style, format and the types of the public functions"
 
 setup: $(VENV)/.package
@@ -54,6 +56,9 @@ test: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/python bench/run.py $(BENCH)
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict $(DOCS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

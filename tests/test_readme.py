@@ -1,97 +1,95 @@
-"""The README's examples run, its tables of losses are the code's. `python tests/test_readme.py` writes the tables."""
+"""Examples in the README and in docs/ run, and their tables are made from the code and from bench/results."""
 
 import doctest
+import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from finealign_kernels.losses.policy import POLICY
-from finealign_kernels.losses.preference import PREFERENCE
-from finealign_kernels.losses.reward import REWARD
+import finealign_kernels as fk
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-
-
-def losses_table() -> str:
-    lines = [
-        "| name | loss of a pair | average | beta | shift | source | derived here |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, row in PREFERENCE.items():
-        reference = "" if row.reference else ", no reference"
-        average = "sum" if row.average is False else f'"{row.average}"'
-        cells = (
-            f"`{name}`",
-            f"{row.equation}{reference}",
-            average,
-            f"{row.beta:g}",
-            f"{row.shift:g}",
-            row.source,
-            row.derived,
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    words = (
-        "Here Δ = h_chosen - h_rejected, h = Σ_t w_t (logp_t - ref_logp_t), m = beta Δ - shift, u = beta h - shift.\n"
-    )
-    return words + "Every row takes every average.\n\n" + "\n".join(lines) + "\n"
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def policies_table() -> str:
-    lines = ["| name | loss of a token | reduction | options | KL | source |", "|---|---|---|---|---|---|"]
-    for name, row in POLICY.items():
-        options = ", ".join(f"{key} {one.default:g}" for key, one in row.hyper.items() if one.default is not None)
-        cells = (f"`{name}`", row.equation, f'"{row.reduction}"', options, f"{row.kl_coef:g}", row.source)
-        lines.append(f"| {' | '.join(cells)} |")
-    words = (
-        "Here ρ = exp(logp - old_logp) of a token; s and P are the geometric mean and the product of the ρ of its\n"
-        "response; sg stops the gradient; A is the advantage. KL is the default of `kl_coef`.\n\n"
-    )
-    return words + "\n".join(lines) + "\n"
+def generate():
+    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs/generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def rewards_table() -> str:
-    lines = ["| name | loss of a pair | reads | source |", "|---|---|---|---|"]
-    for name, row in REWARD.items():
-        reads = ["strength"] * row.reads(None, None) + ["label"] * (row.smoothing == "label") + [*row.hyper]
-        cells = (f"`{name}`", row.equation.replace("|", "\\|"), ", ".join(reads), row.source)
-        lines.append(f"| {' | '.join(cells)} |")
-    words = "Here d = r_chosen - r_rejected and μ is the strength of the pair, see `preference_strength`.\n\n"
-    return words + "\n".join(lines) + "\n"
+GENERATE = generate()
 
 
-TABLES = {"losses": losses_table, "policies": policies_table, "rewards": rewards_table}
+def with_examples():
+    return [path for path in PAGES if ">>>" in path.read_text()]
 
 
-def between(name: str) -> re.Pattern:
-    return re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.S)
-
-
-def test_examples():
+@pytest.mark.parametrize("path", with_examples(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_examples(path):
     torch.manual_seed(0)
-    result = doctest.testfile(str(README), module_relative=False)
-    assert result.attempted > 15 and result.failed == 0
+    result = doctest.testfile(str(path), module_relative=False)
+    assert result.attempted > 2 and result.failed == 0
 
 
-@pytest.mark.parametrize("name", TABLES)
-def test_a_table_is_the_codes(name):
-    assert between(name).search(README.read_text())[0] == TABLES[name]()
+def test_the_guides_have_examples():
+    assert len(with_examples()) >= 9
+
+
+@pytest.mark.parametrize("name", GENERATE.TABLES)
+def test_a_table_is_made_from_the_code(name):
+    _, make = GENERATE.TABLES[name]
+    assert GENERATE.written(name) == make(), "python docs/generate.py writes the tables"
+
+
+def test_the_picture_is_made_from_the_sample():
+    assert GENERATE.PICTURE.read_text() == GENERATE.picture()
+
+
+def test_the_readme_counts_the_losses():
+    found = re.search(
+        r"(\d+) preference and point-wise losses, (\d+) policy losses, (\d+) reward-model", README.read_text()
+    )
+    assert [int(count) for count in found.groups()] == [len(fk.PREFERENCE), len(fk.POLICY), len(fk.REWARD)]
+
+
+def test_figures_of_the_readme_are_those_of_the_bench():
+    import json
+
+    rows = json.loads((ROOT / "bench/results/head-cpu-zen4-2cores.json").read_text())
+    seconds = {(row["case"], row["dtype"], row["impl"]): row["median_s"] for row in rows}
+    text = README.read_text()
+
+    def to_ours(case, dtype, impl):
+        return seconds[case, dtype, impl] / seconds[case, dtype, "ours-default"]
+
+    assert f"20 % of rows with a gradient | 1 | {to_ours('active20', 'float32', 'trl'):.1f} |" in text
+    assert f"the same, all rows | 1 | {to_ours('dense', 'float32', 'trl'):.1f} |" in text
+    eager = to_ours("dense", "float32", "eager"), to_ours("dense", "bfloat16", "eager")
+    assert "Eager PyTorch takes {:.2f} × our time with all rows and {:.2f} × in bfloat16".format(*eager) in text
+
+
+def test_links_between_pages_lead_to_files():
+    for path in PAGES:
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[\w-]+)?\)", path.read_text()):
+            if not target.startswith("https:"):
+                assert (path.parent / target).exists(), f"{path.relative_to(ROOT)} links to {target}"
 
 
 def test_every_public_name_is_documented():
-    import finealign_kernels as fk
-
-    text = README.read_text()
+    reference = (ROOT / "docs/api.md").read_text()
     for name in fk.__all__:
-        documented = (getattr(fk, name).__doc__ or "").strip()
-        assert len(documented) > 20, f"{name} has no docstring"
-        if name.islower() and name not in ("check_errors",):
-            assert name.split("_")[0] in text, f"{name} is not in the README"
+        assert len((getattr(fk, name).__doc__ or "").strip()) > 20, f"{name} has no docstring"
+        if name.isupper() or name in ("integrations",):
+            continue
+        assert f"::: finealign_kernels.{name}\n" in reference, f"{name} is not in docs/api.md"
 
 
-if __name__ == "__main__":
-    text = README.read_text()
-    for name, table in TABLES.items():
-        text = between(name).sub(lambda _, table=table: table(), text)
-    README.write_text(text)
+def test_every_page_is_in_the_menu():
+    menu = (ROOT / "mkdocs.yml").read_text()
+    for path in sorted((ROOT / "docs").rglob("*.md")):
+        assert f" {path.relative_to(ROOT / 'docs').as_posix()}\n" in menu, f"{path} is not in mkdocs.yml"

@@ -1,0 +1,168 @@
+"""`python docs/generate.py` writes the tables of the documentation from the code and from bench/results.
+
+A table stands between <!-- name --> and <!-- /name --> on its page; tests/test_readme.py compares it with this one.
+"""
+
+import json
+import re
+from html import escape
+from pathlib import Path
+
+from finealign_kernels import POLICY, PREFERENCE, REWARD, feedback
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench/results"
+
+IMPLEMENTATIONS = {  # name in bench/results -> name on the page
+    "ours": 'this library, `workspace="full"`',
+    "ours-default": "this library, default",
+    "ours-no-workspace": "this library, `workspace=0`",
+    "gemm3": "three bare GEMMs",
+    "gemm4": "four bare GEMMs",
+    "eager": "eager PyTorch",
+    "torch": "`torch` linear_cross_entropy, 512-row chunks",
+    "trl": "TRL 1.16",
+}
+RACES = {  # (case, dtype) -> column
+    ("dense", "float32"): "float32 dense",
+    ("active20", "float32"): "20 % of rows with a gradient",
+    ("frozen", "float32"): "frozen head",
+    ("dense", "bfloat16"): "bfloat16 dense",
+}
+
+
+def table(columns, rows) -> str:
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return "\n".join(lines + [f"| {' | '.join(str(cell) for cell in row)} |" for row in rows]) + "\n"
+
+
+def linked(source: str) -> str:
+    """Numbers of arXiv become links."""
+    return re.sub(r"arXiv:(\d{4}\.\d{5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", source)
+
+
+def cell(text: str) -> str:
+    """A bar inside a formula would end the cell."""
+    return text.replace("|", "\\|")
+
+
+def losses() -> str:
+    rows = []
+    for name, row in PREFERENCE.items():
+        reference = "" if row.reference else ", no reference"
+        average = "sum" if row.average is False else f'"{row.average}"'
+        numbers = f"{row.beta:g}", f"{row.shift:g}"
+        rows.append(
+            (f"`{name}`", cell(row.equation) + reference, average, *numbers, cell(linked(row.source)), row.derived)
+        )
+    return table(("name", "loss of a pair", "average", "beta", "shift", "source", "derived here"), rows)
+
+
+def policies() -> str:
+    rows = []
+    for name, row in POLICY.items():
+        options = ", ".join(f"{key} {one.default:g}" for key, one in row.hyper.items() if one.default is not None)
+        reduction = f'"{row.reduction}"'
+        rows.append((f"`{name}`", cell(row.equation), reduction, options, f"{row.kl_coef:g}", linked(row.source)))
+    return table(("name", "loss of a token", "reduction", "options", "KL", "source"), rows)
+
+
+def rewards() -> str:
+    rows = []
+    for name, row in REWARD.items():
+        reads = [
+            key for key, needed in (("strength", row.reads(None, None)), ("label", row.smoothing == "label")) if needed
+        ]
+        rows.append((f"`{name}`", cell(row.equation), ", ".join([*reads, *row.hyper]), linked(row.source)))
+    return table(("name", "loss of a pair", "needs", "source"), rows)
+
+
+def head() -> str:
+    """The races of the loss head: time as a ratio to ours with the full workspace, and extra memory."""
+    found = json.loads((RESULTS / "head-cpu-zen4-2cores.json").read_text())
+    by = {(row["case"], row["dtype"], row["impl"]): row for row in found}
+    rows = []
+    for impl, shown in IMPLEMENTATIONS.items():
+        ratios = [f"{by[case, dtype, impl]['ratio_to_ours']:.2f}" for case, dtype in RACES]
+        peak = by["dense", "float32", impl]["peak_extra_mib"]
+        rows.append((shown, *ratios, "-" if peak is None else f"{peak:.0f}"))
+    return table(("", *RACES.values(), "extra MiB, float32 dense"), rows)
+
+
+def accuracy() -> str:
+    """RMS error against float64, eager beside ours."""
+    found = json.loads((RESULTS / "accuracy-cpu.json").read_text())
+    rows = [(row["case"], row["dtype"], row["quantity"], f"{row['eager']:.1e}", f"{row['ours']:.1e}") for row in found]
+    return table(("rows", "dtype", "quantity", "eager PyTorch", "this library"), rows)
+
+
+LESS, MORE = "214 74 60", "47 118 200"  # the colours of the demo's report: blue is more likely, red is less
+CHARACTER, LINE = 7.83, 30  # of the picture's font
+
+
+def picture() -> str:
+    """Words of a pair of the sample, shaded by the weight with which DPO makes them more or less likely."""
+    example = next(one for one in feedback.sample() if one.id == "highest-mountain")
+    pair = example.responses[:2]
+    words = [[found.span() for found in re.finditer(r"\S+", response.text)] for response in pair]
+    weights = feedback.pair_weights(*((at, one.text, one.spans) for at, one in zip(words, pair, strict=True)))
+    drawn, y = [], 16
+    for side, (response, at, weight) in enumerate(zip(pair, words, weights, strict=True)):
+        label = ("chosen: every token becomes more likely", "rejected: less likely, its marked faults twice as much")
+        drawn.append(f'<text x="0" y="{y}" class="l">{label[side]}</text>')
+        x, y = 0.0, y + 10
+        for (start, stop), w in zip(at, weight, strict=True):
+            width = (stop - start) * CHARACTER + 6
+            if x + width > 830:
+                x, y = 0.0, y + LINE
+            shade = f"rgb({(MORE, LESS)[side]} / {0.28 * w:.2f})"
+            drawn.append(f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="22" rx="3" fill="{shade}"/>')
+            drawn.append(f'<text x="{x + 3:.1f}" y="{y + 16}">{escape(response.text[start:stop])}</text>')
+            if w != 1:
+                drawn.append(f'<text x="{x + width / 2:.1f}" y="{y + 33}" class="w">{w:g}</text>')
+            x += width + 3
+        y += 62
+    style = "text{font:13px ui-monospace,Menlo,Consolas,monospace;fill:#1c2126}.l{font-family:sans-serif;fill:#59626c}"
+    style += ".w{font-size:10px;text-anchor:middle;fill:#59626c}"
+    box = f'xmlns="http://www.w3.org/2000/svg" viewBox="-12 -8 860 {y - 20}" role="img"'
+    ground = f'<rect x="-12" y="-8" width="860" height="{y - 20}" rx="8" fill="#ffffff"/>'
+    return f"<svg {box}>\n<style>{style}</style>\n{ground}\n" + "\n".join(drawn) + "\n</svg>\n"
+
+
+PICTURE = ROOT / "docs/images/tokens.svg"
+
+# name of a table -> its page, and what makes it
+TABLES = {
+    "losses": ("tables.md", losses),
+    "policies": ("tables.md", policies),
+    "rewards": ("tables.md", rewards),
+    "head": ("performance.md", head),
+    "accuracy": ("accuracy.md", accuracy),
+}
+
+
+def between(name: str) -> re.Pattern:
+    return re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.S)
+
+
+def written(name: str) -> str:
+    """The table as it stands on its page."""
+    page, _ = TABLES[name]
+    found = between(name).findall((ROOT / "docs" / page).read_text())
+    if len(found) != 1:
+        raise ValueError(
+            f"docs/{page} must have one table between <!-- {name} --> and <!-- /{name} -->, got {len(found)}"
+        )
+    return found[0]
+
+
+def main():
+    PICTURE.parent.mkdir(exist_ok=True)
+    PICTURE.write_text(picture())
+    for name, (page, make) in TABLES.items():
+        path = ROOT / "docs" / page
+        path.write_text(between(name).sub(lambda _, make=make: make(), path.read_text()))
+
+
+if __name__ == "__main__":
+    main()

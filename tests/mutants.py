@@ -37,6 +37,7 @@ MISTAKES = "tests/test_ordinary_mistakes.py"
 DIVERGENCE, RETURNS, SCAN = "tests/test_divergence.py", "tests/test_returns.py", "tests/test_scan.py"
 ADVANTAGES, HEAD = "tests/test_advantages.py", "tests/test_linear_logprobs_triton.py"
 HOUSE = "tests/test_house.py"
+PARALLEL = "tests/test_parallel.py"
 FORMULA, CHUNKED, OP = "formulas/logprobs.py", "ops/_chunked.py", "ops/logprobs.py"
 ROWS, PREFERENCE, REDUCE = "csrc/cpu/row_kernels.h", "losses/preference.py", "losses/reduce.py"
 
@@ -75,7 +76,7 @@ MUTANTS = [
     Mutant("temperature lost in backward", FORMULA, "dz * (head.scale * head.inv_temperature)", "dz * head.scale", LOGPROBS),
     Mutant("softcap's slope lost", FORMULA, "dz * torch.where(is_label, label_slope, curve)", "dz", LOGPROBS),
     Mutant("softcap turns -inf into -c", FORMULA, "torch.where(y == -torch.inf, y, capped)", "capped", LOGPROBS),
-    Mutant("mean over banned tokens too", FORMULA, "z_tile.sum(-1) / n_tile.sum(-1)", "z_tile.sum(-1) / 203", LOGPROBS),
+    Mutant("mean over banned tokens too", FORMULA, "mean = total / count", "mean = total / 203", LOGPROBS),
     Mutant("any argmax", FORMULA, "top == target", "(first.amax(-1)) == target", LOGPROBS),
     Mutant("bad label gives a number", FORMULA, "torch.where(bad, torch.nan, x)", "x", LOGPROBS),
     # the chunked layer
@@ -103,6 +104,18 @@ MUTANTS = [
     Mutant("the base weight of an adapter advised", "ops/_check.py", "merge the adapter, leave", "merge the adapter or pass its base weight, leave", LOGPROBS),
     Mutant("label check off", "ops/_check.py", "flat != flat.clamp(0, vocab - 1)", "flat > vocab", LOGPROBS),
     Mutant("autocast reaches the products", OP, "with torch.autocast(device, enabled=False):", "if True:", LOGPROBS),
+    # the vocabulary split over ranks
+    Mutant("ranks: non-owners have no gradient", "ops/_parallel.py", "coef = coefficients(dlogp, dlse, dentropy, *state)", "coef = coefficients(*(None if d is None else d * (local < 2**29) for d in (dlogp, dlse, dentropy)), *state)", PARALLEL),
+    Mutant("ranks: log TP added to lse", "ops/_parallel.py", "return formula.combine(part, first, torch.stack", "part = part.repeat_interleave(shard.ranks, 1); first = first.repeat_interleave(shard.ranks, 1)\n    return formula.combine(part, first, torch.stack", PARALLEL),
+    Mutant("ranks: padding counted", "ops/_parallel.py", "else min(columns, max(vocab_size - start, 0))", "else columns", PARALLEL),
+    Mutant("ranks: dX of this rank alone", "ops/_parallel.py", "        dist.all_reduce(dx, group=shard.group)", "        pass", PARALLEL),
+    Mutant("ranks: dX rounded before the sum", CHUNKED, "            if not shard:\n                dx", "            if True:\n                dx", PARALLEL),
+    Mutant("ranks: first upstream gradient for all rows", "ops/_parallel.py", "torch.zeros_like(m) if d is None else d.to(m.dtype) for", "torch.zeros_like(m) if d is None else d[:1].expand_as(m).to(m.dtype) for", PARALLEL),
+    Mutant("ranks: temperature after the softmax", "ops/_parallel.py", "found = exchange(state, target, want, top, shard)\n        logp, lse, entropy, squares, mean, top1, m, l, label_slope = found", "found = exchange(state, target, want, top, shard)\n        logp, lse, entropy, squares, mean, top1, m, l, label_slope = found\n        logp = logp * head.inv_temperature", PARALLEL),
+    Mutant("ranks: combined from this rank on", "ops/_parallel.py", "got = list(all_gather(torch.stack(wire, 1), shard.group)", "got = list(all_gather(torch.stack(wire, 1), shard.group).roll(-dist.get_rank(shard.group), 0)", PARALLEL),
+    Mutant("ranks: no collective where all is masked", "ops/_parallel.py", "        found = exchange(state, target, want, top, shard)\n", "        found = exchange(state, target, want, top, shard) if bool((target >= 0).any()) else formula.combine(state.part[:, None], state.first[:, None], state.label, target, want)\n", PARALLEL),
+    Mutant("ranks: a label that two ranks hold counts twice", "ops/_parallel.py", "lost = (target >= 0) & (owners != 1)", "lost = (target >= 0) & (owners < 1)", PARALLEL),
+    Mutant("ranks: the shard's dX overwritten by rows of another", "ops/_parallel.py", "    reduce(out, x.contiguous(), group=group)", "    reduce(out, x.roll(1, 0), group=group)", PARALLEL),
     # the native row kernels
     Mutant("C++: sum includes the maximum", ROWS, "from = side ? first + 1 : 0", "from = side ? first : 0", LOGPROBS),
     Mutant("C++: maximum starts at 0", ROWS, "float m = -kInf;\n  *max_block", "float m = 0;\n  *max_block", LOGPROBS),

@@ -114,8 +114,16 @@ def tile_state(z: Tensor, col0: int, want: int) -> tuple[Tensor, Tensor, Tensor]
     return part, col0 + index, e
 
 
-def combine(part: Tensor, first: Tensor, label: Tensor, target: Tensor, want: int) -> Rows:
-    """Tiles' states (N, tiles, PARTS), first maxima (N, tiles), the label's logit and slope (N, 2) to rows' statistics.
+class State(NamedTuple):
+    """What a part of the vocabulary says of each row: of several tiles after `merge`."""
+
+    part: Tensor  # (N, PARTS)
+    first: Tensor  # (N,) id of the first maximum
+    label: Tensor  # (N, 2) the label's logit and slope, NaN where the label is elsewhere
+
+
+def merge(part: Tensor, first: Tensor, want: int) -> tuple[Tensor, Tensor]:
+    """States of tiles (N, tiles, PARTS) and first maxima (N, tiles) to those of their union, (N, PARTS) and (N,).
 
     With the owner the first tile that holds the maximum and d = m_t - m of another tile:
     R = R_owner + Σ (1 + R_t) e^d,   T = T_owner + Σ (T_t + d (1 + R_t)) e^d,   Q = Q_owner + Σ (1 + Q_t) e^(2d).
@@ -130,19 +138,30 @@ def combine(part: Tensor, first: Tensor, label: Tensor, target: Tensor, want: in
     w = torch.where(dead, 0, d.exp())
     one = torch.where(owner, 0, 1 + r_tile)
     r = (torch.where(owner, r_tile, one) * w).sum(-1)
-    r = torch.where(m.isinf(), torch.nan, r)
-    l = r.log1p()
-    entropy = log_sum_sq = mean = torch.zeros_like(m)
+    t = q = total = count = torch.zeros_like(m)
     if want & ENTROPY:
         t = torch.where(w > 0, (t_tile + d * one) * w, 0).sum(-1)
-        entropy = l - t / (1 + r)
     if want & SQUARES:
         q = ((q_tile + torch.where(owner, 0, 1)) * w * w).sum(-1)
-        log_sum_sq = q.log1p() - 2 * l
     if want & MEAN:
-        mean = z_tile.sum(-1) / n_tile.sum(-1)
+        total, count = z_tile.sum(-1), n_tile.sum(-1)
     # a row that holds no number has no first maximum
     top = torch.where(holds, first, torch.iinfo(first.dtype).max).amin(-1)
+    return torch.stack([m, r, t, q, total, count], -1), top
+
+
+def combine(part: Tensor, first: Tensor, label: Tensor, target: Tensor, want: int) -> Rows:
+    """Tiles' states (N, tiles, PARTS), first maxima (N, tiles), the label's logit and slope (N, 2) to statistics."""
+    part, top = merge(part, first, want)
+    m, r, t, q, total, count = part.unbind(-1)
+    l = torch.where(m.isinf(), torch.nan, r).log1p()
+    entropy = log_sum_sq = mean = torch.zeros_like(m)
+    if want & ENTROPY:
+        entropy = l - t / (1 + r)
+    if want & SQUARES:
+        log_sum_sq = q.log1p() - 2 * l
+    if want & MEAN:
+        mean = total / count
     rows = Rows((label[:, 0] - m) - l, m + l, entropy, log_sum_sq, mean, top == target, m, l, label[:, 1])
     return settle(rows, target)
 

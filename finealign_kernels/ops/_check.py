@@ -115,8 +115,8 @@ def check_bool(name: str, value: object) -> bool:
     return bool(value)
 
 
-def check_head(name: str, x: object) -> None:
-    """The LM head as a plain, whole tensor."""
+def check_head(name: str, x: object, empty: bool = False) -> None:
+    """The LM head as a plain, whole tensor; empty: or a rank's part of it, which may have no row."""
     if isinstance(x, torch.nn.Module):
         advice = "; merge the adapter, leave lm_head out of target_modules, or put it in modules_to_save"
         hint = advice if "lora" in type(x).__module__.lower() else ""
@@ -128,7 +128,7 @@ def check_head(name: str, x: object) -> None:
         fail(name, "be a whole tensor (gather it: full_tensor(grad_placements=[Partial('avg')]))", "a sharded DTensor")
     if x.device.type == "meta":
         fail(name, "hold values", "a meta tensor")
-    if x.dim() != 2 or x.numel() == 0:
+    if x.dim() != 2 or (x.numel() == 0 and not (empty and x.shape[1])):
         hint = ": a ZeRO-3 shard? gather it first" if x.numel() == 0 else ""
         fail(name, "have shape (V, D), not empty", f"{tuple(x.shape)}{hint}")
 

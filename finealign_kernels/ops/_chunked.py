@@ -92,11 +92,12 @@ def maxima(x: Tensor, vocab: int, head: formula.Head) -> int:
     return -(-vocab // tile_of(x.device.type).columns)
 
 
-def fwd(hidden, weight, bias, target, head, want, workspace, on_device, rows_name, static=False):
+def fwd(hidden, weight, bias, target, head, want, workspace, on_device, rows_name, static=False, shard=False):
     """Rows (N,) each, E (room·V,) and its maxima (room, chunks).
 
     workspace: bytes for E, FULL or 0. on_device: no count is read on the host; rows that are left out are computed.
     static: E has room for rows that are not read too, so that its size is known to a compiler.
+    shard: weight is a part of the head; its State instead of Rows.
     """
     rows_of, tile = _choose.rows(rows_name), tile_of(hidden.device.type)
     n_all, vocab = hidden.shape[0], weight.shape[0]
@@ -126,9 +127,12 @@ def fwd(hidden, weight, bias, target, head, want, workspace, on_device, rows_nam
             side = dict(e=None if direct else here, in_place=in_place)
             state = part[start:stop, t], first[start:stop, t], label[start:stop]
             rows_of.tile_fwd(z, b, at[start:stop], c0, head, want, *state, **side)
-    found = rows_of.combine(part, first, label, at, want)
+    if shard:
+        found = formula.State(*formula.merge(part, first, want), label)
+    else:
+        found = rows_of.combine(part, first, label, at, want)
     if index is not None:
-        found = formula.Rows(*(x.new_zeros(n_all).index_copy_(0, index, x) for x in found))
+        found = (x.new_zeros(n_all, *x.shape[1:]).index_copy_(0, index, x) for x in found)
     e_max = part[:kept, :, 0].contiguous()
     if kept < room:
         e_max = torch.cat([e_max, e_max.new_zeros(room - kept, len(chunks))])
@@ -136,13 +140,28 @@ def fwd(hidden, weight, bias, target, head, want, workspace, on_device, rows_nam
 
 
 def bwd(
-    coef, curved, hidden, weight, bias, target, e, e_max, head, needs, on_device, rows_name, e_columns=0, again=None
+    coef,
+    curved,
+    hidden,
+    weight,
+    bias,
+    target,
+    e,
+    e_max,
+    head,
+    needs,
+    on_device,
+    rows_name,
+    e_columns=0,
+    again=None,
+    shard=False,
 ):
     """dhidden, dweight, dbias, None where not needed.
 
     coef: formulas.Coef, (N,) each in float32 (float64); curved: there is an upstream gradient of the entropy.
     e_columns: columns under one maximum of E, 0 for a chunk's. again: how a layer whose products are not the library's
     writes dZ of rows without E, again(dz, start, stop, index, target, coef, c0, c1).
+    shard: weight is a part of the head; dhidden, a part of the sum, is not rounded to hidden's dtype.
     """
     rows_of, tile = _choose.rows(rows_name), tile_of(hidden.device.type)
     vocab, room, dtype, out_dtype = weight.shape[0], e_max.shape[0], compute_dtype(hidden), wide(hidden.dtype)
@@ -190,7 +209,7 @@ def bwd(
                     rows_of.tile_bwd(dz, None if z is dz else z, None, None, b, *side, head)
             grads.add(block, x, wc, start, stop)
         grads.close()
-    return grads.result(rows.index)
+    return grads.result(rows.index, shard)
 
 
 def pieces(start: int, stop: int, stored: int, step: int) -> list[tuple[int, int]]:
@@ -234,11 +253,12 @@ class Gradients:
         if self.sums is not None:
             self.dw[self.span] = self.slice
 
-    def result(self, index: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def result(self, index: Tensor | None, shard: bool = False) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         dx = self.dx
         if dx is not None:
             dx = dx if index is None else dx.new_zeros(self.hidden.shape).index_copy_(0, index, dx)
-            dx = dx.to(self.hidden.dtype)
+            if not shard:
+                dx = dx.to(self.hidden.dtype)
         return dx, self.dw, self.db
 
 

@@ -40,7 +40,7 @@ def maxima(x: Tensor, vocab: int, head: formula.Head) -> int:
     return -(-vocab // tile_of(x, head).columns)
 
 
-def fwd(hidden, weight, bias, target, head, want, workspace, on_device, _, static=False):
+def fwd(hidden, weight, bias, target, head, want, workspace, on_device, _, static=False, shard=False):
     """Rows (N,) each, E (room·V,) and its maxima (room, tiles). Arguments as of _chunked.fwd."""
     kernels, tile = _choose.fused(), tile_of(hidden, head)
     n_all, vocab = hidden.shape[0], weight.shape[0]
@@ -56,20 +56,25 @@ def fwd(hidden, weight, bias, target, head, want, workspace, on_device, _, stati
     kept = e if room else None
     launch = kernels.linear_fwd_tma if kernels.takes_tma(weight, _choose.arch(hidden)) else kernels.linear_fwd
     launch(hidden, weight, bias, target, rows, head, want, part, first, label, kept, room, chunk, tile)
-    floats = [part.new_zeros(n_all) for _ in range(8)]
-    found = formula.Rows(*floats[:5], torch.zeros(n_all, dtype=torch.bool, device=hidden.device), *floats[5:])
-    kernels.combine(part, first, label, target, rows, want, found)
     e_max = part[:room, :, 0].contiguous()
     if rows.n < room:
         e_max = torch.cat([e_max, e_max.new_zeros(room - rows.n, tiles)])
+    if shard:
+        found = formula.State(*formula.merge(part, first, want), label)
+        if rows.index is not None:
+            found = (x.new_zeros(n_all, *x.shape[1:]).index_copy_(0, rows.index, x) for x in found)
+        return (*found, e, e_max)
+    floats = [part.new_zeros(n_all) for _ in range(8)]
+    found = formula.Rows(*floats[:5], torch.zeros(n_all, dtype=torch.bool, device=hidden.device), *floats[5:])
+    kernels.combine(part, first, label, target, rows, want, found)
     return (*found, e, e_max)
 
 
-def bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, on_device, _):
+def bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, on_device, _, shard=False):
     """dhidden, dweight, dbias, None where not needed. Arguments as of _chunked.bwd."""
     kernels, tile = _choose.fused(), tile_of(hidden, head)
     if on_device:
-        return _bounded_bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, tile)
+        return _bounded_bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, tile, shard)
 
     def again(dz, start, stop, index, at, coef, c0, c1):
         """By the forward's tiles: p = exp(z - lse) wants the z whose lse it is, to the bit where z is large."""
@@ -92,10 +97,11 @@ def bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, on_de
         "triton",
         e_columns=tile.columns,
         again=again,
+        shard=shard,
     )
 
 
-def _bounded_bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, tile):
+def _bounded_bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, tile, shard):
     """No count is read on the host: each launch is for all rows, its programs stop where those with a gradient do."""
     kernels, area = _choose.fused(), _chunked.tile_of(hidden.device.type)
     (n, _), vocab, room = hidden.shape, weight.shape[0], e_max.shape[0]
@@ -126,7 +132,7 @@ def _bounded_bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, nee
             kernels.linear_bwd(dz, hidden, wc, b, block, chunk, top, c0, head, tile)
             grads.add_bounded(dz, wc, block)
         grads.close()
-    return grads.result(None)
+    return grads.result(None, shard)
 
 
 class BoundedGradients(_chunked.Gradients):

@@ -1,5 +1,6 @@
 """Log-probabilities of labels, from hidden states and an LM head or from logits that exist."""
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from ..formulas import logprobs as formula
 from ..formulas.logprobs import Coef, Head
-from . import _choose, _chunked
+from . import _choose, _chunked, _parallel
 from ._check import (
     OUTPUTS,
     check_bool,
@@ -54,6 +55,9 @@ def linear_logprobs(
     compact: str = "auto",
     batch_invariant: bool = False,
     group=None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    hidden_grad: str = "none",
     backend: str = "auto",
 ) -> LogProbs:
     """Log-probability of each label under softmax(z); the (N, V) logits are never kept.
@@ -80,6 +84,18 @@ def linear_logprobs(
                  (weight and bias where they stand, options, outputs) and hidden of one layout (its strides, its start
                  at a multiple of 16 bytes or not). Outputs only: gradients repeat bit for bit, but the shapes of their
                  products follow the rows with a gradient
+    group        the ranks that the vocabulary is split over (torch.distributed.ProcessGroup): weight (V_local, D) and
+                 bias (V_local,) are this rank's; hidden, labels (global ids), mask and options the same on all of them.
+                 The outputs are those of the whole head, to the bit the same on all ranks. One all-gather of 16 bytes a
+                 row and rank (4 to 16 more for outputs other than entropy); backward none but the sum of dX. Not yet
+                 run on GPUs
+    vocab_start  id of this rank's first column, None: its rank · V_local. Shards of unequal size, also of 0, say it
+    vocab_size   true size of the vocabulary: columns behind it are padding, in no softmax and with gradient 0, also
+                 without a group. None: all columns count
+    hidden_grad  what hidden's gradient is on a rank: "none" its part of the sum (the caller sums, as Megatron's layers
+                 do), "all_reduce" the sum, "reduce_scatter": hidden (n, ..., D) holds this rank's share of the
+                 rows, labels (ranks · n, ...) all; hidden is gathered, forward and backward, and its gradient is of
+                 its share. The sum is of float32
     backend      "auto", "reference" (any order of derivative), "torch", "native", "triton", "triton_fused" (the product
                  and its rows in one kernel). No GPU has measured the last: "auto" is "triton" on every GPU, which
                  multiplies by the vendor's library, and "triton_fused" only for batch_invariant=True
@@ -88,10 +104,11 @@ def linear_logprobs(
     in its dtype, accumulated in float32. In backward, rows whose upstream gradient is exactly 0 are dropped before
     the products. Results repeat bit for bit.
     Raises  TypeError, ValueError naming argument, expectation and finding; IndexError for a label outside [0, V) on a
-            CPU (elsewhere the row is NaN and check_errors() raises); RuntimeError for a backend that cannot run here.
+            CPU (elsewhere the row is NaN and check_errors() raises), or that not exactly one rank holds; RuntimeError
+            for a backend that cannot run here.
     Source: the order of operations is that of TRL's fused head; that logits need not be kept, arXiv:2411.09009.
     """
-    check_head("weight", weight)
+    check_head("weight", weight, empty=group is not None)
     check_tensor("hidden", hidden)
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         fail("hidden", f"have shape (..., {weight.shape[1]}), as weight is {tuple(weight.shape)}", tuple(hidden.shape))
@@ -102,16 +119,18 @@ def linear_logprobs(
         hidden, weight = (x.to(torch.get_autocast_dtype(device)) for x in (hidden, weight))
     if hidden.dtype != weight.dtype:
         fail("weight", f"have the dtype of hidden, {hidden.dtype}", weight.dtype, TypeError)
-    mask = _check_rows(labels, hidden.shape[:-1], mask, hidden)
-    vocab = weight.shape[0]
+    shard = _parallel.shard_of(weight.shape[0], group, vocab_start, vocab_size, hidden_grad)
+    mask = _check_rows(labels, _parallel.rows_of(hidden, shard), mask, hidden)
     if bias is not None:
-        check_tensor("bias", bias, shape=(vocab,), like=hidden)
+        check_tensor("bias", bias, shape=weight.shape[:1], like=hidden)
         bias = bias.to(_chunked.wide(hidden.dtype))
+    columns = vocab_size if shard is None else shard.columns
+    if columns is not None and columns < weight.shape[0]:  # the others are padding
+        weight, bias = weight[:columns], None if bias is None else bias[:columns]
+    vocab = weight.shape[0] if shard is None else shard.bound
     outputs, budget = check_outputs(outputs), _bytes(workspace, weight)
     check_head_options(temperature, softcap, logit_scale)
     batch_invariant = check_bool("batch_invariant", batch_invariant)
-    if group is not None:
-        fail("group", "be None: a vocabulary-parallel head is not supported yet", f"a {type(group).__name__}")
     if compact not in ("auto", "host", "device"):
         fail("compact", "be 'auto', 'host' or 'device'", repr(compact))
     on_device = compact == "device" or (compact == "auto" and _capturing(hidden))
@@ -122,12 +141,16 @@ def linear_logprobs(
     target = targets(labels, mask, ignore_index, vocab, defer=compact == "device")
     with torch.autocast(device, enabled=False):  # the operands have their dtype by now
         if name == "reference":
+            _parallel.refuse_reference(shard)
             found = formula.reference(_project(x, weight, target), bias, target, head)
         else:
             inputs = [t for t in (hidden, weight, bias) if t is not None]
             keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)  # inside apply it cannot be told
-            budget = budget if keep else 0
-            found = _LinearLogprobs.apply(x, weight, bias, target, head, _want(outputs), budget, on_device, name)
+            options = head, _want(outputs), budget if keep else 0, on_device, name
+            if shard is None:
+                found = _LinearLogprobs.apply(x, weight, bias, target, *options)
+            else:
+                found = _parallel.linear(x, weight, bias, target, *options, "is_top1" in outputs, shard)
     return _shaped(found, labels.shape, outputs)
 
 
@@ -142,32 +165,44 @@ def token_logprobs(
     logit_scale: float = 1.0,
     outputs: Iterable[str] = (),
     inplace_backward: bool = False,
+    group=None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
     backend: str = "auto",
 ) -> LogProbs:
     """The outputs of linear_logprobs from logits that exist: z = softcap(logit_scale · logits) / temperature.
 
     logits            (..., V) float, row n predicts labels[n]; a row that is not read may hold NaN
     inplace_backward  True writes the gradient over the logits: no second (N, V) tensor, and a second backward raises
+    group             the vocabulary is split over ranks: logits (..., V_local) are this rank's columns, and so is their
+                      gradient
     the others        as in linear_logprobs
 
     Returns LogProbs, each (...), float32 (float64 for float64 logits), differentiable once in logits.
     Raises  as linear_logprobs. Source: the selective log-softmax, differentiated by hand in formulas/logprobs.py.
     """
     check_tensor("logits", logits)
-    if logits.dim() < 1 or logits.shape[-1] == 0:
+    if logits.dim() < 1 or (logits.shape[-1] == 0 and group is None):
         fail("logits", "have shape (..., V) with V >= 1", tuple(logits.shape))
+    shard = _parallel.shard_of(logits.shape[-1], group, vocab_start, vocab_size)
+    logits = logits if shard is not None or vocab_size is None else logits[..., :vocab_size]
     mask = _check_rows(labels, logits.shape[:-1], mask, logits)
     outputs = check_outputs(outputs)
     check_head_options(temperature, softcap, logit_scale)
     inplace_backward = check_bool("inplace_backward", inplace_backward)
     head = Head(float(logit_scale), float(softcap or 0.0), 1.0 / float(temperature))
     name = _choose.choose(backend, logits)
-    x = logits.reshape(-1, logits.shape[-1])
-    target = targets(labels, mask, ignore_index, logits.shape[-1], defer=False)
+    x = logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
+    vocab = logits.shape[-1] if shard is None else shard.bound
+    target = targets(labels, mask, ignore_index, vocab, defer=False)
     if name == "reference":
+        _parallel.refuse_reference(shard)
         found = formula.reference(x.to(_chunked.wide(x.dtype)), None, target, head)
-    else:
+    elif shard is None:
         found = _TokenLogprobs.apply(x, target, head, _want(outputs), inplace_backward, name)
+    else:
+        options = head, _want(outputs), inplace_backward, name
+        found = _parallel.token(x, target, *options, "is_top1" in outputs, shard, _token_states)
     return _shaped(found, labels.shape, outputs)
 
 
@@ -366,10 +401,15 @@ def _unit_stride(logits: Tensor) -> Tensor:
 def _token_fwd(
     logits: Tensor, target: Tensor, scale: float, softcap: float, inv_temperature: float, want: int, rows: str
 ) -> list[Tensor]:
-    kernels, head, dtype = _choose.rows(rows), Head(scale, softcap, inv_temperature), _chunked.wide(logits.dtype)
     if logits.device.type != "cpu":
         note_errors(target, logits.shape[1])
-    x = _unit_stride(logits)
+    states = _token_states(logits, target, Head(scale, softcap, inv_temperature), want, rows)
+    return list(_choose.rows(rows).combine(*states, target, want))
+
+
+def _token_states(logits: Tensor, target: Tensor, head: Head, want: int, rows: str) -> tuple[Tensor, Tensor, Tensor]:
+    """States of a row's spans (N, spans, PARTS), their first maxima (N, spans), the label's logit and slope (N, 2)."""
+    kernels, dtype, x = _choose.rows(rows), _chunked.wide(logits.dtype), _unit_stride(logits)
     n, vocab = x.shape
     span = kernels.SPAN or vocab
     part = torch.zeros(n, -(-vocab // span), formula.PARTS, dtype=dtype, device=x.device)
@@ -379,7 +419,7 @@ def _token_fwd(
         states = slice(c0 // span, -(-c1 // span))
         state = part[r, states].squeeze(1), first[r, states].squeeze(1), label[r]
         kernels.tile_fwd(x[r, c0:c1], None, target[r], c0, head, want, *state)
-    return list(kernels.combine(part, first, label, target, want))
+    return part, first, label
 
 
 @_token_fwd.register_fake

@@ -1,0 +1,275 @@
+"""A vocabulary that is split over ranks: each holds some columns of the head, or of the logits, and all know every row.
+
+fwd    the state (m, R, T, label's logit) of a row over this rank's columns; one all-gather of those 16 bytes a row;
+       then every rank combines all states in the order of the ranks, so that results are the same to the bit.
+bwd    from the statistics of the whole row, which every rank has: no collective but the sum of dX, if asked for.
+
+Which collectives run, and their shapes, depend on the number of rows, the outputs and hidden_grad alone: not on masks,
+labels, compaction, the size of a shard or what needs a gradient.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..formulas import logprobs as formula
+from ..formulas.logprobs import Coef
+from . import _choose, _chunked
+from ._check import fail, note_errors
+from ._once import once
+
+FOREIGN = 2**30  # a label's column on a rank that does not hold it: beyond all columns, in 32 bits too
+HIDDEN_GRADS = ("none", "all_reduce", "reduce_scatter")
+WIRE = 4  # numbers a row and rank in the all-gather
+
+
+class Shard(NamedTuple):
+    """This rank's part of the vocabulary."""
+
+    group: object  # torch.distributed.ProcessGroup
+    start: int  # id of its first column
+    columns: int  # that it holds of the true vocabulary; those behind are padding
+    vocab: int | None  # true size of the whole, None: what the ranks hold together
+    hidden_grad: str
+
+    @property
+    def ranks(self) -> int:
+        return dist.get_world_size(self.group)
+
+    @property
+    def bound(self) -> int:
+        """Labels are below it; without a true size it is the exchange that finds those that no rank holds."""
+        return FOREIGN if self.vocab is None else self.vocab
+
+    @property
+    def gathers(self) -> bool:
+        """Does each rank hand in its own rows of hidden."""
+        return self.hidden_grad == "reduce_scatter"
+
+    def local(self, target: Tensor) -> Tensor:
+        """Targets by this rank's columns: SKIP and BAD stay, a label of another rank is FOREIGN."""
+        here = (target >= self.start) & (target < self.start + self.columns)
+        return torch.where(target < 0, target, torch.where(here, target - self.start, FOREIGN))
+
+
+def shard_of(columns: int, group, vocab_start, vocab_size, hidden_grad: str = "none") -> Shard | None:
+    """The shard of a rank that holds so many columns; None without a group. Raises naming the argument."""
+    if hidden_grad not in HIDDEN_GRADS:
+        fail("hidden_grad", f"be one of {HIDDEN_GRADS}", repr(hidden_grad))
+    for name, value in (("vocab_start", vocab_start), ("vocab_size", vocab_size)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            fail(name, "be None or an integer >= 0", repr(value))
+    if vocab_size == 0:
+        fail("vocab_size", "be at least 1", 0)
+    if group is None:
+        if vocab_start:
+            fail("vocab_start", "be None or 0 without a group", vocab_start)
+        if hidden_grad != "none":
+            fail("hidden_grad", "be 'none' without a group", repr(hidden_grad))
+        if vocab_size is not None and vocab_size > columns:
+            fail("vocab_size", f"be at most {columns}, the columns that there are", vocab_size)
+        return None
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        fail("group", "be None or a torch.distributed.ProcessGroup that this rank belongs to", f"{group!r}", TypeError)
+    start = dist.get_rank(group) * columns if vocab_start is None else vocab_start
+    true = columns if vocab_size is None else min(columns, max(vocab_size - start, 0))
+    return Shard(group, start, true, vocab_size, hidden_grad)
+
+
+def rows_of(hidden: Tensor, shard: Shard | None) -> tuple[int, ...]:
+    """Shape of the labels of hidden (..., D): with reduce_scatter of all ranks' hidden, one behind the other."""
+    shape = tuple(hidden.shape[:-1])
+    if shard is None or not shard.gathers:
+        return shape
+    if not shape:
+        fail("hidden", "have shape (n, ..., D) with hidden_grad='reduce_scatter'", tuple(hidden.shape))
+    return shard.ranks * shape[0], *shape[1:]
+
+
+def refuse_reference(shard: Shard | None) -> None:
+    if shard is not None:
+        fail("backend", "not be 'reference' with a group: it has no vocabulary-parallel form", "'reference'")
+
+
+# ---- collectives ---------------------------------------------------------------------------------------------------
+
+
+def all_gather(x: Tensor, group) -> Tensor:
+    """(ranks, *x.shape), in the order of the ranks."""
+    ranks = dist.get_world_size(group)
+    out = x.new_empty(ranks * x.shape[0], *x.shape[1:])
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+    gather(out, x.contiguous(), group=group)
+    return out.view(ranks, *x.shape)
+
+
+def reduce_scatter(x: Tensor, group) -> Tensor:
+    """This rank's rows of the sum over ranks of x (ranks·n, D)."""
+    out = x.new_empty(x.shape[0] // dist.get_world_size(group), *x.shape[1:])
+    reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    reduce(out, x.contiguous(), group=group)
+    return out
+
+
+# ---- states of shards to rows --------------------------------------------------------------------------------------
+
+
+def empty_state(n: int, dtype: torch.dtype, device) -> formula.State:
+    """Of a shard without columns."""
+    part = torch.zeros(n, formula.PARTS, dtype=dtype, device=device)
+    part[:, 0] = -torch.inf
+    label = torch.full((n, 2), torch.nan, dtype=dtype, device=device)
+    return formula.State(part, torch.zeros(n, dtype=torch.int64, device=device), label)
+
+
+def exchange(state: formula.State, target: Tensor, want: int, top: bool, shard: Shard) -> formula.Rows:
+    """Rows of the whole vocabulary from this rank's states and everyone's. The one collective of a forward.
+
+    m, R, T and the label's logit travel, 16 bytes a row in float32; with log_sum_sq_probs also Q, with mean_logits the
+    sum and number of logits, with is_top1 the id of the first maximum, 4 bytes each.
+    """
+    bits = torch.int64 if state.part.dtype == torch.float64 else torch.int32
+    m, r, t, q, total, count = state.part.unbind(1)
+    wire = [m, r, t, state.label[:, 0]]
+    wire += [q] if want & formula.SQUARES else []
+    wire += [total, count] if want & formula.MEAN else []
+    wire += [(state.first + shard.start).to(bits).view(m.dtype)] if top else []
+    got = list(all_gather(torch.stack(wire, 1), shard.group).permute(2, 1, 0).unbind(0))  # (n, ranks) each
+    labels = got.pop(3)
+    first = got.pop().contiguous().view(bits).long() if top else torch.zeros_like(labels, dtype=torch.int64)
+    zeros = torch.zeros_like(labels)
+    q = got.pop(3) if want & formula.SQUARES else zeros
+    total, count = got[3:] if want & formula.MEAN else (zeros, zeros)
+    part = torch.stack([*got[:3], q, total, count], -1)
+
+    owners = (~labels.isnan()).sum(1)
+    logit = torch.where(owners == 1, torch.where(labels.isnan(), 0, labels).sum(1), torch.nan)
+    slope = torch.where(state.label[:, 1].isnan(), 0, state.label[:, 1])
+    lost = (target >= 0) & (owners != 1) & ~part[..., :2].isnan().any(-1).any(-1)
+    target = _without_lost(target, lost, owners, shard)
+    return formula.combine(part, first, torch.stack([logit, slope], 1), target, want)
+
+
+def _without_lost(target: Tensor, lost: Tensor, owners: Tensor, shard: Shard) -> Tensor:
+    """Targets with BAD for a label that not exactly one rank holds. A CPU raises: on all ranks, which see the same."""
+    if target.device.type == "cpu" and bool(lost.any()):
+        row = int(lost.nonzero()[0])
+        held = (
+            f"rank {dist.get_rank(shard.group)} of {shard.ranks} holds [{shard.start}, {shard.start + shard.columns})"
+        )
+        what = "no rank's shard" if owners[row] == 0 else f"the shards of {int(owners[row])} ranks"
+        raise IndexError(f"labels: {int(target[row])} of row {row} is in {what}; {held}: give vocab_start, vocab_size")
+    target = torch.where(lost, formula.BAD, target)
+    if target.device.type != "cpu":
+        note_errors(target, shard.bound)
+    return target
+
+
+def coefficients(dlogp, dlse, dentropy, logp, entropy, m, l, label_slope) -> Coef:
+    grads = (torch.zeros_like(m) if d is None else d.to(m.dtype) for d in (dlogp, dlse, dentropy))
+    return Coef(*grads, m, l, entropy, logp, label_slope)
+
+
+# ---- the head ------------------------------------------------------------------------------------------------------
+
+
+@torch.compiler.disable
+def linear(hidden, weight, bias, target, head, want, workspace, on_device, rows, top: bool, shard: Shard):
+    """Rows (N,) each of hidden (N, D), or (N / ranks, D) where the shard gathers; weight (columns, D) of this rank."""
+    return _Linear.apply(hidden, weight, bias, target, head, want, workspace, on_device, rows, top, shard)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target, head, want, workspace, on_device, rows, top, shard):
+        x = all_gather(hidden, shard.group).flatten(0, 1) if shard.gathers else hidden
+        local = shard.local(target)
+        if shard.columns:
+            fwd = _choose.layer(rows).fwd
+            *state, e, e_max = fwd(x, weight, bias, local, head, want, workspace, on_device, rows, shard=True)
+            state = formula.State(*state)
+        else:
+            state = empty_state(x.shape[0], _chunked.wide(x.dtype), x.device)
+            e, e_max = x.new_empty(0), x.new_empty(0, 0)
+        found = exchange(state, target, want, top, shard)
+        logp, lse, entropy, squares, mean, top1, m, l, label_slope = found
+        ctx.save_for_backward(hidden, weight, bias, local, logp, entropy, m, l, label_slope, e, e_max)
+        ctx.options = head, on_device, rows, shard
+        ctx.mark_non_differentiable(squares, mean, top1)
+        ctx.set_materialize_grads(False)
+        return logp, lse, entropy, squares, mean, top1
+
+    @staticmethod
+    def backward(ctx, dlogp, dlse, dentropy, *_):
+        hidden, weight, bias, local, *state, e, e_max = ctx.saved_tensors
+        head, on_device, rows, shard = ctx.options
+        needs = tuple(ctx.needs_input_grad[:3])
+        with torch.no_grad():
+            x = all_gather(hidden, shard.group).flatten(0, 1) if shard.gathers else hidden
+            coef = coefficients(dlogp, dlse, dentropy, *state)
+            if shard.columns:
+                bwd, curved = _choose.layer(rows).bwd, dentropy is not None
+                grads = bwd(coef, curved, x, weight, bias, local, e, e_max, head, needs, on_device, rows, shard=True)
+            else:
+                dx = x.new_zeros(x.shape, dtype=_chunked.wide(x.dtype))
+                grads = dx, *(None if b is None else torch.zeros_like(b) for b in (weight, bias))
+            dx = _summed(grads[0], shard).to(hidden.dtype) if needs[0] else None
+            grads = tuple(grad if need else None for grad, need in zip((dx, *grads[1:]), needs, strict=True))
+        sources = (dlogp, dlse, dentropy, hidden, weight, bias)
+        instead = "without a group, use backend='reference'"
+        return *once("linear_logprobs", grads, sources, instead), *[None] * 8
+
+
+def _summed(dx: Tensor, shard: Shard) -> Tensor:
+    """This rank's part of dX to what hidden_grad asks for, summed over ranks in float32 (float64)."""
+    if shard.hidden_grad == "all_reduce":
+        dist.all_reduce(dx, group=shard.group)
+    return reduce_scatter(dx, shard.group) if shard.gathers else dx
+
+
+# ---- logits that exist ---------------------------------------------------------------------------------------------
+
+
+@torch.compiler.disable
+def token(logits, target, head, want, inplace, rows, top: bool, shard: Shard, states):
+    """Rows (N,) each of this rank's logits (N, columns and padding); states: how a tile's pass is made and merged."""
+    return _Token.apply(logits, target, head, want, inplace, rows, top, shard, states)
+
+
+class _Token(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, target, head, want, inplace, rows, top, shard, states):
+        local, x = shard.local(target), logits[:, : shard.columns]
+        if shard.columns:
+            part, first, label = states(x, local, head, want, rows)
+            state = formula.State(*formula.merge(part, first, want), label)
+        else:
+            state = empty_state(x.shape[0], _chunked.wide(x.dtype), x.device)
+        logp, lse, entropy, squares, mean, top1, m, l, label_slope = exchange(state, target, want, top, shard)
+        ctx.save_for_backward(logits, local, logp, entropy, m, l, label_slope)
+        ctx.options = (*head, rows)
+        ctx.columns, ctx.inplace, ctx.spent = shard.columns, inplace, False
+        ctx.mark_non_differentiable(squares, mean, top1)
+        ctx.set_materialize_grads(False)
+        return logp, lse, entropy, squares, mean, top1
+
+    @staticmethod
+    def backward(ctx, dlogp, dlse, dentropy, *_):
+        if ctx.spent:
+            raise RuntimeError(
+                "token_logprobs: inplace_backward=True wrote the gradient over the logits; backward runs once"
+            )
+        logits, *state = ctx.saved_tensors
+        with torch.no_grad():
+            grad = logits if ctx.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+            if ctx.columns:
+                source = None if ctx.inplace else logits[:, : ctx.columns]
+                out = grad[:, : ctx.columns]
+                upstream = (dlogp, dlse, dentropy)
+                torch.ops.finealign.token_logprobs_bwd(out, source, *upstream, *state, *ctx.options)
+            grad[:, ctx.columns :] = 0
+            ctx.spent = ctx.inplace
+        (grad,) = once("token_logprobs", (grad,), (dlogp, dlse, dentropy, logits))
+        return grad, *[None] * 8

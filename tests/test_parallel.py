@@ -521,6 +521,27 @@ def _spawned(group, shards, hidden_grad):
     return *found, [list(call) for call in forward], [list(call) for call in backward]
 
 
+def _compiled(group):
+    c = case(CUTS[2][0])
+    weight, _ = piece(c, torch.distributed.get_rank(group))
+    hidden = c.hidden.clone().requires_grad_()
+
+    def score(hidden, weight):
+        options = dict(group=group, vocab_size=V, hidden_grad="all_reduce")
+        return fk.linear_logprobs(hidden * 2, weight, c.labels, **options).logp * 3
+
+    found = []
+    for function in (score, torch.compile(score, backend="aot_eager")):
+        logp = function(hidden, weight)
+        found += [logp.detach(), *torch.autograd.grad(logp.sum(), hidden)]
+    return found
+
+
+def test_compiled_around():
+    for logp, dx, compiled_logp, compiled_dx in ranks.processes(2, _compiled):
+        assert torch.equal(logp, compiled_logp) and torch.equal(dx, compiled_dx)
+
+
 def test_gloo_processes():
     """Three processes over gloo do what threads do, byte for byte."""
     c = case(CUTS[3][0])

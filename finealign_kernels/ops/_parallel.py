@@ -8,6 +8,7 @@ Which collectives run, and their shapes, depend on the number of rows, the outpu
 labels, compaction, the size of a shard or what needs a gradient.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -175,7 +176,21 @@ def coefficients(dlogp, dlse, dentropy, logp, entropy, m, l, label_slope) -> Coe
 # ---- the head ------------------------------------------------------------------------------------------------------
 
 
-@torch.compiler.disable
+def eager(function):
+    """A function that a compiler leaves out: its collectives run between two graphs.
+
+    torch.compiler.disable would import the compiler with this package, or at an eager call.
+    """
+    outside = torch._disable_dynamo(function)
+
+    @functools.wraps(function)
+    def call(*args):
+        return outside(*args) if torch.compiler.is_compiling() else function(*args)
+
+    return call
+
+
+@eager
 def linear(hidden, weight, bias, target, head, want, workspace, on_device, rows, top: bool, shard: Shard):
     """Rows (N,) each of hidden (N, D), or (N / ranks, D) where the shard gathers; weight (columns, D) of this rank."""
     return _Linear.apply(hidden, weight, bias, target, head, want, workspace, on_device, rows, top, shard)
@@ -232,7 +247,7 @@ def _summed(dx: Tensor, shard: Shard) -> Tensor:
 # ---- logits that exist ---------------------------------------------------------------------------------------------
 
 
-@torch.compiler.disable
+@eager
 def token(logits, target, head, want, inplace, rows, top: bool, shard: Shard, states):
     """Rows (N,) each of this rank's logits (N, columns and padding); states: how a tile's pass is made and merged."""
     return _Token.apply(logits, target, head, want, inplace, rows, top, shard, states)

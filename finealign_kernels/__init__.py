@@ -37,6 +37,7 @@ from .losses.sampler import sampler_weights
 from .losses.strength import Strength, preference_strength
 from .losses.value import ValueLoss, value_loss
 from .losses.weights import ld_weights, wpo_weights
+from .metarm import MetaRM, difference_loss
 from .ops._check import check_errors
 from .ops.logprobs import LogProbs, linear_logprobs, token_logprobs
 from .ops.scan import reverse_scan
@@ -60,6 +61,7 @@ __all__ = [
     "GAE",
     "Hyper",
     "LogProbs",
+    "MetaRM",
     "NLLLoss",
     "POLICY",
     "PREFERENCE",
@@ -83,6 +85,7 @@ __all__ = [
     "contrastive_loss",
     "cpo",
     "decoupled_advantages",
+    "difference_loss",
     "discounted_returns",
     "dpo",
     "dropout_views",

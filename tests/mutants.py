@@ -31,6 +31,7 @@ TRL, SEQUENCE, POLICY, VALUE = (
     "tests/test_value.py",
 )
 REWARD, STRENGTH, CONTRASTIVE = "tests/test_reward.py", "tests/test_strength.py", "tests/test_contrastive.py"
+METARM = "tests/test_metarm.py"
 FUSED_POLICY = "tests/test_policy_loss.py"
 SILENT = "tests/test_silent_faults.py"
 MISTAKES = "tests/test_ordinary_mistakes.py"
@@ -271,6 +272,11 @@ MUTANTS = [
     Mutant("gradient through the codes", "losses/contrastive.py", "formula.sinkhorn(scores.detach(),", "formula.sinkhorn(scores,", CONTRASTIVE),
     Mutant("codes not swapped", "formulas/contrast.py", "zip(codes, (second, first), strict=True)", "zip(codes, (first, second), strict=True)", CONTRASTIVE),
     Mutant("Sinkhorn of a rank alone", "losses/contrastive.py", "return torch.stack(found).logsumexp(0)", "return lse", CONTRASTIVE),
+    Mutant("MetaRM descends", "metarm.py", "alpha=self.eta)", "alpha=-self.eta)", METARM),
+    Mutant("parameters stay at the inner step", "metarm.py", "p.copy_(old)", "pass", METARM),
+    Mutant("parameters restored by subtraction", "metarm.py", "p.copy_(old)", "p.sub_(self.eta * (p - old) / self.eta)", METARM),
+    Mutant("gathered gradients enter the inner step", "metarm.py", "                p.grad = None\n", "                pass\n", METARM),
+    Mutant("the number of pairs for k²", "metarm.py", "(2 / (max(1, m) * max(1, k) ** 2))", "(2 / (max(1, m) * max(1, k * (k - 1))))", METARM),
     Mutant("the slope of the floored loss", "formulas/margin.py", "-up * (-m).sigmoid() / (up + floor)", "-(-m).sigmoid()", REWARD),
     # the fused head
     Mutant("a graph that is traced asks for a capture", OP, "not torch.compiler.is_compiling() and torch.cuda", "torch.cuda", GPU),

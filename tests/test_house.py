@@ -22,6 +22,7 @@ ARROW = {
     "ops": {"formulas", "kernels"},
     "losses": {"formulas", "kernels", "ops"},
     "rl": {"formulas", "kernels", "ops"},
+    "metarm": {"formulas", "kernels", "ops", "losses"},
     "integrations": {"formulas", "kernels", "ops", "losses", "rl"},
     "feedback": set(),
     "report": set(),

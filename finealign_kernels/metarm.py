@@ -1,0 +1,101 @@
+"""MetaRM: a reward model that still tells the responses of a shifted policy apart, arXiv:2401.06080 section 3.
+
+    J(θ) = (1/m) Σ_x (2/k²) Σ_{i<j} σ(|r_θ(x, s_i) - r_θ(x, s_j)|)      difference loss over k responses a prompt
+    θ' = θ + η ∇J(θ)                                                    inner step: it ascends
+    θ  ← θ - α ∇L(θ')                                                   outer step: taken at θ', applied to θ
+
+First order: nothing is differentiated through the inner step.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .losses.pairs import all_pairs
+from .ops._check import check_number, check_tensor, fail
+from .ops._layout import check_cu_seqlens
+
+
+def difference_loss(scores: Tensor, cu_groups: Tensor | None = None) -> Tensor:
+    """J, the mean over prompts of (2/k²) Σ_{i<j} σ(|r_i - r_j|): larger where responses to one prompt are told apart.
+
+    scores     (m, k) float, k responses a prompt; or (S,) with cu_groups
+    cu_groups  (m + 1,) int: the responses to prompt x are cu_groups[x] to cu_groups[x + 1]
+
+    () float32 (float64 for float64), in [(k-1)/(2k), (k-1)/k); equal scores have no gradient. One response a prompt, or
+    no prompt at all, gives 0, connected to the graph. Ascend on it, as MetaRM does; it is not to be minimised.
+    Raises  ValueError, TypeError. Source: arXiv:2401.06080 eq. 15.
+    """
+    check_tensor("scores", scores)
+    if scores.dim() != (2 if cu_groups is None else 1):
+        fail("scores", "be (m, k)" if cu_groups is None else "be (S,) beside cu_groups", tuple(scores.shape))
+    r = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if cu_groups is None:
+        m, k = r.shape
+        i, j = torch.triu_indices(k, k, 1, device=r.device)
+        return (r[:, i] - r[:, j]).abs().sigmoid().sum() * (2 / (max(1, m) * max(1, k) ** 2)) + 0 * r.sum()
+    check_cu_seqlens(cu_groups, r.shape[0], r, name="cu_groups", of="responses")
+    i, j, group = all_pairs(cu_groups, r.shape[0])
+    share = 2 / cu_groups.diff().to(r.dtype).square()[group]
+    return (share * (r[i] - r[j]).abs().sigmoid()).sum() / max(1, cu_groups.shape[0] - 1) + 0 * r.sum()
+
+
+class MetaRM:
+    """The inner step as a context manager, for any loop.
+
+        meta = MetaRM(model.parameters(), eta=0.01)
+        with meta.ascend(difference_loss(model(shifted).view(m, k))):       # the parameters are θ' inside
+            reward_loss("bradley_terry", model(pairs)).loss.backward()
+        optimizer.step()                                                    # and θ again: bit for bit
+
+    parameters  the tensors that move: those of the model that have a gradient. Sharded ones (FSDP2's DTensors, flat
+                shards) move shard by shard; a copy of each is kept inside
+    eta         η > 0
+    backward    how the objective is differentiated, for frameworks that want their own (accelerator.backward): it must
+                leave gradients in .grad. Default: objective.backward()
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], *, eta: float, backward: Callable[[Tensor], None] | None = None):
+        self.parameters = [p for p in parameters if p.requires_grad]
+        check_number("eta", eta, positive=True)
+        if not self.parameters:
+            fail("parameters", "hold one that requires a gradient", "none")
+        self.eta, self.backward = eta, backward or Tensor.backward
+
+    @contextmanager
+    def ascend(self, objective: Tensor) -> Iterator[None]:
+        """θ' = θ + η ∇objective inside; θ again behind it, also when the body raises.
+
+        objective  (), made from the parameters as they are. Gradients gathered so far (.grad) are put aside for its
+                   backward pass and put back. Parameters it does not depend on stay
+
+        What is computed inside must be differentiated inside: behind it autograd refuses, since the parameters changed.
+        Raises  ValueError if the objective is no scalar or has no gradient.
+        """
+        check_tensor("objective", objective)
+        if objective.dim() or not objective.requires_grad:
+            got = tuple(objective.shape) if objective.dim() else "one without gradient"
+            fail("objective", "be one number with a gradient", got)
+        kept, pushes = [p.grad for p in self.parameters], []
+        try:
+            for p in self.parameters:
+                p.grad = None
+            self.backward(objective)
+            pushes = [p.grad for p in self.parameters]
+        finally:
+            for p, grad in zip(self.parameters, kept, strict=True):
+                p.grad = grad
+        moved = [(p, push) for p, push in zip(self.parameters, pushes, strict=True) if push is not None]
+        with torch.no_grad():
+            before = [p.detach().clone() for p, _ in moved]
+            try:
+                for p, push in moved:
+                    p.add_(push.to(p.dtype), alpha=self.eta)
+                del pushes[:]
+                with torch.enable_grad():
+                    yield
+            finally:
+                for (p, _), old in zip(moved, before, strict=True):
+                    p.copy_(old)

@@ -11,7 +11,8 @@ def run(module: str, function: str, folder, ranks: int = 2) -> list:
     """What `module.function(rank)` returns in each of the processes, in which torch.distributed is set up."""
     code = "import sys; sys.path.insert(0, sys.argv[1]); import ranks; ranks.enter(*sys.argv[2:])"
     arguments = [sys.executable, "-c", code, os.path.dirname(__file__), module, function, str(folder), str(ranks)]
-    started = [subprocess.Popen([*arguments, str(rank)], stderr=subprocess.PIPE) for rank in range(ranks)]
+    options = dict(stderr=subprocess.PIPE, cwd=folder)  # not the checkout: an installed package would go untested
+    started = [subprocess.Popen([*arguments, str(rank)], **options) for rank in range(ranks)]
     try:
         for process in started:
             _, told = process.communicate(timeout=300)

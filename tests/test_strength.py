@@ -62,6 +62,7 @@ def test_dtypes_and_few_models():
 
 def test_selection():
     found = fk.preference_strength(torch.tensor([[0.3, -1.0, 0.0, -1.0, 2.0, -0.0]], dtype=F64))
+    assert found.vote.tolist() == [1, 0, 0, 0, 1, 0]  # a difference of 0 is no vote
     assert found.weakest().tolist() == [False, True, False, True, False, False]
     assert found.weakest(20).nonzero()[:, 0].tolist() == [1]  # floor(1.2) of two equal ones: the first
     assert found.weakest(34).nonzero()[:, 0].tolist() == [1, 3]

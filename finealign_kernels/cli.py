@@ -51,6 +51,7 @@ def _demo_options(parser):
     add("--steps", type=int, default=default.steps, metavar="N", help="optimiser steps; default: %(default)s")
     add("--batch", type=int, default=default.batch, metavar="N", help="pairs a step; default: %(default)s")
     add("--pairs", type=int, default=default.pairs, metavar="N", help="pairs to learn from; default: %(default)s")
+    add("--no-compare", dest="compare", action="store_false", help="leave out the second training with all weights 1")
     add("--trainer", choices=TRAINERS, help="train with TRL's DPOTrainer, as it is against patched: whole steps")
     add("--rl", choices=POLICIES, nargs="?", const="ppo", help=_RL)
     training = parser.add_mutually_exclusive_group()

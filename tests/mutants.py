@@ -63,6 +63,8 @@ MUTANTS = [
     Mutant("outputs looked up unseen", "ops/_check.py", "if not isinstance(name, str) or name not in OUTPUTS:", "if False:", MISTAKES),
     Mutant("unequal pairs taken", "ops/_layout.py", "shapes[0][0] != shapes[1][0]", "False", "tests/test_layout.py"),
     # the demo
+    Mutant("the comparison trains with the weights, too", "demo/effect.py", "[_unweighted(batch) for batch in batches]", "batches", "tests/test_cli.py -k comparison"),
+    Mutant("blue for less", "report/style.py", "--less: 214 74 60; --more: 47 118 200;", "--less: 47 118 200; --more: 214 74 60;", "tests/test_report.py"),
     Mutant("noise of a head gradient divided by noise", "demo/heads.py", "of.dweight * NOISE / LIMIT", "0.0", "tests/test_cli.py"),
     Mutant("a head gradient is held against everything", "demo/heads.py", "of.dweight * NOISE / LIMIT", "1e3 * of.dweight", "tests/test_cli.py"),
     # the mathematics of a row

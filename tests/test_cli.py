@@ -14,7 +14,7 @@ pytest.importorskip("transformers", reason="the demo needs transformers")
 import finealign_kernels as fk  # noqa: E402
 from finealign_kernels import demo, feedback  # noqa: E402
 from finealign_kernels.cli import main  # noqa: E402
-from finealign_kernels.demo import data, heads, masks, models, told, training  # noqa: E402
+from finealign_kernels.demo import data, effect, heads, masks, models, summary, training  # noqa: E402
 from finealign_kernels.ops import _rows_torch  # noqa: E402
 
 TINY = ["demo", "--model", "tiny", "--steps", "2", "--batch", "2", "--pairs", "3", "--threads", "1"]
@@ -56,7 +56,15 @@ def test_demo_end_to_end(way, tmp_path, capsys):
     assert main([*TINY, way, "--report", str(path)]) == 0
     output, page = capsys.readouterr().out, path.read_text(encoding="utf-8")
     assert str(path) in output and "peak extra memory" in output
-    for text in ("DPO on tiny, 2 steps", "Loss head", "Step by step", "Where the gradient goes", "all rows", "chosen"):
+    for text in (
+        "DPO on tiny, 2 steps",
+        "Loss head",
+        "Step by step",
+        "Feedback, weights",
+        "Before and after",
+        "all rows",
+        "chosen",
+    ):
         assert text in page
     assert ("head gradient" in output) == ("head gradient" in page) == (way == "--full")  # LoRA freezes the head
 
@@ -88,7 +96,7 @@ def test_gradients_of_a_tied_head_are_those_of_the_whole_model(examples):
     assert model.weight is model.body.get_input_embeddings().weight
 
     hidden = models.hidden_states(model, batch)
-    training.backward(hidden, model.weight, heads.fused_head(chosen, *heads.leaves(hidden, model.weight), batch))
+    heads.backward(hidden, model.weight, heads.fused_head(chosen, *heads.leaves(hidden, model.weight), batch))
     actual = [parameter.grad.clone() for parameter in model.parameters]
 
     logp = (models.hidden_states(model, batch) @ model.weight.T).log_softmax(-1)
@@ -134,7 +142,7 @@ def test_tokens_are_shown_without_loss(examples):
         "e", "Why?", (feedback.Response(text), feedback.Response("No.")), (feedback.Preference(0, 1),)
     )
     (pair,) = data.read_pairs(options(), tokenizer, [example])
-    shown = told.texts_of_tokens(tokenizer, pair.chosen)
+    shown = data.texts_of_tokens(tokenizer, pair.chosen)
     assert len(shown) == len(pair.chosen.response_ids) and shown[-1] == "<eos>" and "·" in shown
     assert "".join(shown[:-1]).replace("·", "") == text
 
@@ -240,7 +248,7 @@ def test_a_wrong_head_gradient_is_seen_where_the_right_one_cancels(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments, told_of",
+    "arguments, described",
     [
         (["--pivots", "threshold", "--threshold", "0.5", "--scores", "spans"], "above 0.5 standard deviations"),
         (["--pivots", "sign", "--baseline", "0"], "implicit, masked from step 2"),
@@ -248,7 +256,7 @@ def test_a_wrong_head_gradient_is_seen_where_the_right_one_cancels(monkeypatch):
         (["--scores", "FILE", "--baseline", "quantile:0.3"], "none, token by token"),
     ],
 )
-def test_demo_with_masks(arguments, told_of, examples, tmp_path, capsys):
+def test_demo_with_masks(arguments, described, examples, tmp_path, capsys):
     scores, path = tmp_path / "scores.jsonl", tmp_path / "report.html"
     feedback.write(scores, examples)
     arguments = [str(scores) if argument == "FILE" else argument for argument in arguments]
@@ -260,7 +268,7 @@ def test_demo_with_masks(arguments, told_of, examples, tmp_path, capsys):
         "How the mask moved the gradient",
         "with mask",
         "by score",
-        told_of,
+        described,
         f"kept: {unit} scores",
         "dropped: ",
     ):
@@ -321,6 +329,32 @@ def test_implicit_scores_are_read_after_half_of_the_steps(examples):
     assert last.batch.ref_logp is None and last.batch.token_score.any()
 
 
+def test_the_comparison_is_the_same_training_with_weights_of_1(examples):
+    """Of DPO with weights, against DPO from the same start by hand; the weights made a difference."""
+    chosen = options(steps=4, lr=1e-3, span_weight=3.0)
+    model, batches = prepared(chosen, examples)
+    assert effect.compares(chosen, batches) and not effect.compares(chosen._replace(compare=False), batches)
+    start = effect.start_of(model)
+    training.train(chosen, model, batches)
+    found = effect.effects(chosen, model, batches, start)
+    assert [one.name for one in found][-2:] == ["rejected, marked", "rejected, not marked"]
+
+    plain = chosen._replace(span_weight=1.0)
+    model, batches = prepared(plain, examples)
+    assert not effect.compares(plain, batches)
+    training.train(plain, model, batches)
+    moved = []
+    for batch in batches:
+        with torch.no_grad():
+            hidden = models.hidden_states(model, batch)
+            logp = fk.linear_logprobs(hidden, model.weight, batch.labels, mask=batch.mask).logp
+        moved.append((logp - batch.start_logp)[dict(effect.sorts_of(plain, batch))["rejected, marked"]])
+    marked = next(one for one in found if one.name == "rejected, marked")
+    assert marked.tokens == len(torch.cat(moved))
+    assert marked.plain == pytest.approx(torch.cat(moved).mean().item(), rel=1e-4)
+    assert marked.weighted < marked.plain < 0
+
+
 def test_spans_score_their_tokens():
     text = "One good part, one bad part."
     spans = (
@@ -334,13 +368,13 @@ def test_spans_score_their_tokens():
 
 def test_shares_of_the_gradient_add_up(examples):
     chosen, _, _, _, last = run_masked(examples, scores="spans", pivots="threshold")
-    sorts = told._sorts(chosen, last.batch)
+    sorts = effect.sorts_of(chosen, last.batch)
     assert torch.equal(sum(of.int() for _, of in sorts), last.batch.mask.int())
     for s, answer in enumerate(last.batch.answers):
         side = "chosen" if s < len(last.batch.pairs) else "rejected"
-        faults = sum(any(span for span in spans) for spans in told.spans_of_tokens(answer))
+        faults = sum(any(span for span in spans) for spans in data.spans_of_tokens(answer))
         assert dict(sorts)[f"{side}, marked"][s].sum() == faults
-    reasons, starts = told._reasons(last.batch, 0)
+    reasons, starts = summary._reasons(last.batch, 0)
     read = last.batch.mask[0]
     kept = [reason[0].startswith("kept: segment") for reason in reasons]
     assert (

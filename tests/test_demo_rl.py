@@ -8,7 +8,7 @@ pytest.importorskip("transformers", reason="the demo needs transformers")
 import finealign_kernels as fk  # noqa: E402
 from finealign_kernels import demo, feedback  # noqa: E402
 from finealign_kernels.cli import main  # noqa: E402
-from finealign_kernels.demo import heads, models, rl  # noqa: E402
+from finealign_kernels.demo import heads, models, rl, rl_rollouts  # noqa: E402
 
 TINY = ["demo", "--model", "tiny", "--steps", "2", "--batch", "2", "--pairs", "3", "--threads", "1"]
 
@@ -28,7 +28,7 @@ def prepared(chosen, examples=None):
     examples = feedback.sample() if examples is None else examples
     torch.manual_seed(chosen.seed)
     model = models.load_model(chosen, examples)
-    return model, rl.read_rollouts(chosen, model, examples)
+    return model, rl_rollouts.read_rollouts(chosen, model, examples)
 
 
 def an_example(**changed):
@@ -73,7 +73,7 @@ def test_the_loss_of_the_heads_is_that_of_the_formula():
     """By hand, one answer of two tokens and one of one, PPO over kept tokens and GRPO over answers."""
     mask = torch.tensor([[True, True], [True, False]])
     logp, old = torch.tensor([[-1.0, -2.0], [-0.5, 9.0]]), torch.tensor([[-1.5, -2.0], [-0.4, 9.0]])
-    tokens = rl.Rollout(*[None] * 12)._replace(
+    tokens = rl_rollouts.Rollout(*[None] * 12)._replace(
         mask=mask,
         old_logp=old,
         advantage=torch.tensor([[2.0, -1.0], [-3.0, 0.0]]),
@@ -91,7 +91,7 @@ def test_spans_are_rewards_at_their_last_tokens_and_preferences_at_the_answers()
     chosen = options(batch=1, pairs=1)
     model, (rollout,) = prepared(chosen, [example])
     answers = rollout.answers
-    assert rollout.group.tolist() == [0, 0] and set(rollout.rewards) == {*rl.SORTS, rl.PREFERRED}
+    assert rollout.group.tolist() == [0, 0] and set(rollout.rewards) == {*rl_rollouts.SORTS, rl_rollouts.PREFERRED}
     factual, relevance = rollout.rewards["factuality"], rollout.rewards["relevance"]
     assert sorted(factual.reward.tolist()) == [-1.0, -0.5] and factual.cu_segments.tolist() == [0, 0, 2]
     assert relevance.reward.tolist() == [-1.0] and len(rollout.rewards["completeness"].reward) == 0
@@ -100,7 +100,7 @@ def test_spans_are_rewards_at_their_last_tokens_and_preferences_at_the_answers()
             t = place - (len(answers[1].prompt_ids) - 1)
             assert rollout.labels[1, place] == answers[1].response_ids[t] and answers[1].offsets[t][1] >= end
             assert answers[1].offsets[t][0] < end
-    preferred = rollout.rewards[rl.PREFERRED]
+    preferred = rollout.rewards[rl_rollouts.PREFERRED]
     assert preferred.reward.tolist() == [1.0, -1.0]
     assert preferred.end.tolist() == [int(row.nonzero()[-1]) for row in rollout.mask]
 
@@ -108,7 +108,7 @@ def test_spans_are_rewards_at_their_last_tokens_and_preferences_at_the_answers()
 def test_judgements_become_shares():
     responses = tuple(feedback.Response(text) for text in "abcd")
     judged = [feedback.Preference(0, 1), feedback.Preference(0, 2), feedback.Preference(2, 0)]
-    assert rl.preferred(feedback.Example("e", "p", responses, tuple(judged))) == [1 / 3, -1.0, 0.0, 0.0]
+    assert rl_rollouts.preferred(feedback.Example("e", "p", responses, tuple(judged))) == [1 / 3, -1.0, 0.0, 0.0]
 
 
 def test_grpo_compares_the_answers_to_one_prompt():

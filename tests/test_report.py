@@ -47,7 +47,7 @@ def sections(text):
         report.bars(text, [Bars(text, text, {text: 1.0})], note=text),
         report.token_texts(
             text,
-            [Example(text, text, [Response(text, tokens, text)])],
+            [Example(text, text, [Response(text, tokens, text, [text, text])])],
             [Shade("weight", text, text), Shade(text, text, text, signed=True)],
             note=text,
         ),
@@ -147,6 +147,15 @@ def tokens_of(page):
     return re.findall(r'<span class="(t[^"]*)"(?: style="--v:([\d.]+)")? title="([^"]*)">([^<]*)</span>', page)
 
 
+def test_blue_is_more_and_red_is_less():
+    for mode in re.findall(r":root \{(.*?)\}", STYLE, re.S):
+        less, more = (
+            list(map(int, re.search(rf"--{name}: (\d+ \d+ \d+)", mode)[1].split())) for name in ("less", "more")
+        )
+        assert less[0] > 2 * less[2] and more[2] > 2 * more[0]
+    assert ".n { background: rgb(var(--less)" in STYLE and ".p { background: rgb(var(--more)" in STYLE
+
+
 def test_tokens_are_coloured_by_sign_and_share():
     tokens = [Token("up", {"gradient": -0.5}), Token("down", {"gradient": 0.25}), Token("rest", {"gradient": 0.0})]
     page = report.token_texts(
@@ -191,7 +200,7 @@ def test_ink_is_legible_on_the_strongest_shade(mode):
         n: [opacity * a + (1 - opacity) * b for a, b in zip(rgb, colour["card"], strict=True)]
         for n, rgb in shades.items()
     }
-    assert mixed.keys() == {"down", "up", "amount"}
+    assert mixed.keys() == {"less", "more", "amount"}
     for ink, ground in [("ink", rgb) for rgb in mixed.values()] + [("soft", colour["paper"]), ("soft", colour["card"])]:
         low, high = sorted([luminance(colour[ink]), luminance(ground)])
         assert (high + 0.05) / (low + 0.05) >= 4.5

@@ -123,7 +123,7 @@ def make_batch(options, model, pairs):
         answers += [pair.rejected for pair in pairs]
     *rows, weight, score = pad(answers)
     batch = Batch(pairs, answers, *rows, weight, None, None, weight, score)
-    if not reads_reference(options) and scores_of(options) != "implicit":
+    if not (reads_reference(options) or scores_of(options) == "implicit" or options.compare):
         return batch
     logp = start_logp(model, batch)
     return batch._replace(ref_logp=logp if reads_reference(options) else None, start_logp=logp)
@@ -151,3 +151,24 @@ def start_logp(model, batch):
     """(S, T-1): log-probs by the model that training started from."""
     with model.frozen():
         return linear_logprobs(hidden_states(model, batch), model.weight, batch.labels, mask=batch.mask).logp
+
+
+def spans_of_tokens(answer):
+    """The spans over each response token."""
+    spans = answer.response.spans
+    ranges = feedback.token_spans(answer.offsets, answer.response.text, spans)
+    held = [[] for _ in answer.offsets]
+    for span, (first, stop) in zip(spans, ranges, strict=True):
+        for t in range(first, stop):
+            held[t].append(span)
+    return held
+
+
+def texts_of_tokens(tokenizer, answer):
+    """The response cut at its tokens, nothing lost; special tokens by name, the rest of a split character as ·."""
+    texts, reached, special = [], 0, tokenizer.all_special_ids
+    for token, (_, end) in zip(answer.response_ids, answer.offsets, strict=True):
+        own = answer.response.text[reached:end]
+        texts.append(own or (tokenizer.decode([token]) if token in special else "·"))
+        reached = max(reached, end)
+    return texts

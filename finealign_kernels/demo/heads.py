@@ -70,6 +70,14 @@ def _gradients(loss, hidden, weight, *others):
     return (gradients[0], None, *gradients[1:]) if frozen else gradients
 
 
+def backward(hidden, weight, head):
+    """From the head's gradients to those of all parameters. A tied head adds its own to the embedding's."""
+    if head.dweight is None:
+        hidden.backward(head.dhidden)
+    else:
+        torch.autograd.backward([hidden, weight], [head.dhidden, head.dweight])
+
+
 def library_loss(options, logp, tokens):
     """The loss by the library, a PreferenceLoss, an NLLLoss or a PolicyLoss."""
     if options.rl:

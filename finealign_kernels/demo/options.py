@@ -37,6 +37,7 @@ class Options(NamedTuple):
     pairs: int = 8  # pairs trained on, over and over
     trainer: str | None = None  # one of TRAINERS; None: the demo's own loop
     rl: str | None = None  # one of POLICIES; None: preferences
+    compare: bool = True  # train once more with all weights 1, to see what the weights changed
     lora: bool = False
     lr: float | None = None
     max_prompt: int = 192  # tokens

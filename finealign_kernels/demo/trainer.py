@@ -24,7 +24,7 @@ from .data import read_examples, read_pairs
 from .heads import LIMIT, DifferenceError
 from .models import load_causal, need
 from .options import beta_of, lr_of
-from .told import text_table
+from .summary import text_table
 
 WAYS = {"patched": patch_kernels, "stock": nullcontext}
 FIGURES = ("loss", "gradient norm")

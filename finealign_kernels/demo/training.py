@@ -9,11 +9,12 @@ import torch
 
 from ..testing.measure import peak_extra_mib
 from .data import Batch, make_batch, read_examples, read_pairs
-from .heads import Head, differences, eager_head, fused_head, leaves, refuse_difference, sizes
+from .effect import compares, effects, start_of
+from .heads import Head, backward, differences, eager_head, fused_head, leaves, refuse_difference, sizes
 from .masks import masked, unmasked
 from .models import hidden_states, load_model
 from .options import lr_of, scores_of, warmup_of
-from .told import summary, write_report
+from .summary import summary, write_report
 
 
 def unmasked_head(options, hidden, weight, batch):
@@ -27,7 +28,7 @@ ALL_ROWS_BYTES = 2**31  # eager on all rows is run once, for comparison, if it n
 
 
 class Step(NamedTuple):
-    """What is told about one optimiser step."""
+    """The figures of one optimizer step."""
 
     loss: float
     margin: float | None  # None for a loss without pairs
@@ -65,10 +66,12 @@ def run(options):
     model = load_model(options, examples)
     pairs = read_pairs(options, model.tokenizer, examples)
     batches = [make_batch(options, model, pairs[i : i + options.batch]) for i in range(0, len(pairs), options.batch)]
+    start = start_of(model) if compares(options, batches) else None
     steps, last = train(options, model, batches)
     costs = head_costs(options, model, last, steps)
-    print(summary(options, model, last.batch, steps, costs))
-    path = write_report(options, model, steps, last, costs)
+    found = effects(options, model, batches, start) if start else None
+    print(summary(options, model, last.batch, steps, costs, found))
+    path = write_report(options, model, steps, last, costs, found)
     print(f"report: {path}")
     return path
 
@@ -93,7 +96,7 @@ def train(options, model, batches):
             optimizer.step()
             optimizer.zero_grad()
             steps.append(_step(fused, compared, seconds))
-            _tell(progress, steps[-1])
+            _show(progress, steps[-1])
     return steps, Last(batch, hidden.detach(), fused, heads.get("fused, unmasked"))
 
 
@@ -108,14 +111,6 @@ def run_heads(options, hidden, weight, batch, number):
     return heads, seconds
 
 
-def backward(hidden, weight, head):
-    """From the head's gradients to those of all parameters. A tied head adds its own to the embedding's."""
-    if head.dweight is None:
-        hidden.backward(head.dhidden)
-    else:
-        torch.autograd.backward([hidden, weight], [head.dhidden, head.dweight])
-
-
 def _step(head, compared, seconds):
     margins, accuracies = (getattr(head.metrics, name, None) for name in ("margins", "accuracies"))
     return Step(
@@ -127,11 +122,11 @@ def _step(head, compared, seconds):
     )
 
 
-def _tell(progress, step):
-    told = {"loss": f"{step.loss:.4f}"}
+def _show(progress, step):
+    shown = {"loss": f"{step.loss:.4f}"}
     if step.margin is not None:
-        told["margin"] = f"{step.margin:.4f}"
-    progress.set_postfix(told, refresh=False)
+        shown["margin"] = f"{step.margin:.4f}"
+    progress.set_postfix(shown, refresh=False)
     progress.update()
 
 

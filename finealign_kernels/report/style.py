@@ -6,13 +6,13 @@ STYLE = """
   color-scheme: light dark;
   --paper: #fbfaf7; --card: #ffffff; --ink: #1c2126; --soft: #59626c; --line: #e0ddd5;
   --s0: #0a6c8f; --s1: #b0500c; --s2: #6a4fa3; --s3: #2c7a4b;
-  --down: 47 118 200; --up: 214 74 60; --amount: 222 152 20; --shade: .62;
+  --less: 214 74 60; --more: 47 118 200; --amount: 222 152 20; --shade: .62;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #14171a; --card: #1c2024; --ink: #e8e6e1; --soft: #a3abb3; --line: #343a40;
     --s0: #5dbce0; --s1: #eda05f; --s2: #b7a0ee; --s3: #7acb97;
-    --down: 52 116 205; --up: 196 66 54; --amount: 168 112 6; --shade: .78;
+    --less: 196 66 54; --more: 52 116 205; --amount: 168 112 6; --shade: .78;
   }
 }
 * { box-sizing: border-box; }
@@ -71,7 +71,7 @@ svg .dot { fill: currentColor; stroke: var(--card); stroke-width: 1.5; }
 .ramp { width: 92px; height: 14px; border-radius: 3px; border: 1px solid var(--line); }
 .ramp.one { background: linear-gradient(90deg, transparent, rgb(var(--amount) / var(--shade))); }
 .ramp.two { background:
-  linear-gradient(90deg, rgb(var(--down) / var(--shade)), transparent, rgb(var(--up) / var(--shade))); }
+  linear-gradient(90deg, rgb(var(--less) / var(--shade)), transparent, rgb(var(--more) / var(--shade))); }
 .example { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 16px 18px 18px;
   margin-top: 16px; }
 .prompt { color: var(--soft); margin: 4px 0 14px; white-space: pre-wrap; overflow-wrap: anywhere; max-width: 60em;
@@ -83,13 +83,14 @@ svg .dot { fill: currentColor; stroke: var(--card); stroke-width: 1.5; }
 .response header span, .by { color: var(--soft); font-size: .85rem; }
 .by { margin: 10px 0 1px; }
 .text { margin: 0; line-height: 1.75; white-space: pre-wrap; overflow-wrap: anywhere; }
+.notes { margin: 10px 0 0; padding-left: 1.2em; color: var(--soft); font-size: .85rem; }
 .t { padding: 2px 0; border-radius: 2px; text-decoration-thickness: 2px; text-underline-offset: 4px;
   text-decoration-skip-ink: none; }
 .s { border-left: 2px solid var(--soft); padding-left: 2px; margin-left: 1px; }
 .t:hover { outline: 1.5px solid var(--ink); }
 .a { background: rgb(var(--amount) / calc(var(--v) * var(--shade))); }
-.n { background: rgb(var(--down) / calc(var(--v) * var(--shade))); }
-.p { background: rgb(var(--up) / calc(var(--v) * var(--shade))); }
+.n { background: rgb(var(--less) / calc(var(--v) * var(--shade))); }
+.p { background: rgb(var(--more) / calc(var(--v) * var(--shade))); }
 .k { text-decoration-line: underline; }
 .k0 { text-decoration-style: solid; text-decoration-color: var(--s2); }
 .k1 { text-decoration-style: dashed; text-decoration-color: var(--s3); }

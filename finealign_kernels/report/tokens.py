@@ -9,7 +9,11 @@ _UNDERLINES = 6
 
 
 class Shade(NamedTuple):
-    """A number that colours tokens. Amounts run from 0 to one colour; signed numbers from blue (-) to red (+)."""
+    """A number that colours tokens. Amounts run from 0 to one colour, signed numbers from red (-) to blue (+).
+
+    So that one colour means one thing on every page, a signed number must be positive where it is good or makes a token
+    more likely: minus the gradient of a loss, say.
+    """
 
     name: str  # the key in Token.values
     low: str  # what the left end of the legend means
@@ -31,11 +35,12 @@ class Token(NamedTuple):
 
 
 class Response(NamedTuple):
-    """One answer: what it is called, its tokens, and a short remark beside the name."""
+    """One answer: what it is called, its tokens, a short remark beside the name, and notes listed below it."""
 
     name: str
     tokens: Sequence[Token]
     remark: str = ""
+    notes: Sequence[str] = ()
 
 
 class Example(NamedTuple):
@@ -104,7 +109,8 @@ def _response(response, shades, tops, kinds):
         tokens = [_token(token, shade, tops[shade.name], kinds) for token in response.tokens]
         texts.append(tag("p", *tokens, class_="text"))
     header = tag("header", tag("h3", response.name), tag("span", response.remark))
-    return tag("div", header, *texts, class_="response")
+    notes = tag("ul", *(tag("li", note) for note in response.notes), class_="notes") if response.notes else None
+    return tag("div", header, *texts, notes, class_="response")
 
 
 def _token(token, shade, top, kinds):

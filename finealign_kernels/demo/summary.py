@@ -1,4 +1,4 @@
-"""What the demo tells: a table in the terminal and the report."""
+"""The terminal table and the HTML report of a run on preferences, and what they share with those of other runs."""
 
 import textwrap
 from importlib.metadata import version
@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
-from .. import __version__, feedback, report
+from .. import __version__, report
+from .data import spans_of_tokens, texts_of_tokens
+from .effect import sorts_of
 from .heads import LIMIT
 from .options import average_of, beta_of, lr_of, percent_of, scores_of, threshold_of, warmup_of
 
@@ -29,10 +31,10 @@ def table(steps, costs):
     return ["", *costs], rows
 
 
-def summary(options, model, batch, steps, costs):
-    """The loss head's table and the sentence that reads it, for the terminal."""
+def summary(options, model, batch, steps, costs, effects):
+    """The loss head's table and the sentences that read it, for the terminal."""
     body = text_table(*table(steps, costs))
-    sentence = textwrap.fill(_sentence(options, steps, costs), 100)
+    sentence = textwrap.fill(f"{_sentence(options, steps, effects)} {head_sentence(steps, costs)}", 100)
     return f"\nloss head, forward and backward: {rows_read(model, batch)}\n{body}\n\n{sentence}\n"
 
 
@@ -53,30 +55,52 @@ def _kept(batch):
     return int((batch.why.token_weight > 0).sum())
 
 
-def write_report(options, model, steps, last, costs):
-    """Writes the page and returns its path."""
+def write_report(options, model, steps, last, costs, effects):
+    """Writes the page, feedback first and kernels last, and returns its path."""
     title = f"{options.loss.upper()} on {Path(model.name).name}, {options.steps} steps"
     sections = [
-        report.headline(title, _sentence(options, steps, costs), _facts(options, model)),
-        head_section(model, last.batch, steps, costs),
-        _curves_section(steps),
-        bars_section(costs),
-        None if last.unmasked is None else _mass_section(options, last),
+        report.headline(title, _sentence(options, steps, effects), _facts(options, model)),
         _tokens_section(options, model, last),
+        _effect_section(options, effects) if effects else None,
+        None if last.unmasked is None else _mass_section(options, last),
+        _curves_section(steps),
+        head_section(model, last.batch, steps, costs),
+        bars_section(costs),
     ]
     return report.write(options.report, title, sections)
 
 
-def _sentence(options, steps, costs):
+def _sentence(options, steps, effects):
     """What came out, for a reader who sees such a page for the first time."""
     first, final = steps[0], steps[-1]
     text = f"In {options.steps} steps the loss went from {first.loss:.3g} to {final.loss:.3g}"
     if final.margin is not None:
         text += (
-            f" and the margin by which the model prefers the better answer from {first.margin:.3g} to "
-            f"{final.margin:.3g} (it ranks {final.accuracy:.0%} of the last step's pairs right)"
+            " and the margin, by how much more than its reference the model prefers the better answer, from "
+            f"{first.margin:.3g} to {final.margin:.3g} ({final.accuracy:.0%} of the last step's pairs are ranked "
+            "right; it was trained on them)"
         )
-    return f"{text}. {head_sentence(steps, costs)}"
+    marked = next((one for one in effects or () if one.name == "rejected, marked"), None)
+    if marked is not None:
+        text += (
+            f". The log-probs of tokens marked in rejected answers moved by {marked.weighted:+.3g} nats on average; "
+            f"the same training with all weights 1 moves them by {marked.plain:+.3g}"
+        )
+    return text + "."
+
+
+def _effect_section(options, effects):
+    """A table: how far tokens of each sort moved, with the weights and without."""
+    rows = [[one.name, one.tokens, one.weighted, one.plain, one.weighted - one.plain] for one in effects]
+    columns = ["tokens", "number", f"with weight {options.span_weight:.3g}", "with all weights 1", "difference"]
+    note = (
+        "Change of the log-probability from the start of training to its end, in nats, as a mean over all answers that "
+        "were trained on; below 0 is less likely. The right-hand column is a second training from the same start, with "
+        "the same steps and every weight 1: plain "
+        f"{options.loss.upper()}. The difference is what the marks did. It is read on the training answers, and says "
+        "nothing about others."
+    )
+    return report.table("Before and after, with the weights and without", columns, rows, note=note)
 
 
 def head_sentence(steps, costs):
@@ -146,7 +170,7 @@ def _mask_facts(options):
 
 
 def head_section(model, batch, steps, costs):
-    note = (
+    note = f"{head_sentence(steps, costs)} " + (
         f"Head and loss, forward and backward, on the same hidden states; {rows_read(model, batch)}. Prompts and "
         "padding are masked and never projected. Eager PyTorch gets the same rows, so those two columns compare "
         "kernels; on all rows it shows what leaving rows out saves. Time: median of the steps (all rows: one run). "
@@ -197,7 +221,7 @@ def _mass_section(options, last):
             int((batch.why.token_weight[of] > 0).sum()),
             *(f"{mass[of].sum().item() / total:.1%}" for mass, total in zip((before, after), totals, strict=True)),
         ]
-        for name, of in _sorts(options, batch)
+        for name, of in sorts_of(options, batch)
     ]
     columns = ["tokens of the last step", "number", "kept", "gradient without mask", "with mask"]
     note = (
@@ -208,40 +232,33 @@ def _mass_section(options, last):
     return report.table("How the mask moved the gradient", columns, rows, note=note)
 
 
-def _sorts(options, batch):
-    """Tokens by their answer's side and by whether a span marks them: name, (S, T-1) bool."""
-    marked, half = torch.zeros_like(batch.mask), len(batch.pairs)
-    for s, answer in enumerate(batch.answers):
-        marked[s, batch.mask[s]] = torch.tensor([len(spans) > 0 for spans in spans_of_tokens(answer)])
-    side = torch.arange(len(batch.answers))[:, None] < half
-    chosen = [("chosen, marked", batch.mask & side & marked), ("chosen, not marked", batch.mask & side & ~marked)]
-    if options.loss == "nll":
-        return chosen
-    others = batch.mask & ~side
-    return [*chosen, ("rejected, marked", others & marked), ("rejected, not marked", others & ~marked)]
-
-
 def _tokens_section(options, model, last):
     masked = last.batch.why is not None
     shades = [
         report.Shade("weight", "", "counts most"),
-        report.Shade("gradient", "raises the token", "lowers it", signed=True),
+        report.Shade("push", "less likely", "more likely", signed=True),
     ]
     shown = "twice: by the weight of its tokens"
     if masked:
         shades.insert(0, report.Shade("score", "bad", "good", signed=True))
         shown = "three times: by the score of its tokens, by their weight after the mask"
+    weight = f"{options.span_weight:.3g}"
     note = (
-        f"The last step's answers, each shown {shown}, and by the gradient of the loss with "
-        "respect to each token's log-probability. Blue tokens become likelier in this step, red ones less likely, pale "
-        "ones are left alone. Marked faults are underlined; hover over a token for its numbers."
+        f"The answers of the last step, each shown {shown}, and by the push of the loss on each token: minus the "
+        "gradient with respect to its log-probability. Blue is more likely or good, red is less likely or bad, and "
+        "pale tokens are left alone. The loss makes the chosen answer more likely and the rejected one less likely. "
+        f"A token of weight {weight} is pushed {weight} times as hard as one of weight 1: a marked fault is the reason "
+        "for the rejection, so it is pushed down harder than the rest of its answer, and in a chosen answer it is "
+        "pushed up less. Faults are underlined and listed below each answer; hover over a token for its numbers."
     )
     if masked:
         note += (
             " A line before a token is a pivot: a segment starts there. The hover text says why a token is kept: what "
-            "was compared with the baseline, and the gradient it would have had without the mask."
+            "was compared with the baseline, and the push that it would have had without the mask."
         )
-    return report.token_texts("Where the gradient goes", _shown_examples(options, model, last), shades, note=note)
+    return report.token_texts(
+        "Feedback, weights, and what the loss does", _shown_examples(options, model, last), shades, note=note
+    )
 
 
 def _shown_examples(options, model, last, most=4):
@@ -261,9 +278,9 @@ def _shown_examples(options, model, last, most=4):
 
 def _shown_response(model, last, s, side):
     answer, read = last.batch.answers[s], last.batch.mask[s]
-    numbers = {"weight": last.batch.token_weight, "gradient": last.head.dlogp, "log-prob": last.head.logp}
+    numbers = {"weight": last.batch.token_weight, "push": -last.head.dlogp, "log-prob": last.head.logp}
     if last.batch.why is not None:
-        numbers.update({"score": last.batch.token_score, "gradient without mask": last.unmasked.dlogp})
+        numbers.update({"score": last.batch.token_score, "push without mask": -last.unmasked.dlogp})
     numbers = {name: values[s][read].tolist() for name, values in numbers.items()}
     reasons, starts = _reasons(last.batch, s)
     spans = spans_of_tokens(answer)
@@ -279,7 +296,15 @@ def _shown_response(model, last, s, side):
     ]
     rewards = getattr(last.head.metrics, f"{side}_rewards", None)
     remark = "" if rewards is None else f"reward {rewards[s % len(last.batch.pairs)].item():+.3f}"
-    return report.Response(side, tokens, remark)
+    return report.Response(side, tokens, remark, faults_of(answer))
+
+
+def faults_of(answer):
+    """One line for each span: what it covers, its kind, and what the annotator wrote."""
+    return [
+        f"{span.kind}: “{answer.response.text[span.start : span.end]}”" + (f" ({span.label})" if span.label else "")
+        for span in answer.response.spans
+    ]
 
 
 def _reasons(batch, s):
@@ -297,24 +322,3 @@ def _reasons(batch, s):
         verdict = "kept" if kept else "dropped"
         reasons.append([f"{verdict}: {what} scores {report.number(value)}, {order} {report.number(base)}"])
     return reasons, starts
-
-
-def spans_of_tokens(answer):
-    """The spans over each response token."""
-    spans = answer.response.spans
-    ranges = feedback.token_spans(answer.offsets, answer.response.text, spans)
-    held = [[] for _ in answer.offsets]
-    for span, (first, stop) in zip(spans, ranges, strict=True):
-        for t in range(first, stop):
-            held[t].append(span)
-    return held
-
-
-def texts_of_tokens(tokenizer, answer):
-    """The response cut at its tokens, nothing lost; special tokens by name, the rest of a split character as ·."""
-    texts, reached, special = [], 0, tokenizer.all_special_ids
-    for token, (_, end) in zip(answer.response_ids, answer.offsets, strict=True):
-        own = answer.response.text[reached:end]
-        texts.append(own or (tokenizer.decode([token]) if token in special else "·"))
-        reached = max(reached, end)
-    return texts

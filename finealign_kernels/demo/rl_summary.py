@@ -1,4 +1,4 @@
-"""What the run with --rl tells: a table in the terminal and the report."""
+"""The terminal table and the HTML report of a run with --rl."""
 
 import textwrap
 from pathlib import Path
@@ -6,24 +6,25 @@ from pathlib import Path
 import torch
 
 from .. import report
+from .data import spans_of_tokens, texts_of_tokens
 from .options import lr_of
-from .rl import KL, LAM, SORTS, UPDATES
-from .told import (
+from .rl_rollouts import KL, LAM, SORTS, UPDATES
+from .summary import (
     bars_section,
+    faults_of,
     head_facts,
     head_section,
     head_sentence,
     rows_read,
-    spans_of_tokens,
     table,
     text_table,
-    texts_of_tokens,
 )
 
 SHADES = [
     report.Shade("reward", "a fault, or worse than the start", "preferred", signed=True),
     report.Shade("advantage", "to suppress", "to reinforce", signed=True),
     report.Shade("mask", "left out", "trained"),
+    report.Shade("push", "less likely", "more likely", signed=True),
 ]
 SHOWN = 2  # prompts in the report
 
@@ -31,7 +32,7 @@ SHOWN = 2  # prompts in the report
 def summary(options, model, rollout, updates, costs):
     """The loss head's table and the sentence that reads it, for the terminal."""
     body = text_table(*table(updates, costs))
-    sentence = textwrap.fill(_sentence(options, updates, costs), 100)
+    sentence = textwrap.fill(f"{_sentence(options, updates)} {head_sentence(updates, costs)}", 100)
     return f"\nloss head, forward and backward: {rows_read(model, rollout)}\n{body}\n\n{sentence}\n"
 
 
@@ -39,22 +40,21 @@ def write_report(options, model, updates, last, costs):
     """Writes the page and returns its path."""
     title = f"{options.rl.upper()} on {Path(model.name).name}, {options.steps} updates"
     sections = [
-        report.headline(title, _sentence(options, updates, costs), _facts(options, model, last.batch)),
-        head_section(model, last.batch, updates, costs),
+        report.headline(title, _sentence(options, updates), _facts(options, model, last.batch)),
+        _tokens_section(model, last),
         _rewards_section(last.batch),
         _curves_section(updates),
+        head_section(model, last.batch, updates, costs),
         bars_section(costs),
-        _tokens_section(model, last),
     ]
     return report.write(options.report, title, sections)
 
 
-def _sentence(options, updates, costs):
+def _sentence(options, updates):
     final = updates[-1]
     return (
         f"In {options.steps} updates the log-probs of tokens to reinforce moved by {report.number(final.raised)} nats "
-        f"from the start, those of tokens to suppress by {report.number(final.lowered)} (means over the last answers). "
-        + head_sentence(updates, costs)
+        f"from the start, those of tokens to suppress by {report.number(final.lowered)} (means over the last answers)."
     )
 
 
@@ -112,9 +112,10 @@ def _curves_section(updates):
 def _tokens_section(model, last):
     rollout = last.batch
     note = (
-        "Answers to the last prompts. Rewards stand at the last tokens of segments; advantages say what they make of "
-        "each token before them; the mask keeps a token to reinforce if its own score is above the batch's mean, one "
-        "to suppress if it is below."
+        "Answers to the last prompts. Blue is good or more likely, red is bad or less likely. Rewards stand at the "
+        "last tokens of segments; the advantage of a token is computed from the rewards behind it; the mask keeps a "
+        "token to reinforce if its own score is above the mean of the batch, one to suppress if it is below. The push "
+        "is what the loss does with a token: minus the gradient with respect to its log-probability."
     )
     groups = range(min(SHOWN, int(rollout.group.max()) + 1))
     examples = [
@@ -135,7 +136,7 @@ def _response(model, last, s, name):
         "reward": rollout.reward,
         "advantage": rollout.advantage,
         "mask": rollout.token_weight,
-        "gradient": last.head.dlogp,
+        "push": -last.head.dlogp,
         "log-prob": last.head.logp,
     }
     numbers = {name: values[s][read].tolist() for name, values in numbers.items()}
@@ -150,4 +151,4 @@ def _response(model, last, s, name):
         for t, text in enumerate(texts_of_tokens(model.tokenizer, answer))
     ]
     total = torch.where(read, rollout.reward[s], 0).sum().item()
-    return report.Response(name, tokens, f"reward {total:+.3f}")
+    return report.Response(name, tokens, f"reward {total:+.3f}", faults_of(answer))

@@ -61,6 +61,8 @@ MUTANTS = [
     Mutant("a mask of integers as its values", "ops/_check.py", "return x != 0", "return x == 0", MISTAKES),
     Mutant("any truth for an option", "ops/_check.py", "if not isinstance(value, (bool, np.bool_)):", "if False:", MISTAKES),
     Mutant("outputs looked up unseen", "ops/_check.py", "if not isinstance(name, str) or name not in OUTPUTS:", "if False:", MISTAKES),
+    Mutant("log-ratios of halves rounded", PREFERENCE, "tokens.x.to(wide) -", "tokens.x -", MISTAKES),
+    Mutant("two gradients of halves added rounded", PREFERENCE, "tokens = tokens.widened()", "pass", MISTAKES),
     Mutant("unequal pairs taken", "ops/_layout.py", "shapes[0][0] != shapes[1][0]", "False", "tests/test_layout.py"),
     # the demo
     Mutant("the comparison trains with the weights, too", "demo/effect.py", "[_unweighted(batch) for batch in batches]", "batches", "tests/test_cli.py -k comparison"),
@@ -144,7 +146,7 @@ MUTANTS = [
     Mutant("shift inside beta", PREFERENCE, "beta * (chosen - rejected) - shift", "beta * (chosen - rejected - shift)", LOSSES),
     Mutant("beta lost in the slope", PREFERENCE, "slope = beta * scale * slope", "slope = scale * slope", LOSSES),
     Mutant("interleaved read as halves", PREFERENCE, "torch.cat([score[0::2], score[1::2]])", "score", LOSSES),
-    Mutant("reference not weighted", PREFERENCE, "sequence_scores(tokens.x - flatten_like(ref_logp, tokens, \"ref_logp\").detach(), weight, tokens)", "sequence_scores(tokens.x, weight, tokens) - segment_sum(flatten_like(ref_logp, tokens, \"ref_logp\"), tokens.cu_seqlens, mask=tokens.mask)", LOSSES),
+    Mutant("reference not weighted", PREFERENCE, "sequence_scores(tokens.x.to(wide) - flatten_like(ref_logp, tokens, \"ref_logp\").detach(), weight, tokens)", "sequence_scores(tokens.x, weight, tokens) - segment_sum(flatten_like(ref_logp, tokens, \"ref_logp\"), tokens.cu_seqlens, mask=tokens.mask)", LOSSES),
     Mutant("rewards carry a gradient", PREFERENCE, "(beta * score.detach()).chunk(2)", "(beta * score).chunk(2)", LOSSES),
     Mutant("empty pairs stay in the denominator", REDUCE, "counted.sum().clamp(min=1) if counted is not None else ", "", LOSSES),
     Mutant("kept and all exchanged", REDUCE, "weight if average == \"kept\" else ones", "ones if average == \"kept\" else weight", LOSSES),

@@ -221,3 +221,106 @@ def test_what_is_of_another_type_is_refused_by_name(name, key):
             assert value is True and key == "batch_invariant" and "cannot run here" in str(error), (value, error)
         else:
             assert takes(value, parameter), value
+
+
+# ---- half precision: widened before anything is subtracted or summed ------------------------------------------------
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def rounded(value, dtype, wide):
+    """Float tensors of an argument in a half precision, or as wide as float32 with the same values."""
+    if isinstance(value, fk.SegmentRewards):
+        return value._replace(reward=rounded(value.reward, dtype, wide))
+    if isinstance(value, tuple):
+        return tuple(rounded(one, dtype, wide) for one in value)
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return value
+    return value.to(dtype).float() if wide else value.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("name", CALLS)
+def test_half_precision_gives_what_its_float32_values_give(name, dtype, route):
+    found, wanted = (
+        call(name, **{key: rounded(value, dtype, wide) for key, value in CALLS[name].items()}) for wide in (False, True)
+    )
+    for one, other in zip(bits(found), bits(wanted), strict=True):
+        if one is not None:
+            assert one.dtype in (other.dtype, dtype) and torch.equal(one, other.to(one.dtype))
+
+
+OWN = {
+    "pairs": fk.Row(lambda m: (m.sigmoid(), m.sigmoid() * (1 - m.sigmoid())), "σ(m)", ""),
+    "points": fk.Row(lambda m: (m.sigmoid(), m.sigmoid() * (1 - m.sigmoid())), "σ(u)", "", pair=False, label="class"),
+}
+
+
+def loss_of(name, row, x, ref, **options):
+    """The loss of a row and its gradient in float32."""
+    x = x.requires_grad_()
+    loss = fk.pointwise_loss if not row.pair else fk.preference_loss
+    options |= {} if row.pair else dict(target=KIND if row.label != "soft" else SCORE[0, :4].abs())
+    out = loss(name, x, *((ref,) if row.reference else ()), **options)
+    out.loss.backward()
+    return [*out, x.grad]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("name", [*fk.PREFERENCE, *OWN])
+def test_rows_of_half_precision(name, dtype, route):
+    row = fk.PREFERENCE.get(name) or OWN[name]
+    given = OWN.get(name, name)
+    x, ref = rounded(8 * X, dtype, False), rounded(8 * REF, dtype, False)
+    kinds = [dict(average=average) for average in (False, "kept", "all")] + [dict(average="segments", segment_ids=IDS)]
+    kinds += [dict(token_weight=rounded(WEIGHT, dtype, True))]
+    if row.pair and row.reference and not (row.chosen or row.match or row.label):
+        kinds += [dict(divergence=divergence) for divergence in ("forward_kl", "js", "alpha")]
+    for options in kinds:
+        found = loss_of(given, row, x.clone(), ref, mask=MASK, **options)
+        wanted = loss_of(given, row, x.float(), ref.float(), mask=MASK, **options)
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other.to(one.dtype), rtol=0, atol=0, equal_nan=True)
+    if row.reference:  # sums of whole responses
+        sums = rounded(8 * REF.sum(1), dtype, False)
+        for one, other in zip(
+            loss_of(given, row, x.clone(), sums), loss_of(given, row, x.float(), sums.float()), strict=True
+        ):
+            torch.testing.assert_close(one, other.to(one.dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("name", fk.POLICY)
+def test_policies_of_half_precision(name, dtype, route):
+    row, grads = fk.POLICY[name], []
+    advantage = SIDES[:, None] if row.whole else SCORE
+    options = dict(denominator=3.0) if row.reduction == "token_global" else {}
+    options |= dict(max_length=8.0) if row.reduction == "constant" else {}
+    for kl in ("k1", "k2", "k3", "k3_k2grad", "k3_is"):
+        for wide in (False, True):
+            x, old, ref, entropy = (rounded(value, dtype, wide) for value in (X, REF, SCORE, WEIGHT))
+            x.requires_grad_()
+            more = dict(ref_logp=ref, kl=kl, kl_coef=0.25, entropy=entropy, entropy_coef=0.5)
+            out = fk.policy_loss(name, x, old, rounded(advantage, dtype, wide), mask=MASK, **more, **options)
+            out.loss.backward()
+            grads.append([*out, x.grad])
+        for one, other in zip(*grads[-2:], strict=True):
+            torch.testing.assert_close(one, other.to(one.dtype), rtol=0, atol=0)
+
+
+def test_a_z0_of_half_precision():
+    z0 = torch.tensor(1.7, dtype=torch.bfloat16)
+    same(fk.kto(X, REF, KIND, z0=z0), fk.kto(X, REF, KIND, z0=z0.float()))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("name", ("bradley_terry", "floored"))
+def test_reward_scores_of_half_precision(name, dtype):
+    found = []
+    for wide in (False, True):
+        x = rounded(8 * X, dtype, wide).requires_grad_()
+        out = fk.reward_loss(name, x.view(-1), centering=0.3)
+        out.loss.backward()
+        found.append([*out, x.grad])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other.to(one.dtype))

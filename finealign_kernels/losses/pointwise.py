@@ -184,7 +184,7 @@ def kto(
     beta = PREFERENCE["kto"].beta if options.get("beta") is None else options["beta"]
     beta = check_number("beta", beta, positive=True)
     z0 = number_or_tensor("z0", z0)
-    z0 = z0.detach().clamp(min=0) if isinstance(z0, Tensor) else max(0.0, z0)
+    z0 = _wide(z0).detach().clamp(min=0) if isinstance(z0, Tensor) else max(0.0, z0)
     weights = dict(
         positive_weight=check_number("desirable_weight", desirable_weight),
         other_weight=check_number("undesirable_weight", undesirable_weight),
@@ -254,6 +254,10 @@ def unlikelihood(logp: TokenTensor, target: Tensor, **options: "Unpack[Pointwise
     Keyword arguments and errors: pointwise_loss.
     """
     return pointwise_loss("unlikelihood", logp, target=target, **options)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _minus(c: float | Tensor) -> float | Tensor:

@@ -27,6 +27,7 @@ from .reduce import (
     sequence_scores,
     sequence_weights,
     weigh,
+    wide_of,
 )
 from .table import (
     DIVERGENCE,
@@ -206,6 +207,8 @@ def preference_loss(
     tokens = flatten(logp, mask, cu_seqlens, name="logp")
     if tokens.segments % 2:
         fail("logp", "hold an even number of sequences, chosen and rejected", tokens.segments)
+    if nll_weight:  # two gradients meet at the tokens: they are added before one of them is rounded to a half
+        tokens = tokens.widened()
     shift = flat_shift(shift, tokens.segments // 2, tokens)
     fused = divergence == "reverse_kl" and average != "segments" and row.label != "value"
     fused = fused and is_fused(row, tokens.whole.device)
@@ -324,13 +327,14 @@ def response_scores(tokens: Tokens, ref_logp, weight: Tensor, *, whole: bool) ->
     """h of each sequence (S,): Σ_t weight_t (logp_t - ref_logp_t). whole: may ref_logp be sums of responses."""
     if ref_logp is None:
         return sequence_scores(tokens.x, weight, tokens)
+    wide = wide_of(tokens)  # a difference of halves is not rounded to a half
     if _summed(ref_logp, tokens):
         if not whole:
             wanted = "hold a log-prob per token where token_weight or an average is used"
             fail("ref_logp", wanted, f"sums per sequence, shape {tuple(ref_logp.shape)}")
         check_tensor("ref_logp", ref_logp, like=tokens.x)
         return sequence_scores(tokens.x, weight, tokens) - ref_logp.detach()
-    return sequence_scores(tokens.x - flatten_like(ref_logp, tokens, "ref_logp").detach(), weight, tokens)
+    return sequence_scores(tokens.x.to(wide) - flatten_like(ref_logp, tokens, "ref_logp").detach(), weight, tokens)
 
 
 def _summed(ref_logp, tokens: Tokens) -> bool:
@@ -341,7 +345,7 @@ def _summed(ref_logp, tokens: Tokens) -> bool:
 def _reference_scores(tokens: Tokens, ref_logp, weight: Tensor) -> Tensor:
     """(S,): Σ_t weight_t ref_logp_t."""
     if _summed(ref_logp, tokens):
-        return ref_logp.detach()
+        return ref_logp.detach().to(wide_of(tokens))
     return sequence_scores(flatten_like(ref_logp, tokens, "ref_logp").detach(), weight, tokens)
 
 

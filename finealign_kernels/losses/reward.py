@@ -129,6 +129,8 @@ def reward_loss(
     scores = pick_scores(scores, mask=mask, cu_seqlens=cu_seqlens, pick=pick, token_weight=token_weight)
     scores, layout = score_pairs(scores, pairs)
     count, dtype = scores.shape[0] // 2, torch.promote_types(scores.dtype, torch.float32)
+    if centering:  # two gradients meet at the scores: they are added before one of them is rounded to a half
+        scores = scores.to(dtype)
 
     def constant(name, x, **bounds):
         return None if x is None else _constant(name, x, count, scores, dtype, **bounds)

@@ -51,7 +51,8 @@ def wpo_weights(
     Source: arXiv:2406.11827 eq. 2 (sampled alignment).
     """
     tokens = flatten(logp, mask, cu_seqlens, name="logp")
-    aligned = tokens.x.detach() - flatten_like(log_sum_sq_probs, tokens, "log_sum_sq_probs").detach()
+    wide = torch.promote_types(tokens.x.dtype, torch.float32)
+    aligned = tokens.x.detach().to(wide) - flatten_like(log_sum_sq_probs, tokens, "log_sum_sq_probs").detach()
     chosen, rejected = _pairs(segment_mean(aligned, tokens.cu_seqlens, mask=tokens.mask), tokens, pairs)
     return (chosen + rejected).exp()
 

@@ -56,6 +56,11 @@ class Tokens:
         """The same batch of other tokens (N,), and under another mask (N,) where one is given."""
         return Tokens(x, self.mask if mask is None else mask, self.cu_seqlens, self.shapes)
 
+    def widened(self) -> "Tokens":
+        """The same tokens in float32 where they are of half precision."""
+        whole = self.whole.to(torch.promote_types(self.whole.dtype, torch.float32))
+        return self if whole is self.whole else Tokens(whole, self.whole_mask, self.ends, self.shapes)
+
 
 def flatten(
     x: TokenTensor, mask: TokenTensor | None = None, cu_seqlens: Tensor | None = None, *, name: str = "x"

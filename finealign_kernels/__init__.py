@@ -45,7 +45,7 @@ from .ops.segments import segment_broadcast, segment_mean, segment_put_last, seg
 from .rl.advantages import Advantages, advantages
 from .rl.gae import GAE, discounted_returns, gae, kl_penalty
 from .rl.groups import decoupled_advantages, group_advantages, turn_advantages
-from .rl.rewards import SegmentEnds, SegmentRewards, segment_ends, token_rewards
+from .rl.rewards import SegmentEnds, SegmentRewards, segment_ends, segment_rewards, token_rewards
 from .rl.whitening import moments, whiten
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ __all__ = [
     "segment_ends",
     "segment_mean",
     "segment_put_last",
+    "segment_rewards",
     "segment_sum",
     "simpo",
     "slic",

@@ -53,6 +53,12 @@ def poisoned(monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, poison(getattr(torch.Tensor, name)))
 
 
+@pytest.fixture
+def unread(monkeypatch):
+    """Values of SegmentRewards are not read, as on a GPU: an end in front of the response is then no error."""
+    monkeypatch.setattr("finealign_kernels.rl.rewards.reads_values", lambda x: False)
+
+
 @pytest.fixture(params=("fused", "composed"))
 def route(request, monkeypatch):
     """Losses by the fused op where it can run, and as the composition of small ops that it is held to."""

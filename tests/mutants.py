@@ -64,6 +64,10 @@ MUTANTS = [
     Mutant("log-ratios of halves rounded", PREFERENCE, "tokens.x.to(wide) -", "tokens.x -", MISTAKES),
     Mutant("two gradients of halves added rounded", PREFERENCE, "tokens = tokens.widened()", "pass", MISTAKES),
     Mutant("unequal pairs taken", "ops/_layout.py", "shapes[0][0] != shapes[1][0]", "False", "tests/test_layout.py"),
+    # ends of segments
+    Mutant("indices into the response for columns", "rl/rewards.py", "if tokens.mask[place].all():", "if True:", REWARDS),
+    Mutant("a response without tokens refuses its ends", "rl/rewards.py", "& (kept[stop] > kept[first])", "", REWARDS),
+    Mutant("a maker that leaves indices", "rl/rewards.py", "[columns[i] if columns else 0 for i in found]", "found", REWARDS),
     # the demo
     Mutant("the comparison trains with the weights, too", "demo/effect.py", "[_unweighted(batch) for batch in batches]", "batches", "tests/test_cli.py -k comparison"),
     Mutant("blue for less", "report/style.py", "--less: 214 74 60; --more: 47 118 200;", "--less: 47 118 200; --more: 214 74 60;", "tests/test_report.py"),

@@ -246,6 +246,7 @@ def call(name, sample, lengths, backend, given="tokens", **more):
     )
 
 
+@pytest.mark.usefixtures("unread")
 @native_only
 @pytest.mark.parametrize("given", ["tokens", "segments"])
 @pytest.mark.parametrize("options", OPTIONS)
@@ -278,6 +279,7 @@ def test_fused_keeps_the_budget_in_narrow_dtypes(options, dtype):
         assert not one[~sample[5]].any()
 
 
+@pytest.mark.usefixtures("unread")
 @native_only
 @pytest.mark.parametrize("name", LENGTHS)
 def test_one_launch_is_the_small_native_ops(name):
@@ -295,6 +297,7 @@ def test_one_launch_is_the_small_native_ops(name):
 # ---- what must not matter ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("unread")
 def test_padded_is_packed(backend):
     lengths = LENGTHS["short"]
     sample = batch(lengths)
@@ -364,6 +367,7 @@ def test_ranks_that_sum_their_moments_are_one_rank(backend, ranks, options):
     assert_close(found[0].advantage_moments, whole.advantage_moments, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.usefixtures("unread")
 @native_only
 @pytest.mark.parametrize("options", ["all", "before", "zero", "plain"])
 def test_bits_do_not_depend_on_threads(options):
@@ -380,6 +384,7 @@ def test_bits_do_not_depend_on_threads(options):
             assert (one is None and two is None) or torch.equal(one, two)
 
 
+@pytest.mark.usefixtures("unread")
 @native_only
 @pytest.mark.parametrize("options", ["all", "plain"])
 def test_everything_is_written(options, poisoned):

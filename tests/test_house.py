@@ -21,7 +21,7 @@ ARROW = {
     "kernels": {"formulas"},
     "ops": {"formulas", "kernels"},
     "losses": {"formulas", "kernels", "ops"},
-    "rl": {"formulas", "kernels", "ops"},
+    "rl": {"formulas", "kernels", "ops", "feedback"},
     "metarm": {"formulas", "kernels", "ops", "losses"},
     "integrations": {"formulas", "kernels", "ops", "losses", "rl"},
     "feedback": set(),

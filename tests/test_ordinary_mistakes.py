@@ -75,6 +75,8 @@ CALLS = {
     "segment_ends": dict(segment_ids=IDS, mask=MASK.new_ones(4, 5)),
     "segment_mean": dict(x=SCORE, mask=MASK),
     "segment_put_last": dict(v=SCORE[0, :2], cu_seqlens=ENDS, total=4),
+    "segment_rewards": dict(rewards=[[0.5], [2.0]], texts=["a", "b"], offsets=[[(0, 1)]] * 2, segments=[[(0, 1)]] * 2)
+    | dict(mask=torch.eye(2, dtype=torch.bool), weight=0.5),
     "segment_sum": dict(x=SCORE, mask=MASK),
     "simpo": LOGP | dict(gamma=0.5),
     "slic": WITH_REF,
@@ -102,7 +104,9 @@ def bits(result):
 
 def same(found, wanted):
     for one, other in zip(bits(found), bits(wanted), strict=True):
-        assert (one is None and other is None) or (one.dtype == other.dtype and torch.equal(one, other))
+        assert (not isinstance(one, torch.Tensor) and one == other) or (
+            one.dtype == other.dtype and torch.equal(one, other)
+        )
 
 
 def test_every_public_function_has_its_call():

@@ -88,6 +88,7 @@ def test_an_end_on_a_masked_token_moves_back(empty):
     expect(fk.token_rewards(segments([1, 2], [2, 5]), mask=mask, on_empty=empty), [[0, 1, 0, 0, 2, 0]])
 
 
+@pytest.mark.usefixtures("unread")
 def test_a_segment_without_tokens():
     mask = holes(0, 0, 1, 1, 0, 1)
     model = segments([1, 2, 4, 8, 16], [0, 1, 3, 4, 5])  # tokens: none, none, 2 and 3, none, 5
@@ -185,6 +186,7 @@ def plain(model, spans, mask, *, placement, on_collision, on_empty):
     return model.weight * out
 
 
+@pytest.mark.usefixtures("unread")
 @pytest.mark.parametrize("on_empty", ("previous", "drop"))
 @pytest.mark.parametrize("on_collision", ("add", "overwrite"))
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -216,6 +218,7 @@ def test_the_samples_hold_the_odd_cases():
 # ---- invariances ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("unread")
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_padded_packed_and_permuted_agree(placement):
     models = samples.segment_rewards([8] * 6, dtype=F64, seed=3)
@@ -250,6 +253,7 @@ def test_dtypes_and_layouts(dtype):
     assert torch.equal(fk.token_rewards(strided, mask=mask), found)
 
 
+@pytest.mark.usefixtures("unread")
 def test_the_sum_is_kept():
     """What end and split place is the sum of the rewards, whatever the segments, where every response has a token."""
     mask = torch.rand(20, 7, generator=torch.Generator().manual_seed(2)) < 0.5
@@ -296,6 +300,7 @@ def test_nothing_is_read_on_the_host(monkeypatch):
         fk.decoupled_advantages([advantage, advantage], torch.arange(len(advantage)) % 5)
 
 
+@pytest.mark.usefixtures("unread")
 def test_compiles_without_a_break():
     def call(mask, reward, turns):
         model = turns._replace(reward=fk.turn_advantages(reward, turns.cu_segments, 3))
@@ -311,6 +316,7 @@ def test_compiles_without_a_break():
 # ---- gradients -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("unread")
 @pytest.mark.parametrize("on_collision", ("add", "overwrite"))
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_gradients(placement, on_collision):
@@ -433,6 +439,114 @@ def test_refusal_of_options_and_layouts():
         fk.token_rewards(GOOD, mask=MASK.float())
     with pytest.raises(ValueError, match="cu_seqlens must not decrease"):
         fk.token_rewards(GOOD, cu_seqlens=torch.tensor([0, 5, 4]))
+
+
+PROMPT = torch.tensor([[0, 0, 0, 1, 1, 1, 0, 1], [0, 1, 1, 1, 1, 1, 1, 0]], dtype=torch.bool)
+COLUMNS, INDICES = segments([1, 2, 3], [4, 7, 2], [0, 2, 3]), segments([1, 2, 3], [1, 4, 2], [0, 2, 3])
+IN_FRONT = (
+    "end must not lie in front of its response's first token, which is at 3: it is a column .* got 1 for segment 0"
+)
+
+
+@pytest.mark.parametrize("index", (torch.int32, torch.int64), ids=str)
+@pytest.mark.parametrize("on_empty", ("previous", "drop"))
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("flat", (False, True), ids=("padded", "flat"))
+def test_an_index_into_the_response_is_no_column(flat, placement, on_empty, index):
+    layout = dict(mask=PROMPT.view(-1), cu_seqlens=torch.tensor([0, 8, 16])) if flat else dict(mask=PROMPT)
+    columns, indices = (m._replace(end=m.end.to(index)) for m in (COLUMNS, INDICES))
+    options = dict(placement=placement, on_empty=on_empty, **layout)
+    assert fk.token_rewards(columns, **options).isfinite().all()
+    for wrong in (indices, indices._replace(start=torch.tensor([0, 4, 2]))):
+        with pytest.raises(ValueError, match=r"models\[0\]." + IN_FRONT):
+            fk.token_rewards(wrong, **options)
+    with pytest.raises(ValueError, match=r"models\[1\]." + IN_FRONT):
+        fk.token_rewards([columns, indices], **options)
+
+
+@pytest.mark.parametrize("backend", ("reference", "auto"))
+def test_an_index_into_the_response_makes_no_advantages(backend):
+    with pytest.raises(ValueError, match=r"rewards\[0\]." + IN_FRONT):
+        fk.advantages(INDICES, torch.zeros(2, 8), mask=PROMPT, backend=backend)
+
+
+def test_ends_that_are_not_in_front():
+    """At the first token, on padding behind the response, anywhere in a response without tokens, without a prompt."""
+    none = torch.zeros(1, 8, dtype=torch.bool)
+    for mask, end in ((PROMPT[:1], 3), (PROMPT[:1], 6), (PROMPT[:1], 99), (none, 0), (none, 9), (~none, 0)):
+        fk.token_rewards(segments([1.0], [end]), mask=mask)
+    empty = torch.tensor([0, 0, 8, 8])
+    fk.token_rewards(segments([1.0, 2.0, 3.0], [0, 3, 0], [0, 1, 2, 3]), mask=PROMPT[0], cu_seqlens=empty)
+    with pytest.raises(ValueError, match="got 2 for segment 0 of sequence 1"):
+        fk.token_rewards(segments([1.0, 2.0, 3.0], [0, 2, 0], [0, 1, 2, 3]), mask=PROMPT[0], cu_seqlens=empty)
+
+
+# ---- from texts ----------------------------------------------------------------------------------------------------
+
+TEXT = "One two. Three! Four"
+OFFSETS = [(0, 3), (3, 7), (7, 8), (8, 14), (14, 15), (15, 20), (20, 20)]  # the last one ends the sequence
+CUT = [(0, 8), (9, 15), (16, 20)]
+
+
+@pytest.mark.parametrize("prompt", (0, 2, 5))
+@pytest.mark.parametrize("behind", (0, 3))
+def test_segment_rewards_have_columns(prompt, behind):
+    mask = torch.zeros(2, prompt + 8 + behind, dtype=torch.bool)
+    mask[0, prompt : prompt + 7] = mask[1, 1 : 1 + 7] = True
+    given = [[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]]
+    found = fk.segment_rewards(given, [TEXT, TEXT], [OFFSETS, OFFSETS], mask=mask, weight=0.5)
+    columns = [prompt + 2, prompt + 4, prompt + 5, 3, 5, 6]
+    assert found.end.tolist() == columns and found.cu_segments.tolist() == [0, 3, 6]
+    assert found.reward.tolist() == [1, 2, 4, 8, 16, 32] and found.weight == 0.5 and found.start is None
+    rewards = fk.token_rewards(found, mask=mask)
+    assert rewards.nonzero()[:, 1].tolist() == columns and (rewards.sum(1) == torch.tensor([3.5, 28.0])).all()
+    flat = fk.segment_rewards(given, [TEXT] * 2, [OFFSETS] * 2, [CUT] * 2, mask=mask.view(-1), cu_seqlens=bounds(mask))
+    assert torch.equal(flat.end, found.end)
+
+
+def bounds(mask):
+    return torch.arange(0, mask.numel() + 1, mask.shape[1])
+
+
+def test_segment_rewards_step_over_holes_and_cut_responses():
+    mask = torch.tensor([[0, 1, 1, 0, 1, 1, 1, 0, 1, 1], [0, 0, 0, 1, 1, 0, 0, 0, 0, 0], [0] * 10], dtype=torch.bool)
+    offsets = [OFFSETS, OFFSETS[:2], []]  # a tool's output in the response; cut after two tokens; nothing
+    reward = torch.arange(9.0, dtype=F64).requires_grad_()
+    found = fk.segment_rewards(reward, [TEXT] * 3, offsets, fk.feedback.sentences, mask=mask)
+    assert found.end.tolist() == [4, 6, 8, 4, 4, 4, 0, 0, 0] and found.reward is reward
+    fk.token_rewards(found, mask=mask).sum().backward()
+    assert reward.grad.tolist() == [1] * 6 + [0] * 3
+    padded = OFFSETS + [(20, 20)] * 3  # ids decoded with their padding
+    assert fk.segment_rewards([[1.0, 2, 4]], [TEXT], [padded], mask=mask[:1]).end.tolist() == [4, 6, 8]
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (dict(texts=[TEXT]), r"texts must hold one entry for each of the 2 responses, got 1"),
+        (dict(texts=TEXT), r"texts must hold one entry for each of the 2 responses, got a string"),
+        (dict(rewards=[[1.0, 2.0, 3.0]]), "rewards must hold one entry"),
+        (
+            dict(rewards=[[1.0, 2.0], [1.0, 2.0, 3.0]]),
+            r"rewards\[0\] must hold one number for each of the 3 segments, got 2",
+        ),
+        (dict(rewards=[[1.0, 2.0, NAN], [1.0, 2.0, 3.0]]), r"rewards\[0\] must be a finite number"),
+        (dict(rewards=torch.ones(5)), r"rewards must have shape \(6,\), got \(5,\)"),
+        (dict(offsets=[OFFSETS[:6], OFFSETS]), r"offsets\[0\] must hold one range for each of the 7 tokens .* got 6"),
+        (dict(offsets=[OFFSETS, [*OFFSETS, (19, 20)]]), r"offsets\[1\] must hold one range .* got 8"),
+        (dict(segments=[CUT]), "segments must hold one entry"),
+        (dict(segments=[CUT, CUT[::-1]]), "segments must be in order"),
+        (dict(weight=INF), "weight must be a finite number"),
+    ],
+)
+def test_refusals_of_texts(changed, message):
+    mask = torch.zeros(2, 9, dtype=torch.bool)
+    mask[:, 2:] = True
+    given = dict(
+        rewards=[[1.0, 2.0, 3.0]] * 2, texts=[TEXT] * 2, offsets=[[*OFFSETS[:6], (15, 20)], OFFSETS], mask=mask
+    )
+    with pytest.raises(ValueError, match=message):
+        fk.segment_rewards(**given | changed)
 
 
 def test_where_values_are_not_read_a_misplaced_segment_is_nan(monkeypatch):

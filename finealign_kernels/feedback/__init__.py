@@ -35,7 +35,9 @@ point-wise losses the scores.
 Where a policy's own responses are judged, sentence by sentence, each reward stands at its segment's last token:
 
     text, offsets = decode(tokenizer, generated_ids)
-    end = segment_tokens(offsets, text, sub_sentences(text))
+    end = segment_tokens(offsets, text, sub_sentences(text))  # indices into the response
+
+`finealign_kernels.segment_rewards` makes SegmentRewards of a batch of such texts: columns, by the batch's mask.
 
 `read` takes QA-Feedback's JSON list as well (arXiv:2306.01693), see `files.qa_feedback_example`. `sample` is a small
 file of that schema that comes with the package; its kinds are factual, reasoning, irrelevant, repetition, incomplete,

@@ -59,12 +59,16 @@ def sub_sentences(text: str, *, least: int = 5, splitter: Callable[[str], Iterab
 
 
 def segment_tokens(offsets: Sequence[Range], text: str, segments: Iterable[Range]) -> list[int]:
-    """The last token of each segment, an index into offsets: what SegmentRewards calls end.
+    """The last token of each segment, an index into offsets: the place of the token in its response, counted from 0.
+
+    What SegmentRewards calls end is a column of the batch. The two are one where no prompt stands in front of the
+    response; `segment_rewards` makes columns of these indices by the batch's mask.
 
     That is the last token that shares a character with it that is not white space: ".\\n" belongs to the sentence that
     the "." ends, the last of the tokens of one character to that character's segment, an end-of-sequence token to none.
     A segment without such a token, because the response was cut off before it, gets the last token before it, or 0
-    where there is none: token_rewards then sees a segment without tokens, or one whose end is the first token.
+    where there is none: token_rewards then sees a segment without tokens, or one that ends at the first token. None is
+    ever in front of the response, so token_rewards may refuse such an end.
 
     offsets   (start, end) of each token in text, as a fast tokenizer gives them
     segments  (start, end) in text, in order

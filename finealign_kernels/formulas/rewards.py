@@ -22,15 +22,24 @@ PLACEMENTS = ("end", "all", "split", "rtg", "rtg_all")
 class SegmentRewards(NamedTuple):
     """The rewards that one reward model gives to the M segments of S sequences, those of sequence 0 first, in order.
 
+    reward       (M,) float32, float64, bfloat16 or float16: a number a segment
+    end          (M,) int32 or int64: the column of its last token in the batch (B, T), counted from 0 at the first
+                 column of its row, prompt and padding included; with cu_seqlens t - cu_seqlens[s]. It is no index into
+                 the response: where the mask leaves out a prompt of P columns, response token i is column P + i
+    cu_segments  (S + 1,) int32 or int64: the segments of sequence s are cu_segments[s] to cu_segments[s + 1]
+    weight       w_k, a number by which the rewards are multiplied
+    start        None, or (M,) int32 or int64: the column of its first token
+
     Segment j covers the tokens after the previous segment's end up to and with its own, or from `start` where that is
     given: only then can tokens before or between segments belong to none. Tokens after the last end belong to none.
+    `segment_rewards` makes it from texts and token offsets, `segment_ends` finds `end` from a number for each token.
     """
 
-    reward: Tensor  # (M,) float
-    end: Tensor  # (M,) int: place of its last token in the sequence, column t of (B, T) or t - cu_seqlens[s]
-    cu_segments: Tensor  # (S + 1,) int: the segments of sequence s are cu_segments[s] to cu_segments[s + 1]
-    weight: float = 1.0  # w_k, by which the rewards are multiplied
-    start: Tensor | None = None  # (M,) int: place of its first token
+    reward: Tensor
+    end: Tensor
+    cu_segments: Tensor
+    weight: float = 1.0
+    start: Tensor | None = None
 
 
 class Places(NamedTuple):

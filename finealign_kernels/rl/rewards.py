@@ -1,11 +1,12 @@
 """From the rewards of segments, by one or more reward models, to a reward for each token."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..feedback.segments import Range, segment_tokens, sentences
 from ..formulas import rewards as formula
 from ..formulas.rewards import PLACEMENTS, SegmentRewards
 from ..formulas.segments import segment_ids, summed_in
@@ -48,13 +49,16 @@ def token_rewards(
                   segment that has some, or else to the first token of its sequence; "drop" gives it to none
 
     An end beyond the response is moved to the response's last token, an end where mask is false to the last token
-    before it. Rewards of a response without tokens go nowhere. Where a model has scored only the first segments of a
-    response (its input was cut), leave the others out: what is missing counts 0.
+    before it. An end in front of the response's first token, which an index into the response is where the mask has a
+    prompt, is an error on a CPU; on a GPU, where it is not read, its segment is one without tokens. Rewards of a
+    response without tokens go nowhere. Where a model has scored only the first segments of a response (its input was
+    cut), leave the others out: what is missing counts 0.
 
     Returns  token rewards in the shape of mask, or (N,): float32, float64 if a reward is. 0 where mask is false and for
              tokens of no segment. Differentiable in the rewards.
     Raises   ValueError, TypeError naming model, argument, expectation and finding. Values are checked on a CPU (a NaN
-             reward, ends that decrease); on a GPU a NaN reaches its tokens, and an end that decreases makes one.
+             reward, ends that decrease or lie in front of the response); on a GPU a NaN reaches its tokens, and an end
+             that decreases makes one. FINEALIGN_DEBUG=1 checks everywhere.
     Source   arXiv:2306.01693 and its code ("end", on_collision="overwrite", on_empty="previous"); the rest derived.
     """
     for name, value, known in (
@@ -105,6 +109,71 @@ def segment_ends(segment_ids: Tensor, *, mask: Tensor | None = None, cu_seqlens:
     return SegmentEnds(place[closes], cu_segments, place[opens])
 
 
+def segment_rewards(
+    rewards: Sequence[Sequence[float]] | Tensor,
+    texts: Sequence[str],
+    offsets: Sequence[Sequence[Range]],
+    segments: Sequence[Iterable[Range]] | Callable[[str], Iterable[Range]] = sentences,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    weight: float = 1.0,
+) -> SegmentRewards:
+    """SegmentRewards from the texts of the responses: each segment ends at the column of its last token.
+
+        end_j = the column of response token i in its row of the mask, i = segment_tokens(offsets, text, segments)[j]
+
+    rewards   for each response a number for each of its segments; or (M,) float, the segments of response 0 first
+    texts     the responses
+    offsets   of each response: (start, end) in its text of each token that mask keeps, in their order (feedback.decode,
+              feedback.encode). Empty ranges behind those, of padding, are left out
+    segments  of each response: (start, end) in its text, in order; or the function that cuts a text
+              (feedback.sentences, feedback.sub_sentences)
+    mask, cu_seqlens   as in token_rewards: where the response tokens are, prompts left out
+    weight    w_k of this reward model
+
+    A segment without tokens ends at the last token before it, or at the response's first. Returns SegmentRewards on the
+    device of mask (whose values are read: a host sync on a GPU); its rewards are float32 where they were numbers.
+    Raises  ValueError, TypeError naming argument, expectation and finding.
+    """
+    tokens = layout_of(mask, cu_seqlens)
+    lists = dict(texts=texts, offsets=offsets)
+    if not callable(segments):
+        lists["segments"] = segments
+    if not isinstance(rewards, Tensor):
+        lists["rewards"] = rewards
+    for name, value in lists.items():
+        if isinstance(value, str) or len(value) != tokens.segments:
+            found = "a string" if isinstance(value, str) else len(value)
+            fail(name, f"hold one entry for each of the {tokens.segments} responses", found)
+    bounds, end, counts = tokens.cu_seqlens.tolist(), [], [0]
+    for s, text in enumerate(texts):
+        columns = _mask_of(tokens, bounds[s], bounds[s + 1])
+        many = len(columns)
+        if len(offsets[s]) < many or any(a != b for a, b in offsets[s][many:]):
+            fail(f"offsets[{s}]", f"hold one range for each of the {many} tokens that mask keeps", len(offsets[s]))
+        cut = list(segments(text) if callable(segments) else segments[s])
+        if not isinstance(rewards, Tensor) and len(rewards[s]) != len(cut):
+            fail(f"rewards[{s}]", f"hold one number for each of the {len(cut)} segments", len(rewards[s]))
+        found = segment_tokens(offsets[s][:many], text, cut)
+        end += [columns[i] if columns else 0 for i in found]
+        counts.append(counts[-1] + len(cut))
+    device = tokens.x.device
+    if not isinstance(rewards, Tensor):
+        numbers = [check_number(f"rewards[{s}]", value) for s, row in enumerate(rewards) for value in row]
+        rewards = torch.tensor(numbers, dtype=torch.float32, device=device)
+    check_tensor("rewards", rewards, shape=(len(end),), like=tokens.x)
+    places = torch.tensor(end, dtype=torch.int64, device=device)
+    return SegmentRewards(rewards, places, torch.tensor(counts, device=device), check_number("weight", weight))
+
+
+def _mask_of(tokens: Tokens, first: int, stop: int) -> list[int]:
+    """The columns of a sequence that mask keeps."""
+    if tokens.mask is None:
+        return list(range(stop - first))
+    return tokens.mask[first:stop].nonzero()[:, 0].tolist()
+
+
 def layout_of(mask: Tensor | None, cu_seqlens: Tensor | None) -> Tokens:
     """The layout of tokens of which the mask alone is known."""
     if mask is None:
@@ -141,6 +210,7 @@ def check_model(name: str, model: SegmentRewards, tokens: Tokens) -> SegmentRewa
         _refuse(f"{name}.reward", "be a number", model.reward.detach().isnan(), model.reward, model, row)
         _refuse(f"{name}.end", "be at least 0", model.end < 0, model.end, model, row)
         _refuse(f"{name}.end", "not decrease in a sequence", _falls(model), model.end, model, row)
+        _refuse_in_front(name, model, tokens, row)
         if model.start is not None:
             _refuse(
                 f"{name}.start", "be at least 0 and after the end before it", _overlaps(model), model.start, model, row
@@ -154,6 +224,25 @@ def _refuse(name: str, expected: str, wrong: Tensor, value: Tensor, model: Segme
         s = int(row[j])
         place = f"segment {j - int(model.cu_segments[s])} of sequence {s}"
         fail(name, expected, f"{value[j].item()} for {place}")
+
+
+def _refuse_in_front(name: str, model: SegmentRewards, tokens: Tokens, row: Tensor) -> None:
+    """Ends in front of their response's first token: indices into the response, most likely, in place of columns."""
+    if tokens.mask is None or not len(row) or not len(tokens.mask):
+        return
+    first, stop = (bounds.long()[row] for bounds in (tokens.cu_seqlens[:-1], tokens.cu_seqlens[1:]))
+    place = torch.minimum(first + model.end, (stop - 1).clamp(min=0))
+    if tokens.mask[place].all():  # no end is on a prompt or on padding
+        return
+    kept = torch.cat([first.new_zeros(1), tokens.mask.cumsum(0)])  # tokens before each place
+    wrong = (kept[torch.maximum(place + 1, first)] == kept[first]) & (kept[stop] > kept[first])
+    if wrong.any():
+        j = int(wrong.nonzero()[0])
+        opens = int(torch.searchsorted(kept, kept[first[j]] + 1)) - 1 - int(first[j])
+        expected = f"not lie in front of its response's first token, which is at {opens}: it is a column of the batch, "
+        expected += "not an index into the response (segment_rewards makes columns)"
+        place = f"segment {j - int(model.cu_segments[row[j]])} of sequence {int(row[j])}"
+        fail(f"{name}.end", expected, f"{int(model.end[j])} for {place}")
 
 
 def _misplaced(model: SegmentRewards) -> Tensor:

@@ -40,6 +40,7 @@ from .losses.weights import ld_weights, wpo_weights
 from .metarm import MetaRM, difference_loss
 from .ops._check import check_errors
 from .ops.logprobs import LogProbs, linear_logprobs, token_logprobs
+from .ops.ranks import sum_over_ranks
 from .ops.scan import reverse_scan
 from .ops.segments import segment_broadcast, segment_mean, segment_put_last, segment_sum
 from .rl.advantages import Advantages, advantages
@@ -124,6 +125,7 @@ __all__ = [
     "segment_sum",
     "simpo",
     "slic",
+    "sum_over_ranks",
     "token_logprobs",
     "token_rewards",
     "turn_advantages",

@@ -125,6 +125,8 @@ MUTANTS = [
     Mutant("ranks: no collective where all is masked", "ops/_parallel.py", "        found = exchange(state, target, want, top, shard)\n", "        found = exchange(state, target, want, top, shard) if bool((target >= 0).any()) else formula.combine(state.part[:, None], state.first[:, None], state.label, target, want)\n", PARALLEL),
     Mutant("ranks: a label that two ranks hold counts twice", "ops/_parallel.py", "lost = (target >= 0) & (owners != 1)", "lost = (target >= 0) & (owners < 1)", PARALLEL),
     Mutant("ranks: the shard's dX overwritten by rows of another", "ops/_parallel.py", "    reduce(out, x.contiguous(), group=group)", "    reduce(out, x.roll(1, 0), group=group)", PARALLEL),
+    Mutant("ranks: each count of its own", "ops/ranks.py", "    dist.all_reduce(flat, group=group)", "    pass", "tests/test_over_ranks.py"),
+    Mutant("ranks: rows of the first rank for all", "ops/ranks.py", "first = sum(sizes[: dist.get_rank(group)])", "first = 0", "tests/test_over_ranks.py"),
     # the native row kernels
     Mutant("C++: sum includes the maximum", ROWS, "from = side ? first + 1 : 0", "from = side ? first : 0", LOGPROBS),
     Mutant("C++: maximum starts at 0", ROWS, "float m = -kInf;\n  *max_block", "float m = 0;\n  *max_block", LOGPROBS),

@@ -72,11 +72,18 @@ def shard_of(columns: int, group, vocab_start, vocab_size, hidden_grad: str = "n
         if vocab_size is not None and vocab_size > columns:
             fail("vocab_size", f"be at most {columns}, the columns that there are", vocab_size)
         return None
-    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
-        fail("group", "be None or a torch.distributed.ProcessGroup that this rank belongs to", f"{group!r}", TypeError)
+    check_group(group)
     start = dist.get_rank(group) * columns if vocab_start is None else vocab_start
     true = columns if vocab_size is None else min(columns, max(vocab_size - start, 0))
     return Shard(group, start, true, vocab_size, hidden_grad)
+
+
+def check_group(group, name: str = "group") -> None:
+    if group is None or not dist.is_available():
+        if not dist.is_available() or not dist.is_initialized():
+            fail("torch.distributed", f"be initialised for {name}", "no process group", RuntimeError)
+    elif not isinstance(group, dist.ProcessGroup):
+        fail(name, "be None or a torch.distributed.ProcessGroup that this rank belongs to", f"{group!r}", TypeError)
 
 
 def rows_of(hidden: Tensor, shard: Shard | None) -> tuple[int, ...]:

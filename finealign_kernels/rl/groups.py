@@ -7,14 +7,18 @@ from torch import Tensor
 
 from ..formulas import groups as formula
 from ..formulas.segments import summed_in
+from ..ops import _parallel
 from ..ops._check import _describe, check_integer, check_number, check_tensor, fail
 from ..ops._layout import check_cu_seqlens
+from ..ops.ranks import rows_of_all
 
 TURN_KINDS = ("return_to_go", "outcome")
 BASELINES = ("leave_one_out", "group_mean")
 
 
-def group_advantages(rewards: Tensor, groups: int | Tensor, *, kind: str = "group_std", eps: float = 1e-4) -> Tensor:
+def group_advantages(
+    rewards: Tensor, groups: int | Tensor, *, kind: str = "group_std", eps: float = 1e-4, process_group=None
+) -> Tensor:
     """A_i of S responses, one number each, from the rewards of the responses to the same prompt.
 
         "group_mean"     R_i - mean_g                                   Dr. GRPO
@@ -29,6 +33,9 @@ def group_advantages(rewards: Tensor, groups: int | Tensor, *, kind: str = "grou
     rewards  (S,) float
     groups   how many responses in a row share a prompt, a divisor of S; or (S,) int, equal for the same prompt
     eps      >= 0, added to a deviation; deviations have n - 1
+    process_group  ranks over which the responses are spread (torch.distributed.ProcessGroup): S may differ and be 0,
+             a prompt's responses may lie on several of them, groups is (S,) int with keys that mean the same on all.
+             Rewards and keys are gathered, 16 bytes each, and each rank gets what one rank with all rows computes
 
     Returns  (S,) float32 (float64 for float64), detached. Exactly 0 in a group of one or of equal rewards. A NaN reward
              leaves the statistics and has advantage 0.
@@ -38,7 +45,8 @@ def group_advantages(rewards: Tensor, groups: int | Tensor, *, kind: str = "grou
     _check_one_of("kind", kind, formula.KINDS)
     eps = check_number("eps", eps, least=0)
     wide = _rewards("rewards", rewards, 1)
-    return formula.group_advantages(wide, _keys(groups, wide), kind=kind, eps=eps).to(_result(rewards))
+    wide, keys, own = _everywhere(wide, groups, process_group)
+    return formula.group_advantages(wide, keys, kind=kind, eps=eps)[own].to(_result(rewards))
 
 
 def decoupled_advantages(
@@ -47,13 +55,14 @@ def decoupled_advantages(
     *,
     weights: Sequence[float] | None = None,
     eps: float = 1e-4,
+    process_group=None,
 ) -> Tensor:
     """A_i = (x_i - mean) / (std + eps) over the batch, x = Σ_k w_k group_std(R_k): each reward model is scaled alone.
 
     So a model whose rewards differ little is not drowned by one whose rewards differ much. Not unbiased, as group_std.
 
     rewards  (K, S), or K tensors (S,): the rewards of K models
-    groups   as in group_advantages
+    groups, process_group   as in group_advantages
     weights  K numbers w_k, 1 where left out
 
     Returns  (S,) float32 (float64 for float64), detached. A model's NaN counts 0 for its row; a row without any reward
@@ -78,7 +87,8 @@ def decoupled_advantages(
     if len(weights) != len(wide):
         fail("weights", f"hold {len(wide)} numbers, one a model", len(weights))
     weights = [check_number(f"weights[{k}]", weight) for k, weight in enumerate(weights)]
-    return formula.decoupled_advantages(wide, _keys(groups, wide[0]), weights, eps=eps).to(_result(rewards))
+    rows, keys, own = _everywhere(wide.t(), groups, process_group)
+    return formula.decoupled_advantages(rows.t(), keys, weights, eps=eps)[own].to(_result(rewards))
 
 
 def turn_advantages(
@@ -123,6 +133,17 @@ def _rewards(name: str, rewards: Tensor, dims: int) -> Tensor:
     if rewards.dim() != dims:
         fail(name, f"have shape {('(S,)', '(K, S)')[dims - 1]}", tuple(rewards.shape))
     return rewards.detach().to(summed_in(rewards))
+
+
+def _everywhere(rows: Tensor, groups: int | Tensor, process_group) -> tuple[Tensor, Tensor, slice]:
+    """Rewards (S, ...) and keys (S,) of all ranks of a group, and which rows are this rank's; without one, its own."""
+    if process_group is None:
+        return rows, _keys(groups, rows), slice(None)
+    _parallel.check_group(process_group, "process_group")
+    if not isinstance(groups, Tensor):
+        fail("groups", "be (S,) int with process_group: keys that mean the same on all ranks", _describe(groups))
+    (rows, keys), own = rows_of_all(process_group, rows, _keys(groups, rows))
+    return rows, keys, own
 
 
 def _result(rewards: Tensor) -> torch.dtype:

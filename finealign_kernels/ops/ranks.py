@@ -1,0 +1,62 @@
+"""Counts, sums and moments of a step over ranks, and small per-row numbers of all of them."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import _parallel
+from ._check import check_tensor, fail
+
+NUMBERS = (torch.bool, torch.int32, torch.int64, torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def sum_over_ranks(*x: Tensor, group=None) -> Tensor | tuple[Tensor, ...]:
+    """Sums over all ranks of numbers that add up: the counts that losses divide by, or the moments that whiten.
+
+    x      tensors of any shape, the same on all ranks, on one device; one collective serves all of them
+    group  torch.distributed.ProcessGroup, None: all ranks. A rank without rows takes part with zeros
+
+    Returns float64, detached, each in its shape; one tensor for one. A step's counts in one all-reduce of 8 bytes each:
+
+        tokens, responses = sum_over_ranks(mask.sum(), mask.any(1).sum())
+        policy_loss(..., reduction="token_global", denominator=tokens).loss        # gradients of ranks add up
+        whiten(x, mask=mask, sum_moments=sum_over_ranks)
+
+    DDP and FSDP average gradients over their ranks: multiply such a loss by their number.
+    Raises  TypeError, ValueError naming the argument.
+    """
+    if not x:
+        fail("x", "hold a tensor", "none")
+    for k, one in enumerate(x):
+        check_tensor(f"x[{k}]", one, dtypes=NUMBERS, like=x[0] if k else None)
+    _parallel.check_group(group)
+    flat = torch.cat([one.detach().reshape(-1).double() for one in x])
+    dist.all_reduce(flat, group=group)
+    parts = flat.split([one.numel() for one in x])
+    found = tuple(part.view(one.shape) for part, one in zip(parts, x, strict=True))
+    return found[0] if len(x) == 1 else found
+
+
+def rows_of_all(group, *x: Tensor) -> tuple[tuple[Tensor, ...], slice]:
+    """Rows (S_r, ...) of all ranks, in the order of the ranks, and which of them are this rank's.
+
+    S_r may differ, and be 0. Two all-gathers: 8 bytes a rank of sizes, which are read on the host, then the rows of all
+    x, padded to the longest rank's, as bytes.
+    """
+    rows = x[0].shape[0]
+    sizes = _parallel.all_gather(torch.tensor([rows], device=x[0].device), group).flatten().tolist()
+    wire = [one.contiguous().view(rows, -1).view(torch.uint8).view(rows, -1) if rows else None for one in x]
+    widths = [one.element_size() * one[:1].numel() if rows else one.element_size() * _tail(one) for one in x]
+    padded = torch.zeros(max(sizes), sum(widths), dtype=torch.uint8, device=x[0].device)
+    if rows:
+        padded[:rows] = torch.cat(wire, 1)
+    found = _parallel.all_gather(padded, group)
+    found = torch.cat([one[:size] for one, size in zip(found, sizes, strict=True)])
+    parts = found.split(widths, 1)
+    whole = (part.contiguous().view(one.dtype).view(-1, *one.shape[1:]) for part, one in zip(parts, x, strict=True))
+    first = sum(sizes[: dist.get_rank(group)])
+    return tuple(whole), slice(first, first + rows)
+
+
+def _tail(x: Tensor) -> int:
+    return torch.Size(x.shape[1:]).numel()

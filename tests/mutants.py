@@ -63,6 +63,7 @@ MUTANTS = [
     Mutant("outputs looked up unseen", "ops/_check.py", "if not isinstance(name, str) or name not in OUTPUTS:", "if False:", MISTAKES),
     Mutant("log-ratios of halves rounded", PREFERENCE, "tokens.x.to(wide) -", "tokens.x -", MISTAKES),
     Mutant("two gradients of halves added rounded", PREFERENCE, "tokens = tokens.widened()", "pass", MISTAKES),
+    Mutant("a float32 bias from E of half precision", OP, "budget if keep and not wider else 0", "budget if keep else 0", LOGPROBS),
     Mutant("unequal pairs taken", "ops/_layout.py", "shapes[0][0] != shapes[1][0]", "False", "tests/test_layout.py"),
     # ends of segments
     Mutant("indices into the response for columns", "rl/rewards.py", "if tokens.mask[place].all():", "if True:", REWARDS),

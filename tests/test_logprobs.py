@@ -121,6 +121,30 @@ def test_golden_head_options(name, workspace, usable):
     near(db, [0.0315032157, -0.1053165755, 0.0591024227], atol)
 
 
+@pytest.mark.parametrize("name", ("reference", "torch", "native"))
+@pytest.mark.parametrize("workspace", (0, 3 * 203 * 2, "full", "auto"))
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_gradient_of_a_float32_bias_beside_a_half_precision_head(small_tiles, name, workspace, dtype):
+    """Its sum over rows is as near to float64 as float32 terms are, however the rows come back in backward."""
+    s, b = samples.linear(37, 203, 16, dtype), torch.linspace(-1, 1, 203)
+    x, w, mask = s.hidden, s.weight, torch.arange(37) % 5 > 0
+    for compact, outputs in (("host", ()), ("device", ("entropy",))):
+        options = dict(temperature=0.7, outputs=outputs, compact=compact)
+        grads = []
+        for kind, workspace_of, leaves in (
+            ("reference", 0, (x.double(), w.double(), b.double())),
+            (name, workspace, (x, w, b)),
+        ):
+            leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+            out = fk.linear_logprobs(
+                *leaves[:2], s.labels, bias=leaves[2], mask=mask, workspace=workspace_of, backend=kind, **options
+            )
+            grads.append(torch.autograd.grad(loss_of(out, s.upstream), leaves[2])[0])
+        exact, found = grads
+        assert found.dtype == torch.float32
+        assert (found - exact).abs().max() <= 2e-6 * exact.abs().max()
+
+
 # ---- derivatives ---------------------------------------------------------------------------------------------------
 
 

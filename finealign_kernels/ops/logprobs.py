@@ -74,7 +74,8 @@ def linear_logprobs(
     temperature, softcap > 0; logit_scale finite
     outputs      further outputs wanted: "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"
     workspace    bytes kept between forward and backward so that rows need no second product: a number, 0, "full", or
-                 "auto" = the size of weight. A function of the arguments alone, never of free memory
+                 "auto" = the size of weight. A function of the arguments alone, never of free memory. Nothing is kept
+                 for a float32 bias with a gradient beside a half-precision head: its sum wants float32 terms
     compact      how rows that are not read, or have no gradient, are left out: "host" reads their number (one sync a
                  direction on a GPU), "device" does not and computes them ("triton_fused": its products stop at the
                  number, which stays on the device), "auto" is host unless a CUDA graph is captured. Under torch.compile
@@ -121,8 +122,10 @@ def linear_logprobs(
         fail("weight", f"have the dtype of hidden, {hidden.dtype}", weight.dtype, TypeError)
     shard = _parallel.shard_of(weight.shape[0], group, vocab_start, vocab_size, hidden_grad)
     mask = _check_rows(labels, _parallel.rows_of(hidden, shard), mask, hidden)
+    wider = False  # has bias a gradient of more digits than E in half precision gives
     if bias is not None:
         check_tensor("bias", bias, shape=weight.shape[:1], like=hidden)
+        wider = bias.requires_grad and bias.dtype.itemsize > hidden.dtype.itemsize == 2
         bias = bias.to(_chunked.wide(hidden.dtype))
     columns = vocab_size if shard is None else shard.columns
     if columns is not None and columns < weight.shape[0]:  # the others are padding
@@ -146,7 +149,7 @@ def linear_logprobs(
         else:
             inputs = [t for t in (hidden, weight, bias) if t is not None]
             keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)  # inside apply it cannot be told
-            options = head, _want(outputs), budget if keep else 0, on_device, name
+            options = head, _want(outputs), budget if keep and not wider else 0, on_device, name
             if shard is None:
                 found = _LinearLogprobs.apply(x, weight, bias, target, *options)
             else:

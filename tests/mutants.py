@@ -65,6 +65,9 @@ MUTANTS = [
     Mutant("two gradients of halves added rounded", PREFERENCE, "tokens = tokens.widened()", "pass", MISTAKES),
     Mutant("a float32 bias from E of half precision", OP, "budget if keep and not wider else 0", "budget if keep else 0", LOGPROBS),
     Mutant("unequal pairs taken", "ops/_layout.py", "shapes[0][0] != shapes[1][0]", "False", "tests/test_layout.py"),
+    # a mask that keeps nothing
+    Mutant("a mask that keeps nothing is silent", "ops/_warn.py", "    if many:", "    if False:", SILENT),
+    Mutant("the kept fraction of all columns", "losses/pivots.py", "else tokens.mask.sum().clamp(min=1)", "else weight.numel()", SILENT),
     # ends of segments
     Mutant("indices into the response for columns", "rl/rewards.py", "if tokens.mask[place].all():", "if True:", REWARDS),
     Mutant("a response without tokens refuses its ends", "rl/rewards.py", "& (kept[stop] > kept[first])", "", REWARDS),

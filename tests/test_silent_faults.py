@@ -1,5 +1,7 @@
 """Inputs that once gave a wrong number without an error: counts of 0, weights of 0, constants."""
 
+import warnings
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -89,3 +91,94 @@ def test_class_weights_do_not_pass_through_the_default_dtype(dtype):
     finally:
         torch.set_default_dtype(before)
     assert torch.equal(got, torch.where(KIND, 1.3 * plain, 0.7 * plain))
+
+
+# ---- a mask that keeps nothing --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unwarned(monkeypatch):
+    monkeypatch.setattr("finealign_kernels.ops._warn._given", set())
+
+
+READ = torch.tensor([[True] * 5, [True] * 3 + [False] * 2, [True] * 4 + [False], [False] + [True] * 4])
+MASKS_OF_SCORES = {
+    "tokens": lambda q: fk.adaptive_mask(q, mask=READ),
+    "interleaved": lambda q: fk.adaptive_mask(q, mask=READ, side="interleaved"),
+    "one side": lambda q: fk.adaptive_mask(q, mask=READ, side=1),
+    "advantages": lambda q: fk.adaptive_mask(q, mask=READ, side=torch.tensor([1.0, -1, 0, 2])),
+    "segments": lambda q: fk.adaptive_mask(
+        q, mask=READ, pivots=fk.pivot_flags(q, mask=READ, kind="salience", percent=40.0)
+    ),
+    **{
+        f"baseline {b}": lambda q, b=b: fk.adaptive_mask(
+            q, mask=READ, baseline=b, quantile=0.5 if b == "quantile" else None
+        )
+        for b in ("batch", "row", "quantile")
+    },
+    "a pair": lambda q: fk.adaptive_mask((q[:2], q[2:]), mask=(READ[:2], READ[2:])),
+    "flat": lambda q: fk.adaptive_mask(q.reshape(-1), mask=READ.view(-1), cu_seqlens=torch.arange(0, 21, 5)),
+}
+
+
+@pytest.mark.usefixtures("unwarned")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", MASKS_OF_SCORES)
+def test_pivots_of_a_policy_that_is_its_reference_keep_nothing_and_say_so(name, dtype):
+    policy = log_probs(dtype)
+    q = fk.implicit_scores(policy, policy.clone(), mask=READ)
+    with pytest.warns(UserWarning, match="adaptive_mask: the mask keeps none of 16 tokens") as seen:
+        found = MASKS_OF_SCORES[name](q)
+    assert seen[0].filename == __file__  # the line that has to change
+    assert found.kept.item() == 0 and found.kept.shape == () and found.kept.dtype == torch.float32
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once
+        MASKS_OF_SCORES[name](q)
+
+
+@pytest.mark.usefixtures("unwarned")
+@pytest.mark.parametrize("name", MASKS_OF_SCORES)
+def test_the_kept_fraction(name):
+    q = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
+    q[0] = 1 + q[0].abs()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = MASKS_OF_SCORES[name](q)
+    weights = [w.reshape(-1) for w in (found.token_weight if name == "a pair" else [found.token_weight])]
+    assert_close(found.kept, (torch.cat(weights) != 0).sum() / READ.sum())
+    assert 0 < found.kept.item() < 1
+
+
+@pytest.mark.usefixtures("unwarned")
+def test_no_token_at_all_is_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for shape in ((4, 5), (4, 0), (0, 5)):
+            nothing = fk.adaptive_mask(torch.zeros(shape), mask=torch.zeros(shape, dtype=torch.bool))
+            assert nothing.kept.item() == 0
+        assert fk.adaptive_mask(torch.zeros(4, 5), soft=0.5).kept.item() == 1
+
+
+@pytest.mark.usefixtures("unwarned")
+@pytest.mark.parametrize("pivots", ("after_whitening", "before_whitening"))
+@pytest.mark.parametrize("backend", ("auto", "reference"))
+def test_advantages_of_a_policy_that_is_its_reference_say_so_too(backend, pivots):
+    policy, reward = log_probs(), log_probs() + 0.5
+    q = fk.implicit_scores(policy, policy, mask=READ)
+    options = dict(mask=READ, pivots=pivots, backend=backend)
+    with pytest.warns(UserWarning, match="advantages: the mask keeps none of 16 tokens"):
+        found = fk.advantages(reward, token_score=q, **options)
+    assert not found.token_weight.any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fk.advantages(reward, token_score=torch.randn(4, 5), **options)
+        fk.advantages(reward, **options)
+
+
+@pytest.mark.usefixtures("unwarned")
+def test_the_warning_does_not_read_a_gpu(monkeypatch):
+    monkeypatch.setattr("finealign_kernels.ops._warn.reads_values", lambda x: False)
+    monkeypatch.setattr("finealign_kernels.losses.pivots.reads_values", lambda x: False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fk.adaptive_mask(torch.zeros(4, 5)).kept.item() == 0

@@ -57,7 +57,8 @@ def masked(options, model, hidden, batch):
     segments = pivots if options.keep == "segments" else None
     why = adaptive_mask(score, mask=batch.mask, side=side, pivots=segments, **baseline_of(options))
     if options.keep == "pivots":
-        why = why._replace(token_weight=why.token_weight * pivots)
+        weight = why.token_weight * pivots
+        why = why._replace(token_weight=weight, kept=(weight != 0).sum() / batch.mask.sum().clamp(min=1))
     return batch._replace(token_weight=batch.span_weight * why.token_weight, token_score=score, pivots=pivots, why=why)
 
 

@@ -33,6 +33,7 @@ def summary(options, model, rollout, updates, costs):
     """The loss head's table and the sentence that reads it, for the terminal."""
     body = text_table(*table(updates, costs))
     sentence = textwrap.fill(f"{_sentence(options, updates)} {head_sentence(updates, costs)}", 100)
+    sentence += "" if rollout.why is None else "\nThe pivot mask acts from update 1 on."
     return f"\nloss head, forward and backward: {rows_read(model, rollout)}\n{body}\n\n{sentence}\n"
 
 
@@ -66,7 +67,9 @@ def _facts(options, model, rollout):
     return {
         "policy loss": options.rl,
         **own[options.rl],
-        "pivot mask": "none: no answer is marked" if rollout.why is None else "sign of advantage and token score agree",
+        "pivot mask": "none: no answer is marked"
+        if rollout.why is None
+        else "sign of advantage and token score agree, from update 1 on",
         "updates of an answer's log-probs": UPDATES,
         "prompts a step": options.batch,
         "learning rate": lr_of(options),

@@ -35,7 +35,18 @@ def summary(options, model, batch, steps, costs, effects):
     """The loss head's table and the sentences that read it, for the terminal."""
     body = text_table(*table(steps, costs))
     sentence = textwrap.fill(f"{_sentence(options, steps, effects)} {head_sentence(steps, costs)}", 100)
+    mask = mask_sentence(options)
+    sentence += f"\n{mask}" if mask else ""
     return f"\nloss head, forward and backward: {rows_read(model, batch)}\n{body}\n\n{sentence}\n"
+
+
+def mask_sentence(options):
+    """From which step on the mask acts; None where there is none."""
+    if scores_of(options) is None:
+        return None
+    first = warmup_of(options) + 1
+    reason = ": implicit scores are 0 until the policy has moved" if first > 1 else ""
+    return f"The mask acts from step {first} on{reason}."
 
 
 def text_table(columns, rows):
@@ -47,7 +58,7 @@ def text_table(columns, rows):
 
 def rows_read(model, batch):
     read, total = int(batch.mask.sum()), batch.mask.numel()
-    kept = "" if batch.why is None else f" and {_kept(batch)} of them kept"
+    kept = "" if batch.why is None else f" and {_kept(batch)} of them kept ({batch.why.kept.item():.0%})"
     return f"{read} response rows of {total} are read{kept}, vocabulary {len(model.weight)}"
 
 
@@ -160,9 +171,8 @@ def _mask_facts(options):
         "salience": f"the {percent_of(options):.3g} % furthest from the baseline",
     }
     source = scores_of(options) if scores_of(options) in ("implicit", "spans") else Path(options.scores).name
-    trained = f", masked from step {warmup_of(options) + 1}" if warmup_of(options) else ""
     return {
-        "token scores": source + trained,
+        "token scores": f"{source}, masked from step {warmup_of(options) + 1}",
         "pivots": own[options.pivots],
         **({} if options.pivots is None else {"masked by": options.keep}),
         "baseline": options.baseline or "batch",

@@ -19,6 +19,7 @@ from ..formulas import pivots as formula
 from ..formulas.segments import segment_ids
 from ..ops._check import FLAGS, FLOATS, as_flags, check_flags, check_number, check_tensor, fail, number, reads_values
 from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like, unflatten
+from ..ops._warn import warn_of_empty_mask
 from ..ops.segments import segment_mean, segment_sum
 
 KINDS = ("threshold", "sign", "salience")
@@ -33,6 +34,7 @@ class AdaptiveMask(NamedTuple):
     score: TokenTensor  # float32: what was compared, the token's score or its segment's
     baseline: TokenTensor  # float32
     segment: TokenTensor | None  # int64, -1 where mask is false; None for a mask of single tokens
+    kept: Tensor  # () float32: the share of the tokens of mask whose weight is not 0; on their device, not read
 
 
 def implicit_scores(
@@ -46,6 +48,9 @@ def implicit_scores(
     """q_t = beta (logp_t - ref_logp_t), the token reward that a trained policy implies; 0 where mask is false.
 
     logp, ref_logp  as in preference_loss; nats. Returns float32 (float64 for float64), detached. Raises ValueError.
+
+    All scores are 0 while the policy is its reference: a mask of them keeps no token, and nothing is ever trained.
+    Train some steps without the mask first.
     """
     beta = check_number("beta", beta, above=0)
     tokens = flatten(logp, mask, cu_seqlens, name="logp")
@@ -182,7 +187,8 @@ def adaptive_mask(
     quantile       in [0, 1], of baseline="quantile" alone
     soft           None: 0 or 1; a width κ > 0: M_t = m_t σ(s (q_t - b) / κ)
 
-    Returns AdaptiveMask, detached. A response of which nothing is kept has score 0 and no gradient in the losses.
+    Returns AdaptiveMask, detached. A response of which nothing is kept has score 0 and no gradient in the losses. A
+    warning says once on a CPU that nothing at all is kept (kept = 0: implicit_scores where policy = reference).
     Raises  ValueError, TypeError naming argument, expectation and finding.
     Source  token form with b = 0: code of arXiv:2502.11555; batch mean: its reviews; the rest derived.
     """
@@ -203,8 +209,13 @@ def adaptive_mask(
         advantage = _segment_scores(advantage, inside, starts, "mean")
     signs = torch.where(advantage >= 0, 1.0, torch.where(advantage < 0, -1.0, torch.nan))
     kept = formula.keep(score, signs, level) if soft is None else formula.soft_keep(score, signs, level, soft)
-    found = (torch.where(read, kept, 0).float(), torch.where(read, score, 0), level.expand_as(q), segment)
-    return AdaptiveMask(*(None if x is None else unflatten(x, tokens.shapes) for x in found))
+    weight = torch.where(read, kept, 0).float()
+    warn_of_empty_mask("adaptive_mask", weight, tokens.mask, baseline)
+    count = max(1, weight.numel()) if tokens.mask is None else tokens.mask.sum().clamp(min=1)
+    found = (weight, torch.where(read, score, 0), level.expand_as(q), segment)
+    return AdaptiveMask(
+        *(None if x is None else unflatten(x, tokens.shapes) for x in found), (weight != 0).sum().float() / count
+    )
 
 
 def best_of_n(reward: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:

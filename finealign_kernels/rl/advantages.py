@@ -19,6 +19,7 @@ from ..formulas.segments import segment_ids
 from ..ops import advantages as native
 from ..ops._check import check_bool, check_callable, check_number, fail
 from ..ops._layout import Tokens, flatten, flatten_like, unflatten
+from ..ops._warn import warn_of_empty_mask
 from .gae import MASKED, check_estimator, constant, gae_of, per_sequence, rate, returns_of
 from .rewards import check_model, layout_of, token_rewards
 from .whitening import check_mode, moments_of, summed, whiten_of
@@ -107,7 +108,8 @@ def advantages(
     whiten_rewards     before the recurrence, keeping their mean
     whiten_advantages  after it, mean removed
     whitening, unbiased, sum_moments   of whiten (mode)
-    token_score, baseline   q and b of the pivots, compared in float32; a NaN score is not kept
+    token_score, baseline   q and b of the pivots, compared in float32; a NaN score, or one at b, is not kept; a
+                 warning says once on a CPU that none is
     pivots       "after_whitening": by the sign of Â, the scale is that of all tokens. "before_whitening": by the sign
                  of A, which is then whitened over the pivots alone and 0 at other tokens
     on_collision, on_empty   of token_rewards
@@ -176,6 +178,8 @@ def advantages(
     else:
         found = (_fused if native.runs(backend, tokens.x.device) else _composed)(plan)
     shaped = [None if x is None else unflatten(x, tokens.shapes) for x in found[:5]]
+    if found.token_weight is not None:
+        warn_of_empty_mask("advantages", found.token_weight, tokens.mask, baseline)
     return Advantages(*shaped, *found[5:])
 
 

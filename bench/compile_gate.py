@@ -14,6 +14,12 @@ Rules, for each kernel and GPU:
     precision   no product of float32 by tf32 or its like: a Triton dot says input_precision="ieee"
     invariance  cases of one name in `same` add up alike: sums in one layout, so that a row has one result however many
                 rows there are, whichever are left out, and whatever is stored beside it
+    instructions  on sm_90 no more instructions an element than the case allows: of a row kernel in the loops that load,
+                of a tile of the head on the shortest way past its loop of products (few tiles hold a label, or are the
+                last), and no more registers
+    widths      no load or store of global memory below 4 bytes in a loop; in a loop of products none below 8
+    pipelined   a loop of products copies while it multiplies (cp.async or a descriptor), or waits for every load
+    wgmma       on sm_90 bfloat16 is multiplied by warp groups
     addresses   no product of two 32-bit integers that may leave 32 bits reaches an address. Read from Triton's IR,
                 where nothing is optimised away yet, and from PTX for .cu files. What has a bound: constants, thread
                 ids, tl.arange, and what is made of them. An index that a loop counts up is no product.
@@ -22,6 +28,7 @@ Rules, for each kernel and GPU:
 from __future__ import annotations
 
 import argparse
+import heapq
 import itertools
 import multiprocessing
 import os
@@ -58,6 +65,15 @@ TARGETS = (
 CUDA_ARCHS = {"80": "sm_80", "90a": "sm_90", "100f": "sm_100", "120": "sm_120"}  # nvcc's name: ours
 
 
+class Pace(NamedTuple):
+    """What a kernel may take on sm_90, where instructions and not memory would bound it."""
+
+    instructions: float  # an element
+    size: int = 0  # bytes of an element that a loop loads; 0: a tile of products
+    branches: bool = False  # one of the loops runs, and the dearest counts; else all of them do
+    registers: int = 255
+
+
 class Case(NamedTuple):
     """One way in which a Triton kernel is launched."""
 
@@ -70,6 +86,8 @@ class Case(NamedTuple):
     spill: int = 0  # bytes allowed outside of loops of products
     loop_spill: int = 0  # and in them
     same: str = ""  # cases whose sums have the same layouts
+    pace: Pace | None = None
+    wide: bool = False  # rows are aligned: rules widths, pipelined and wgmma hold
     targets: tuple[str, ...] = tuple(target.name for target in TARGETS)
 
 
@@ -81,6 +99,9 @@ class Row(NamedTuple):
     registers: int | None = None
     spill: int | None = None  # bytes stored and loaded on NVIDIA, registers on AMD
     shared: int | None = None
+    blocks: int | None = None  # that fit a multiprocessor of sm_90
+    instructions: float | None = None  # an element, as Pace says
+    whole: float | None = None  # of a tile: all that is written down, also for those that hold a label or are the last
     broken: tuple[str, ...] = ()
     same: str = ""
     sums: tuple[str, ...] = ()  # layouts of products and sums, in their order
@@ -111,7 +132,22 @@ def row_cases() -> list[Case]:
     found += [_row_bwd(rows, largest, "bf16", from_e, full=False) for from_e in (False, True)]
     found += [_row_bwd(rows, largest, "bf16", from_e=False, aligned=False)]
     found += [_row_bwd(rows, largest, "bf16", from_e=True, e_columns=128)]
+    bare = _row_fwd(rows, largest, "bf16", full=False)
+    found += [_only(bare, "bare, entropy,", WANT=1)]
+    kept = _row_fwd(rows, largest, "fp32", full=False)
+    kept = kept._replace(constexprs={name: value for name, value in kept.constexprs.items() if name != "e_ptr"})
+    found += [_only(kept._replace(signature=kept.signature | {"e_ptr": "*bf16"}), "bare, E in bf16,")]
+    found += [_only(_row_bwd(rows, largest, "bf16", from_e=True, full=False, e_columns=256), "bare")]
     return found
+
+
+ROW = Pace(20, registers=64)
+
+
+def _only(case: Case, named: str, **constexprs) -> Case:
+    """A bare case for sm_90 alone, where its pace is judged."""
+    name = case.name.replace("bare", named)
+    return case._replace(name=name, constexprs=case.constexprs | constexprs, targets=("sm_90",))
 
 
 def _row_fwd(rows, launch, dtype: str, full=True, aligned=True) -> Case:
@@ -121,7 +157,8 @@ def _row_fwd(rows, launch, dtype: str, full=True, aligned=True) -> Case:
     strides = ("x_stride", "part_stride", "first_stride", "label_stride", "e_stride")
     signature |= dict.fromkeys((*strides, "col0", "columns", "spans"), "i32")
     signature |= dict.fromkeys(("scale", "softcap", "inv_temperature"), "fp32")
-    constexprs = {"CAPPED": full, "WANT": 7 if full else 0, "SPAN": rows.SPAN, "BLOCK": block}
+    constexprs = {"CAPPED": full, "SCALED": full, "WANT": 7 if full else 0, "SPAN": rows.SPAN, "BLOCK": block}
+    constexprs["GROUP"] = 16 // _torch_dtype(dtype).itemsize if aligned else 1
     constexprs |= {"spans": 1} if launch[0] <= rows.SPAN else {}
     constexprs |= {} if full else {"bias_ptr": None, "e_ptr": None}
     return Case(
@@ -129,9 +166,11 @@ def _row_fwd(rows, launch, dtype: str, full=True, aligned=True) -> Case:
         rows.row_fwd_kernel,
         signature,
         constexprs,
-        {"num_warps": num_warps, **rows.OPTIONS},
+        {"num_warps": num_warps, "num_stages": rows.STAGES, **rows.OPTIONS},
         aligned=("x_stride", "e_stride", "columns") if aligned else (),
         spill=ROW_SPILL,
+        pace=None if full else ROW._replace(size=_torch_dtype(dtype).itemsize),
+        wide=aligned,
     )
 
 
@@ -142,8 +181,8 @@ def _row_bwd(rows, launch, dtype: str, from_e: bool, full=True, aligned=True, e_
     strides = ("out_stride", "src_stride", "e_max_stride", "coef_stride")
     signature |= dict.fromkeys((*strides, "col0", "columns", "spans"), "i32")
     signature |= dict.fromkeys(("scale", "softcap", "inv_temperature"), "fp32")
-    absent = ("bias_ptr",) if from_e else ("e_max_ptr",)
-    constexprs = {"CAPPED": full, "E_COLUMNS": e_columns, "SPAN": rows.SPAN, "BLOCK": block}
+    absent = ("bias_ptr",) if from_e else ("e_max_ptr",) if full else ("e_max_ptr", "bias_ptr")
+    constexprs = {"CAPPED": full, "SCALED": full, "E_COLUMNS": e_columns, "SPAN": rows.SPAN, "BLOCK": block}
     constexprs |= dict.fromkeys(absent if full else (*absent, "index_ptr"))
     constexprs |= {"spans": 1} if launch[0] <= rows.SPAN else {}
     return Case(
@@ -152,9 +191,11 @@ def _row_bwd(rows, launch, dtype: str, from_e: bool, full=True, aligned=True, e_
         rows.row_bwd_kernel,
         signature,
         constexprs,
-        {"num_warps": num_warps, **rows.OPTIONS},
+        {"num_warps": num_warps, "num_stages": rows.STAGES, **rows.OPTIONS},
         aligned=("out_stride", "src_stride", "columns") if aligned else (),
         spill=ROW_SPILL,
+        pace=None if full else ROW._replace(size=_torch_dtype(dtype).itemsize, branches=True),
+        wide=aligned,
     )
 
 
@@ -188,6 +229,8 @@ def head_cases(full: bool) -> list[Case]:
         found += [_head_fwd(head, target.name, dtype, capped=True) for dtype in ("bf16", "fp32")]
         plain = _head_fwd(head, target.name, "bf16", capped=False)._replace(same="plain head")
         found += [plain]
+        if target.name == "sm_90":
+            found += [_by_tma(head, _every_row(_head_fwd(head, "sm_90", "bf16", capped=False, e=False)))]
         if target.name in head.TMA:
             found += [_by_tma(head, plain), _by_tma(head, _head_fwd(head, target.name, "bf16", capped=True))]
         found += [_head_bwd(head, target.name, "bf16", capped) for capped in (False, True)]
@@ -221,7 +264,9 @@ def _head_fwd(head, target: str, dtype: str, capped: bool, aligned=True, e=True)
         "x_stride_d": 1,
         "w_stride_d": 1,
         "CAPPED": capped,
+        "SCALED": capped,
         "WANT": 7 if capped else 1,
+        "SUMS": head.sums_of(tile, _torch_dtype(dtype), target.startswith("gfx")),
         **_blocks(tile, aligned),
     }
     constexprs |= {} if capped else {"bias_ptr": None}
@@ -233,8 +278,11 @@ def _head_fwd(head, target: str, dtype: str, capped: bool, aligned=True, e=True)
         signature,
         constexprs,
         {"num_warps": tile.warps, "num_stages": tile.stages, **head.OPTIONS},
-        aligned=("x_stride_n", "w_stride_v", "depth", "chunk") if aligned else (),
+        # the V of every real head is a multiple of 16
+        aligned=("x_stride_n", "w_stride_v", "depth", "chunk", "vocab") if aligned else (),
         targets=(target,),
+        pace=None if capped else Pace(22 if e else 18),
+        wide=aligned,
     )
 
 
@@ -272,7 +320,7 @@ def _head_bwd(head, target: str, dtype: str, capped: bool) -> Case:
     signature |= dict.fromkeys((*strides, *sizes), "i32") | dict.fromkeys(
         ("scale", "softcap", "inv_temperature"), "fp32"
     )
-    constexprs = {"x_stride_d": 1, "w_stride_d": 1, "CAPPED": capped, **_blocks(tile, True)}
+    constexprs = {"x_stride_d": 1, "w_stride_d": 1, "CAPPED": capped, "SCALED": capped, **_blocks(tile, True)}
     constexprs |= {} if capped else dict.fromkeys(("bias_ptr", "e_ptr", "place_ptr", "e_max_ptr", "counts_ptr"))
     return Case(
         f"linear_bwd {dtype} {'full' if capped else 'plain'} {tile.rows} x {tile.columns} x {tile.depth}",
@@ -282,6 +330,7 @@ def _head_bwd(head, target: str, dtype: str, capped: bool) -> Case:
         {"num_warps": tile.warps, "num_stages": tile.stages, **head.OPTIONS},
         aligned=("out_stride", "x_stride_n", "w_stride_v", "columns", "depth"),
         targets=(target,),
+        wide=True,
     )
 
 
@@ -302,6 +351,7 @@ def _bounded(head, target: str, dtype: str, across: bool) -> Case:
         {"num_warps": tile.warps, "num_stages": tile.stages, **head.OPTIONS},
         aligned=(*strides, "rows", "inner", "columns"),
         targets=(target,),
+        wide=True,
     )
 
 
@@ -547,29 +597,133 @@ def layouts(text: str) -> tuple[str, ...]:
     return tuple(map(spelled, summed))
 
 
-WIDTHS = {"": 4, ".64": 8, ".128": 16}  # bytes of a store to or a load from local memory
+# ---- machine code of NVIDIA ----------------------------------------------------------------------------------------
+
+WIDTHS = {"8": 1, "16": 2, "": 4, "64": 8, "128": 16}  # bytes of a load or a store, by its suffix
 PRODUCT = r"\w*MMA|FFMA"
+GLOBAL, LOCAL = ("LDG", "STG", "LDGSTS"), ("LDL", "STL")
+
+
+class Instruction(NamedTuple):
+    at: int  # its address
+    guard: str  # the predicate under which it runs
+    opcode: str
+    operands: str
+
+    def kind(self) -> str:
+        return self.opcode.partition(".")[0]
+
+    def width(self) -> int:
+        """Bytes that a thread loads or stores by it."""
+        return WIDTHS[next(iter(re.findall(r"\.[US]?(8|16|64|128)\b", self.opcode)), "")]
+
+    def target(self) -> int | None:
+        to = re.search(r"\b0x([0-9a-f]+)", self.operands)
+        return int(to[1], 16) if self.kind() == "BRA" and to else None
+
+
+Loop = tuple[int, int]  # places of its first and its last instruction in the code
+
+
+def instructions(listing: str) -> list[Instruction]:
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:(@!?\w+) )?\s*([A-Z][\w.]*)([^;]*);", listing)
+    return [Instruction(int(at, 16), *rest) for at, *rest in found if rest[1] != "NOP"]
+
+
+def loops(code: list[Instruction]) -> list[Loop]:
+    ends = max((i for i, one in enumerate(code) if one.kind() == "EXIT"), default=len(code))
+    place = {one.at: i for i, one in enumerate(code)}
+    found = {}
+    for i, one in enumerate(code[:ends]):  # behind it waits that took long, which jump back to where they were
+        if (to := one.target()) is not None and to <= one.at:
+            found[place[to]] = i
+    return list(found.items())
+
+
+def product_loops(code: list[Instruction]) -> list[Loop]:
+    """The innermost ones that multiply."""
+    multiplies = [(a, b) for a, b in loops(code) if any(re.match(PRODUCT, one.opcode) for one in code[a : b + 1])]
+    return [(a, b) for a, b in multiplies if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in multiplies)]
 
 
 def spills(listing: str) -> tuple[int, int]:
     """Bytes that NVIDIA's machine code stores to and loads from local memory: all, and those in loops of products."""
-    code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+ )?([A-Z][\w.]*)([^;]*);", listing)
-    moved = [(int(at, 16), _width(opcode)) for at, opcode, _ in code if opcode.partition(".")[0] in ("LDL", "STL")]
-    products = [int(at, 16) for at, opcode, _ in code if re.match(PRODUCT, opcode)]
-    ends = max((i for i, (_, opcode, _) in enumerate(code) if opcode == "EXIT"), default=len(code))
-    loops = {}  # where one starts: where it ends
-    for at, opcode, operands in code[:ends]:  # behind it waits that took long, which jump back to where they were
-        to = re.search(r"\b0x([0-9a-f]+)", operands)
-        if opcode.startswith("BRA") and to and int(to[1], 16) <= int(at, 16):
-            loops[int(to[1], 16)] = int(at, 16)
-    multiplies = [(start, stop) for start, stop in loops.items() if any(start <= at <= stop for at in products)]
-    inner = [(a, b) for a, b in multiplies if not any(a < start and stop <= b for start, stop in multiplies)]
-    within = sum(width for at, width in moved if any(start <= at <= stop for start, stop in inner))
-    return sum(width for _, width in moved), within
+    code = instructions(listing)
+    moved = [(i, one.width()) for i, one in enumerate(code) if one.kind() in LOCAL]
+    inner = product_loops(code)
+    return sum(width for _, width in moved), sum(width for i, width in moved if any(a <= i <= b for a, b in inner))
 
 
-def _width(opcode: str) -> int:
-    return WIDTHS[next(iter(re.findall(r"\.(?:64|128)\b", opcode)), "")]
+def shortest(code: list[Instruction], start: int) -> dict[int, int]:
+    """How many instructions run at least from one place to each that can be reached, that one's own not counted."""
+    place, far, ahead = {one.at: i for i, one in enumerate(code)}, {start: 0}, [(0, start)]
+    while ahead:
+        steps, i = heapq.heappop(ahead)
+        one, to = code[i], code[i].target()
+        perhaps = bool(one.guard) or bool(re.match(r"\s*!?U?P\d", one.operands)) or ".ANY" in one.opcode
+        follow = [] if one.kind() == "EXIT" and not perhaps else [i + 1]
+        if to is not None:
+            follow = [place[to], *(follow if perhaps else [])]
+        for j in follow:
+            if j < len(code) and steps + 1 < far.get(j, steps + 2):
+                far[j] = steps + 1
+                heapq.heappush(ahead, (steps + 1, j))
+    return far
+
+
+def beside_products(code: list[Instruction]) -> int:
+    """Instructions that a tile takes at least outside of its loop of products, whose one round is not counted."""
+    start, end = max(product_loops(code), key=lambda loop: loop[1] - loop[0])
+    behind = shortest(code, end + 1)
+    if start in behind:  # persistent: from one tile to the next
+        return behind[start]
+    return shortest(code, 0)[start] + min(
+        behind[i] for i, one in enumerate(code) if one.kind() == "EXIT" and i in behind
+    )
+
+
+def an_element(code: list[Instruction], pace: Pace, elements: float) -> tuple[float, float | None]:
+    """Instructions a thread and element: as Pace says, and of a tile all that is written down."""
+    if not pace.size:
+        inside = sum(b - a + 1 for a, b in product_loops(code))
+        return beside_products(code) / elements, (len(code) - inside) / elements
+    costs = []
+    for a, b in loops(code):
+        loaded = sum(one.width() for one in code[a : b + 1] if one.kind() == "LDG")
+        if loaded:
+            costs.append((b - a + 1) / (loaded / pace.size))
+    return (max if pace.branches else sum)(costs), None
+
+
+def too_slow(case: Case, target: Target, code: list[Instruction], pace: float | None, registers: int) -> list[str]:
+    """Rules about speed that a Triton case breaks."""
+    broken, limit = [], case.pace
+    if pace is not None and pace > limit.instructions:
+        broken.append(f"instructions: {pace:.1f} an element, allowed {limit.instructions}")
+    if pace is not None and registers > limit.registers:
+        broken.append(f"instructions: {registers} registers, allowed {limit.registers}")
+    if not case.wide:
+        return broken
+    inner = product_loops(code) if "BLOCK_K" in case.constexprs else []
+    for a, b in loops(code):
+        least = 8 if (a, b) in inner else 4
+        if any((a, b) != (c, d) and a <= c and d <= b for c, d in inner):
+            continue
+        narrow = [one.opcode for one in code[a : b + 1] if one.kind() in GLOBAL and one.width() < least]
+        if narrow:
+            broken.append(f"widths: {len(narrow)} x {narrow[0]} in a loop")
+    everything = {one.kind() for one in code}
+    if inner and not everything & {"LDGSTS", "UTMALDG"}:
+        broken.append("pipelined: no copy runs beside the products")
+    if target.name == "sm_90" and inner and "HMMA" in everything:
+        broken.append("wgmma: products by single warps")
+    return broken
+
+
+def blocks_of(registers: int, shared: int, warps: int) -> int:
+    """Blocks that fit a multiprocessor of sm_90."""
+    by_registers = 65536 // (-(-registers // 8) * 8 * 32 * warps)
+    return min(32, 64 // warps, by_registers, 228 * 1024 // (shared + 1024))
 
 
 def disassembled(cubin: bytes) -> str:
@@ -613,7 +767,7 @@ def compile_case(case: Case, target: Target) -> Row:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned if name not in case.constexprs},
     )
     gpu = GPUTarget(target.backend, target.arch, target.warp)
-    in_products = 0
+    in_products, blocks, pace, slow = 0, None, (None, None), []
     try:
         compiled = triton.compile(source, target=gpu, options=case.options)
         if target.backend == "hip":
@@ -626,13 +780,21 @@ def compile_case(case: Case, target: Target) -> Row:
             listing = disassembled(compiled.asm["cubin"])
             registers = int(re.search(r"REG:(\d+)", listing)[1])
             spill, in_products = spills(listing)
+            code = instructions(listing)
+            if target.name == "sm_90":
+                blocks = blocks_of(registers, compiled.metadata.shared, case.options["num_warps"])
+                if case.pace:
+                    c, threads = case.constexprs, 32 * case.options["num_warps"]
+                    pace = an_element(code, case.pace, c.get("BLOCK_M", 0) * c.get("BLOCK_N", 0) / threads)
+            slow = too_slow(case, target, code, pace[0], registers)
     except Exception as error:
         return Row(case.name, target.name, broken=(f"compiles: {type(error).__name__}: {_line(str(error))}",))
-    row = Row(case.name, target.name, registers, spill, compiled.metadata.shared, same=case.same)
+    row = Row(case.name, target.name, registers, spill, compiled.metadata.shared, blocks, *pace, same=case.same)
+    row = row._replace(broken=tuple(slow))
     row = row._replace(sums=layouts(compiled.asm["ttgir"])) if case.same else row
     ir = compiled.asm["ttir"]
     rounded = sorted(set(re.findall(r"inputPrecision = (?!ieee)(\w+)", ir)))
-    row = row._replace(broken=(f"precision: {', '.join(rounded)}",)) if rounded else row
+    row = row._replace(broken=(*row.broken, f"precision: {', '.join(rounded)}")) if rounded else row
     if in_products > case.loop_spill:
         row = row._replace(broken=(*row.broken, f"spills: {in_products} in a loop of products"))
     return judge(row, case.spill + in_products, target, atomics(ir + compiled.asm.get("ptx", "")), ttir_products(ir))
@@ -737,16 +899,17 @@ def main() -> int:
         import triton
 
         print(f"Triton {triton.__version__}")
-    print(f"{'kernel':{width}} {'GPU':7} {'registers':>9} {'spill':>6} {'shared':>7}", flush=True)
+    heads = ("registers", "spill", "shared", "blocks", "an element", "whole")
+    print(f"{'kernel':{width}} {'GPU':7}", *(f"{head:>{len(head) + 1}}" for head in heads), flush=True)
     rows = []
     for row in check(found, files):
         rows.append(row)
-        numbers = ("-" if number is None else number for number in (row.registers, row.spill, row.shared))
-        line = "{:>9} {:>6} {:>7}".format(*numbers)
+        numbers = (row.registers, row.spill, row.shared, row.blocks, row.instructions, row.whole)
+        spelled = ("-" if n is None else f"{n:.1f}" if isinstance(n, float) else n for n in numbers)
         print(
-            f"{row.case:{width}} {row.target:7} {line}",
-            *(f"    BROKEN {rule}" for rule in row.broken),
-            sep="\n",
+            f"{row.case:{width}} {row.target:7}",
+            *(f"{number:>{len(head) + 1}}" for number, head in zip(spelled, heads, strict=True)),
+            *(f"\n    BROKEN {rule}" for rule in row.broken),
             flush=True,
         )
     broken = sum(bool(row.broken) for row in rows)

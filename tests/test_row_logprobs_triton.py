@@ -117,7 +117,6 @@ def expected_state(z, target):
         if target[i] == SKIP:
             continue
         m, at = max((value, -j) for j, value in enumerate(z[i].tolist()))  # the first of equals
-        first[i] = COL0 - at
         e[i] = torch.where(z[i] == -INF, 0, (z[i] - m).exp())
         others = torch.cat([z[i, :-at], z[i, 1 - at :]])
         others = others[others != -INF]
@@ -127,6 +126,7 @@ def expected_state(z, target):
         part[i] = torch.tensor([m, *sums], dtype=torch.float64)
         if 0 <= target[i] - COL0 < columns:
             zlabel[i] = z[i, target[i] - COL0]
+            first[i] = target[i] if COL0 - at == target[i] else -1
     return part, first, zlabel, e
 
 
@@ -273,7 +273,7 @@ def test_every_span_has_a_state_of_its_own(columns, head, with_bias):
         target = target.where(target < COL0, (target - begin).clamp(min=0))
         part64, first64, zlabel64, e64 = expected_state(logits(t)[:, here], target)
         assert_close(part[:, s].cpu().double(), part64, rtol=5e-6, atol=5e-6)
-        assert torch.equal(first[:, s].cpu(), first64 + begin)
+        assert torch.equal(first[:, s].cpu(), torch.where(first64 < 0, first64, first64 + begin))
         labelled = ~zlabel64.isnan()
         assert_close(label[:, 0].cpu().double()[labelled], zlabel64[labelled], rtol=1e-6, atol=1e-6)
         read = t.target.cpu() != SKIP

@@ -1,8 +1,8 @@
-"""Makes bfloat16 right in Triton's interpreter, for tests on machines without a GPU.
+"""Makes bfloat16, and the larger of a number and a NaN, right in Triton's interpreter, for machines without a GPU.
 
 The interpreter holds bfloat16 as uint16 bits: it truncates where a GPU rounds to nearest even, and computes on the bits
 as on integers. With install() conversions to and from float32 and the operands of tl.dot are right, bits are moved as
-before, and whatever else meets a bfloat16 raises. Triton 3.6 to 3.9.
+before, and whatever else meets a bfloat16 raises. tl.maximum drops a NaN as a GPU does. Triton 3.6 to 3.9.
 """
 
 import numpy as np
@@ -25,6 +25,8 @@ def install() -> None:
     if getattr(InterpreterBuilder, "bfloat16_is_right", False):
         return
     InterpreterBuilder.bfloat16_is_right = True
+    InterpreterBuilder.create_maxnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmax)
+    InterpreterBuilder.create_minnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmin)
     for name, method in list(vars(InterpreterBuilder).items()):
         if name.startswith("create_") and name not in MOVES | CONVERTS:
             setattr(InterpreterBuilder, name, _refusing(name, method))

@@ -7,10 +7,9 @@ import triton
 import triton.language as tl
 
 from ._launch import OPTIONS, on_device_of
-from ._tiles import log1p
+from ._tiles import ENTROPY, MEAN, SQUARES, log1p
 
 SKIP, BAD = tl.constexpr(-2), tl.constexpr(-1)  # targets of a row that is not read, of one whose label is out of range
-ENTROPY, SQUARES, MEAN = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
 PARTS = tl.constexpr(6)  # of a row and a tile: m, R, T, Q, sum of z, number of tokens that are not banned
 INT_MAX = tl.constexpr(2**31 - 1)
 

@@ -10,8 +10,9 @@ OPTIONS = {"enable_fp_fusion": False}
 
 
 def head_arguments(head) -> tuple:
-    """scale, softcap, inv_temperature and CAPPED of formulas.Head."""
-    return (*head, bool(head[1]))
+    """scale, softcap, inv_temperature, CAPPED and SCALED of formulas.Head."""
+    scale, softcap, inv_temperature = head
+    return scale, softcap, inv_temperature, bool(softcap), scale != 1 or inv_temperature != 1
 
 
 def on_device_of(x: Tensor):

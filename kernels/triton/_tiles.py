@@ -7,6 +7,10 @@ nor alike on every GPU.
 import triton
 import triton.language as tl
 
+LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = 2^(x log2 e): a GPU has no other, and this one flushes to 0
+LOWEST = tl.constexpr(-1e4)  # of log e in a product with e, which is 0 long before: no -inf times 0
+ENTROPY, SQUARES, MEAN = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
+
 
 @triton.jit
 def expm1(x):
@@ -35,6 +39,24 @@ def log1p(x):
 
 
 @triton.jit
+def log_of_e(e):
+    """log e of 0 <= e, within 1e-7; of 0 and of what is below float32's normal numbers some number below -87.
+
+    e = 2^k (1 + x), 1/√2 <= 1 + x < √2, and x + x² Q(x) is log(1 + x) within 4e-8, by least squares of its maximum.
+    """
+    bits = e.to(tl.int32, bitcast=True)
+    k = (bits - 0x3F3504F3) & -0x800000  # times 2^23
+    x = (bits - k).to(tl.float32, bitcast=True) - 1.0
+    q = tl.fma(x, -0.100345822, 0.163356364)
+    q = tl.fma(x, q, -0.173260023)
+    q = tl.fma(x, q, 0.198882781)
+    q = tl.fma(x, q, -0.249614646)
+    q = tl.fma(x, q, 0.333352614)
+    q = tl.fma(x, q, -0.500005844)
+    return tl.fma(k.to(tl.float32), 0.6931471805599453 / 2**23, tl.fma(x, x * q, x))
+
+
+@triton.jit
 def tanh(x):
     """With e = expm1(-2|x|): |tanh x| = -e / (2 + e), full relative precision at both ends."""
     e = expm1(-2.0 * tl.abs(x))
@@ -50,36 +72,58 @@ def tanh_slope(x):
 
 
 @triton.jit
-def logit(y, softcap, inv_temperature, CAPPED: tl.constexpr):
-    """z of y = scale (x + bias): softcap tanh(y / softcap) / temperature; -inf stays -inf."""
+def product(x, bias, scale, BIASED: tl.constexpr, SCALED: tl.constexpr):
+    """y = scale (x + bias); without a bias or a scale it is x, untouched."""
+    if BIASED:
+        x += bias
+    if SCALED:
+        x *= scale
+    return x
+
+
+@triton.jit
+def logit(y, softcap, inv_temperature, CAPPED: tl.constexpr, SCALED: tl.constexpr):
+    """z of y = scale (x + bias): softcap tanh(y / softcap) / temperature; -inf stays -inf. It never falls with y, but
+    for the last bit under a softcap.
+    """
     if CAPPED:
         y = tl.where(y == float("-inf"), y, softcap * tanh(y / softcap))
-    return y * inv_temperature
+    if SCALED:
+        y *= inv_temperature
+    return y
 
 
 @triton.jit
-def shifted_exp(z, m):
-    """exp(z - m), 0 where z = -inf, also under a maximum m of -inf. A NaN stays one."""
-    return tl.where(z == float("-inf"), 0.0, tl.exp(z - m))
+def base_of(m):
+    """What is taken from logits whose maximum is m: m, or 0 where all of them are -inf, so that e is 0 and no NaN."""
+    return tl.where(m == float("-inf"), 0.0, m)
 
 
 @triton.jit
-def block_state(z, WANT_T: tl.constexpr, WANT_Q: tl.constexpr):
-    """State (m, R, T, Q) of a block of logits z (BLOCK,), and the index of the first maximum.
+def tokens(z, base, WANT: tl.constexpr):
+    """Of each logit, e = exp(z - base), the same with 0 for every z that attains the maximum, and (z - base) e.
 
-    R = Σ e, T = Σ (z-m) e, Q = Σ e², e = exp(z-m), over all but that one element; R = NaN where a NaN or +inf is.
+    A NaN stays one in all of them; a banned token (z = -inf) has 0 in all of them.
     """
-    m, index = tl.max(tl.where(z == z, z, float("-inf")), axis=0, return_indices=True)
-    lane = tl.arange(0, z.shape[0])
-    # z == m: where there is no number, index may point at a NaN, which has to stay in
-    e = tl.where((lane == index) & (z == m), 0.0, shifted_exp(z, m))
-    r = tl.where(m == float("inf"), float("nan"), tl.sum(e, axis=0))
-    t, q = 0.0, 0.0
-    if WANT_T:
-        t = tl.sum(tl.where(e == 0, 0.0, (z - m) * e), axis=0)
-    if WANT_Q:
-        q = tl.sum(e * e, axis=0)
-    return m, r, t, q, index
+    d = z - base
+    e = tl.exp2(d * LOG2E)
+    below = tl.where(d >= 0, 0.0, e)
+    slanted = e
+    if ENTROPY & WANT:
+        slanted = tl.maximum(d, LOWEST) * e
+    return e, below, slanted
+
+
+@triton.jit
+def ties_of(below, every):
+    """How many tokens attain the maximum, from Σ e without and with them: the e of each is 1."""
+    return tl.floor(every - below + 0.5)
+
+
+@triton.jit
+def others(below, ties):
+    """A sum over all tokens but the first that attains the maximum, from the sum over those that do not."""
+    return tl.where(ties > 1, below + (ties - 1.0), below)
 
 
 @triton.jit
@@ -91,22 +135,21 @@ def label_gradient(g, k, h, logp, entropy):
 
 
 @triton.jit
-def token_gradient(p, log_p, g, k, h, entropy):
-    """dL/dz of any other token, p (k - g) - h p (log p + H), 0 where p = 0."""
-    return tl.where(p == 0, 0.0, p * ((k - g) - tl.where(h != 0, h * (log_p + entropy), 0.0)))
+def slopes(g, k, h, shift, entropy, factor):
+    """a and b of dL/dz = e (a + b log e), of any token but the label: e = exp(z - top), shift = top - lse,
+
+    p = e exp(shift), dL/dz = p (k - g) - h p (log p + H), times factor. b is 0 where h is, so that H need be no number
+    there, and both are where exp(shift) is.
+    """
+    f = tl.exp2(shift * LOG2E)
+    b = tl.where(h != 0, -h * f, 0.0)
+    a = f * (k - g) + tl.where(h != 0, b * (shift + entropy), 0.0)
+    return tl.where(f == 0, 0.0, a * factor), tl.where(f == 0, 0.0, b * factor)
 
 
 @triton.jit
-def combine_states(m1, r1, t1, q1, m2, r2, t2, q2):
-    """Two states to one. With m1 >= m2, d = m2 - m1, w = e^d:
-
-    R = R1 + (1 + R2) w,   T = T1 + (T2 + d (1 + R2)) w,   Q = Q1 + (1 + Q2) w²;   m2 = -inf: w = 0.
-    """
-    swap = m2 > m1
-    m, lower = tl.where(swap, m2, m1), tl.where(swap, m1, m2)
-    r, r_lower = tl.where(swap, r2, r1), tl.where(swap, r1, r2)
-    t, t_lower = tl.where(swap, t2, t1), tl.where(swap, t1, t2)
-    q, q_lower = tl.where(swap, q2, q1), tl.where(swap, q1, q2)
-    d = tl.where(lower == float("-inf"), 0.0, lower - m)
-    w = shifted_exp(lower, m)
-    return m, r + (1.0 + r_lower) * w, t + (t_lower + d * (1.0 + r_lower)) * w, q + (1.0 + q_lower) * w * w
+def sloped(e, log_e, a, b, CURVED: tl.constexpr):
+    """e (a + b log e); log e is no lower than LOWEST. Without CURVED b is 0, and log e is not looked at."""
+    if CURVED:
+        a = tl.fma(b, log_e, a)
+    return e * a

@@ -20,9 +20,26 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._combine import ENTROPY, INT_MAX, MEAN, PARTS, SQUARES, combine_into
+from ._combine import PARTS, combine_into
 from ._launch import OPTIONS, head_arguments, on_device_of
-from ._tiles import combine_states, label_gradient, logit, shifted_exp, tanh_slope, token_gradient
+from ._tiles import (
+    ENTROPY,
+    LOG2E,
+    LOWEST,
+    MEAN,
+    SQUARES,
+    base_of,
+    label_gradient,
+    log_of_e,
+    logit,
+    others,
+    product,
+    sloped,
+    slopes,
+    tanh_slope,
+    ties_of,
+    tokens,
+)
 
 
 class Config(NamedTuple):
@@ -68,6 +85,11 @@ def config(arch: str, dtype: torch.dtype, capped: bool) -> Config:
 def product_config(arch: str, dtype: torch.dtype) -> Config:
     """Of the products of a gradient, alike."""
     return (FLOAT if dtype == torch.float32 else PRODUCT)[arch]
+
+
+def sums_of(tile: Config, dtype: torch.dtype, amd: bool) -> int:
+    """Columns of a slice's sums: those that stand so far apart are in one thread of NVIDIA's tensor cores."""
+    return tile.slice if amd or dtype == torch.float32 else min(tile.slice, 8)
 
 
 @triton.jit
@@ -117,94 +139,130 @@ def _halves(x):
 
 
 @triton.jit
-def _biased(acc, bias_ptr, cols, vocab, scale):
-    """y = scale (x + bias) of a tile of products; phantom columns are -inf."""
+def _products(acc, bias_ptr, cols, vocab, scale, SCALED: tl.constexpr):
+    """y = scale (x + bias) of a tile of products; of phantom columns anything."""
+    bias = 0.0
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + cols, mask=cols < vocab, other=0.0).to(tl.float32)[None, :]
-    return tl.where((cols < vocab)[None, :], acc * scale, float("-inf"))
+        bias = tl.load(bias_ptr + cols, mask=cols < vocab, other=0.0).to(tl.float32)[None, :]
+    return product(acc, bias, scale, bias_ptr is not None, SCALED)
 
 
 @triton.jit
-def _state(z, start, label, WANT: tl.constexpr, SLICE: tl.constexpr):
-    """Of a tile of logits, (BLOCK_M,) each: the state m, R, T, Q, Σ z and number of tokens that are not banned, the
-    column of the first maximum, z of the label (0 where it is not here). Halved down to SLICE columns: registers.
+def _top(y, softcap, inv_temperature, CAPPED: tl.constexpr, SCALED: tl.constexpr):
+    """The largest z of each row of y; -inf where there is no number."""
+    top = tl.max(y, axis=1)
+    return logit(tl.where(top == top, top, float("-inf")), softcap, inv_temperature, CAPPED, SCALED)
+
+
+@triton.jit
+def _fold(x, SUMS: tl.constexpr):
+    """Sums of every SUMSth column, (BLOCK_M, SUMS)."""
+    if x.shape[1] > SUMS:
+        x = tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // SUMS, SUMS)), axis=1)
+    return x
+
+
+@triton.jit
+def _sums(
+    y, base, below, every, t, q, total, count, e_rows, kept, columns, softcap, inv_temperature, CAPPED: tl.constexpr,
+    SCALED: tl.constexpr, WANT: tl.constexpr, SLICE: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """Adds a tile's tokens to sums (BLOCK_M, SUMS); stores e, where kept, behind e_rows, the first `columns` of it.
+    Halved down to SLICE columns: registers.
     """
-    if z.shape[1] > SLICE:
-        left, right = _halves(z)
-        m1, r1, t1, q1, total1, count1, first1, z1 = _state(left, start, label, WANT, SLICE)
-        m2, r2, t2, q2, total2, count2, first2, z2 = _state(right, start + z.shape[1] // 2, label, WANT, SLICE)
-        m, r, t, q = combine_states(m1, r1, t1, q1, m2, r2, t2, q2)
-        return m, r, t, q, total1 + total2, count1 + count2, tl.where(m2 > m1, first2, first1), z1 + z2
+    if y.shape[1] > SLICE:
+        left, right = _halves(y)
+        half: tl.constexpr = y.shape[1] // 2
+        below, every, t, q, total, count = _sums(
+            left, base, below, every, t, q, total, count, e_rows, kept, columns, softcap, inv_temperature, CAPPED,
+            SCALED, WANT, SLICE, SUMS,
+        )  # fmt: skip
+        if e_rows is not None:
+            e_rows += half
+        return _sums(
+            right, base, below, every, t, q, total, count, e_rows, kept, columns - half, softcap, inv_temperature,
+            CAPPED, SCALED, WANT, SLICE, SUMS,
+        )  # fmt: skip
     else:
-        cols = (start + tl.arange(0, z.shape[1]))[None, :]
-        m = tl.max(tl.where(z == z, z, float("-inf")), axis=1)
-        first = tl.min(tl.where(z == m[:, None], cols, INT_MAX), axis=1)
-        e = tl.where(cols == first[:, None], 0.0, shifted_exp(z, m[:, None]))
-        r = tl.where(m == float("inf"), float("nan"), tl.sum(e, axis=1))
-        t, q, total, count = tl.zeros_like(m), tl.zeros_like(m), tl.zeros_like(m), tl.zeros_like(m)
+        z = logit(y, softcap, inv_temperature, CAPPED, SCALED)
+        e, e_below, slanted = tokens(z, base[:, None], WANT)
         if ENTROPY & WANT:
-            t = tl.sum(tl.where(e == 0, 0.0, (z - m[:, None]) * e), axis=1)
+            t += _fold(slanted, SUMS)
         if SQUARES & WANT:
-            q = tl.sum(e * e, axis=1)
+            q += _fold(e_below * e_below, SUMS)
         if MEAN & WANT:
             allowed = z != float("-inf")
-            total = tl.sum(tl.where(allowed, z, 0.0), axis=1)
-            count = tl.sum(allowed.to(tl.float32), axis=1)
-        # taken from the tile, so that the label's z is bitwise the maximum where it is the maximum
-        z_label = tl.sum(tl.where(cols == label[:, None], z, 0.0), axis=1)
-        return m, r, t, q, total, count, first, z_label
-
-
-@triton.jit
-def _store_e(z, m, e_rows, kept, columns, SLICE: tl.constexpr):
-    """exp(z - m) of a tile of logits behind e_rows (BLOCK_M,), where kept, the first `columns` of it."""
-    if z.shape[1] > SLICE:
-        left, right = _halves(z)
-        half: tl.constexpr = z.shape[1] // 2
-        _store_e(left, m, e_rows, kept, columns, SLICE)
-        _store_e(right, m, e_rows + half, kept, columns - half, SLICE)
-    else:
-        lanes = tl.arange(0, z.shape[1])[None, :]
-        e = shifted_exp(z, m[:, None]).to(e_rows.dtype.element_ty)
-        tl.store(e_rows[:, None] + lanes, e, mask=kept[:, None] & (lanes < columns))
+            total += _fold(tl.where(allowed, z, 0.0), SUMS)
+            count += _fold(allowed.to(tl.float32), SUMS)
+        if e_rows is not None:
+            lanes = tl.arange(0, y.shape[1])[None, :]
+            mask = kept[:, None] & (lanes < columns)
+            tl.store(e_rows[:, None] + lanes, e.to(e_rows.dtype.element_ty), mask=mask)
+        return below + _fold(e_below, SUMS), every + _fold(e, SUMS), t, q, total, count
 
 
 @triton.jit
 def _store_tile(
     acc, rows, live, target, tile, tiles, vocab, bias_ptr, part_ptr, first_ptr, label_ptr, e_ptr, room, chunk, scale,
-    softcap, inv_temperature, CAPPED: tl.constexpr, WANT: tl.constexpr, BLOCK_N: tl.constexpr, SLICE: tl.constexpr,
+    softcap, inv_temperature, CAPPED: tl.constexpr, SCALED: tl.constexpr, WANT: tl.constexpr, BLOCK_N: tl.constexpr,
+    SLICE: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """What is kept of a tile of products: the state of each row, the label's logit and slope, exp(z - m)."""
     start = tile * BLOCK_N
     cols = start.to(tl.int32) + tl.arange(0, BLOCK_N)
-    label = target.to(tl.int32)
     is_live = rows < live
     here = is_live & (target >= start) & (target < tl.minimum(start + BLOCK_N, vocab))
 
-    y = _biased(acc, bias_ptr, cols, vocab, scale)
-    slope = tl.full(label.shape, 1.0, tl.float32)
-    if CAPPED:
-        slope = tanh_slope(tl.sum(tl.where(cols[None, :] == label[:, None], y, 0.0), axis=1) / softcap)
-    tl.store(label_ptr + rows * 2 + 1, slope, mask=here)
+    y = _products(acc, bias_ptr, cols, vocab, scale, SCALED)
+    if start + BLOCK_N > vocab:  # the last tile alone
+        y = tl.where((cols < vocab)[None, :], y, float("-inf"))
+    m = _top(y, softcap, inv_temperature, CAPPED, SCALED)
 
-    z = logit(y, softcap, inv_temperature, CAPPED)
-    m, r, t, q, total, count, first, z_label = _state(z, start.to(tl.int32), label, WANT, SLICE)
-    tl.store(label_ptr + rows * 2, z_label, mask=here)
-    part = part_ptr + (rows * tiles + tile) * PARTS
-    tl.store(part, m, mask=is_live)
-    tl.store(part + 1, r, mask=is_live)
-    tl.store(part + 2, t, mask=is_live)
-    tl.store(part + 3, q, mask=is_live)
-    tl.store(part + 4, total, mask=is_live)
-    tl.store(part + 5, count, mask=is_live)
-    tl.store(first_ptr + rows * tiles + tile, first.to(tl.int64), mask=is_live)
+    first = tl.zeros_like(target) + start
+    if tl.max(here.to(tl.int32), axis=0) > 0:  # few tiles hold a label
+        label = target.to(tl.int32)[:, None]
+        # taken from the tile, so that the label's z is bitwise the maximum where it is the maximum
+        y_label = tl.sum(tl.where(cols[None, :] == label, y, 0.0), axis=1)
+        z = logit(y_label, softcap, inv_temperature, CAPPED, SCALED)
+        above = _top(
+            tl.where(cols[None, :] < label, y, float("-inf")), softcap, inv_temperature, CAPPED, SCALED
+        )  # fmt: skip
+        is_first = (z >= m) & ((above < m) | (target == start))
+        first = tl.where(here, tl.where(is_first, target, -1), first)
+        slope = tl.full(z.shape, 1.0, tl.float32)
+        if CAPPED:
+            slope = tanh_slope(y_label / softcap)
+        tl.store(label_ptr + rows * 2, z, mask=here)
+        tl.store(label_ptr + rows * 2 + 1, slope, mask=here)
+    tl.store(first_ptr + rows * tiles + tile, first, mask=is_live)
 
+    e_rows = None
     if e_ptr is not None:
         # (room, width) of each chunk of columns, one chunk behind the other
         c0 = start // chunk * chunk
         width = tl.minimum(chunk, vocab - c0)
         e_rows = e_ptr + room * c0 + rows * width + (start - c0)
-        _store_e(z, m, e_rows, is_live & (rows < room), (vocab - start).to(tl.int32), SLICE)
+    zeros = tl.zeros((y.shape[0], SUMS), tl.float32)
+    below, every, t, q, total, count = _sums(
+        y, base_of(m), zeros, zeros, zeros, zeros, zeros, zeros, e_rows, is_live & (rows < room),
+        (vocab - start).to(tl.int32), softcap, inv_temperature, CAPPED, SCALED, WANT, SLICE, SUMS,
+    )  # fmt: skip
+    r = tl.sum(below, axis=1)
+    ties = ties_of(r, tl.sum(every, axis=1))
+    t_sum, q_sum, z_sum, n = tl.zeros_like(m), tl.zeros_like(m), tl.zeros_like(m), tl.zeros_like(m)
+    if ENTROPY & WANT:
+        t_sum = tl.sum(t, axis=1)
+    if SQUARES & WANT:
+        q_sum = others(tl.sum(q, axis=1), ties)
+    if MEAN & WANT:
+        z_sum, n = tl.sum(total, axis=1), tl.sum(count, axis=1)
+    part = part_ptr + (rows * tiles + tile) * PARTS
+    tl.store(part, m, mask=is_live)
+    tl.store(part + 1, tl.where(m == float("inf"), float("nan"), others(r, ties)), mask=is_live)
+    tl.store(part + 2, t_sum, mask=is_live)
+    tl.store(part + 3, q_sum, mask=is_live)
+    tl.store(part + 4, z_sum, mask=is_live)
+    tl.store(part + 5, n, mask=is_live)
 
 
 @triton.jit(do_not_specialize=["n", "room"])
@@ -232,6 +290,7 @@ def linear_fwd_kernel(
     softcap,
     inv_temperature,
     CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
     WANT: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -239,6 +298,7 @@ def linear_fwd_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     SLICE: tl.constexpr,
+    SUMS: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     live = tl.cast(n, tl.int64)
@@ -268,7 +328,8 @@ def linear_fwd_kernel(
         )
         _store_tile(
             acc, rows, live, tl.load(target_ptr + at), tile, tiles, vocab, bias_ptr, part_ptr, first_ptr, label_ptr,
-            e_ptr, tl.cast(room, tl.int64), chunk, scale, softcap, inv_temperature, CAPPED, WANT, BLOCK_N, SLICE,
+            e_ptr, tl.cast(room, tl.int64), chunk, scale, softcap, inv_temperature, CAPPED, SCALED, WANT, BLOCK_N,
+            SLICE, SUMS,
         )  # fmt: skip
 
 
@@ -293,6 +354,7 @@ def linear_fwd_tma_kernel(
     softcap,
     inv_temperature,
     CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
     WANT: tl.constexpr,
     EVEN: tl.constexpr,  # not looked at: what is outside of a descriptor is 0
     BLOCK_M: tl.constexpr,
@@ -300,6 +362,7 @@ def linear_fwd_tma_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     SLICE: tl.constexpr,
+    SUMS: tl.constexpr,
     FLATTEN: tl.constexpr,
     SPECIALIZE: tl.constexpr,
 ):
@@ -321,53 +384,53 @@ def linear_fwd_tma_kernel(
         target = tl.load(target_ptr + _rows_at(index_ptr, rows, live))
         _store_tile(
             acc, rows, live, target, tile, tiles, vocab, bias_ptr, part_ptr, first_ptr, label_ptr, e_ptr,
-            tl.cast(room, tl.int64), chunk, scale, softcap, inv_temperature, CAPPED, WANT, BLOCK_N, SLICE,
+            tl.cast(room, tl.int64), chunk, scale, softcap, inv_temperature, CAPPED, SCALED, WANT, BLOCK_N, SLICE, SUMS,
         )  # fmt: skip
 
 
 @triton.jit
 def _store_gradient(
-    acc, start, columns, out_rows, e_rows, top, is_live, from_e, label, dz_label, label_slope, g, k, h, m, l, entropy,
-    bias_ptr, scale, softcap, inv_temperature, CAPPED: tl.constexpr, SLICE: tl.constexpr,
+    acc, start, columns, out_rows, e_rows, top, is_live, from_e, a, b, curved, m, bias_ptr, scale, softcap,
+    inv_temperature, CAPPED: tl.constexpr, SCALED: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
-    """dL/dx of a tile, behind out_rows, from its products, or from exp(z - top) behind e_rows where from_e."""
+    """dL/dx of a tile, behind out_rows, as if no token were the label, from its products, or from exp(z - top) behind
+    e_rows where from_e."""
     if acc.shape[1] > SLICE:
         left, right = _halves(acc)
         half: tl.constexpr = acc.shape[1] // 2
         _store_gradient(
-            left, start, columns, out_rows, e_rows, top, is_live, from_e, label, dz_label, label_slope, g, k, h, m, l,
-            entropy, bias_ptr, scale, softcap, inv_temperature, CAPPED, SLICE,
+            left, start, columns, out_rows, e_rows, top, is_live, from_e, a, b, curved, m, bias_ptr, scale, softcap,
+            inv_temperature, CAPPED, SCALED, SLICE,
         )  # fmt: skip
         _store_gradient(
-            right, start + half, columns, out_rows, e_rows, top, is_live, from_e, label, dz_label, label_slope, g, k, h,
-            m, l, entropy, bias_ptr, scale, softcap, inv_temperature, CAPPED, SLICE,
+            right, start + half, columns, out_rows, e_rows, top, is_live, from_e, a, b, curved, m, bias_ptr, scale,
+            softcap, inv_temperature, CAPPED, SCALED, SLICE,
         )  # fmt: skip
     else:
         cols = start + tl.arange(0, acc.shape[1])
         inside = is_live[:, None] & (cols < columns)[None, :]
-        y = _biased(acc, bias_ptr, cols, columns, scale)
-        d = (logit(y, softcap, inv_temperature, CAPPED) - m[:, None]) - l[:, None]
-        p = tl.exp(d)
-        slope = tl.full(p.shape, 1.0, tl.float32)
+        y = _products(acc, bias_ptr, cols, columns, scale, SCALED)
+        d = logit(y, softcap, inv_temperature, CAPPED, SCALED) - m[:, None]
+        e, log_e = tl.exp2(d * LOG2E), tl.maximum(d, LOWEST)
+        slope = tl.full(e.shape, 1.0, tl.float32)
         if CAPPED:
             slope = tanh_slope(y / softcap)
+        by_e = from_e[:, None]
         if e_rows is not None:
-            e = tl.load(e_rows[:, None] + cols[None, :], mask=inside & from_e[:, None], other=0.0).to(tl.float32)
-            log_e = tl.log(e)
-            shift = (top - m - l)[:, None]
-            d = tl.where(from_e[:, None], log_e + shift, d)
-            p = tl.where(from_e[:, None], e * tl.exp(shift), p)
+            kept = tl.load(e_rows[:, None] + cols[None, :], mask=inside & by_e, other=0.0).to(tl.float32)
+            e = tl.where(by_e, kept, e)
             if CAPPED:
+                log_e = tl.where(by_e, log_of_e(kept), log_e)
                 u = (log_e + top[:, None]) / inv_temperature / softcap
-                slope = tl.where(from_e[:, None], (1.0 - u) * (1.0 + u), slope)
-        is_label = cols[None, :] == label[:, None]
-        dz = token_gradient(p, d, g[:, None], k[:, None], h[:, None], entropy[:, None])
-        dz = tl.where(is_label, dz_label[:, None], dz)
+                slope = tl.where(by_e, (1.0 - u) * (1.0 + u), slope)
+        dx = sloped(e, log_e, a[:, None], b[:, None], False)
+        if curved:
+            if e_rows is not None and not CAPPED:
+                log_e = tl.where(by_e, log_of_e(e), log_e)
+            dx = sloped(e, log_e, a[:, None], b[:, None], True)
         if CAPPED:
-            # the label's does not come from e: a rounded one would weigh on the largest gradient
-            dz = tl.where(dz == 0, 0.0, dz * tl.where(is_label, label_slope[:, None], slope))
-        dx = (dz * scale * inv_temperature).to(out_rows.dtype.element_ty)
-        tl.store(out_rows[:, None] + cols[None, :], dx, mask=inside)
+            dx = tl.where(dx == 0, 0.0, dx * slope)
+        tl.store(out_rows[:, None] + cols[None, :], dx.to(out_rows.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -410,6 +473,7 @@ def linear_bwd_kernel(
     softcap,
     inv_temperature,
     CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -448,12 +512,28 @@ def linear_bwd_kernel(
         g, k, h = tl.load(coef), tl.load(coef + step), tl.load(coef + 2 * step)
         m, l = tl.load(coef + 3 * step), tl.load(coef + 4 * step)
         entropy, logp, label_slope = tl.load(coef + 5 * step), tl.load(coef + 6 * step), tl.load(coef + 7 * step)
-        label = (tl.load(target_ptr + rows) - col0).to(tl.int32)
+        out_rows = out_ptr + rows * out_stride
+        factor = 1.0
+        if SCALED:
+            factor = scale * inv_temperature
+        shift = tl.where(from_e, (top - m) - l, -l)
+        a, b = slopes(g, k, h, shift, entropy, factor)
+        curved = tl.max((h != 0).to(tl.int32), axis=0) > 0
         _store_gradient(
-            acc, (tile * BLOCK_N).to(tl.int32), columns, out_ptr + rows * out_stride, e_rows, top, is_live, from_e,
-            label, label_gradient(g, k, h, logp, entropy), label_slope, g, k, h, m, l, entropy, bias_ptr, scale,
-            softcap, inv_temperature, CAPPED, SLICE,
+            acc, (tile * BLOCK_N).to(tl.int32), columns, out_rows, e_rows, top, is_live, from_e, a, b, curved, m,
+            bias_ptr, scale, softcap, inv_temperature, CAPPED, SCALED, SLICE,
         )  # fmt: skip
+        # the label's comes neither from e nor from its slope: a rounded one would weigh on the largest gradient
+        dx = label_gradient(g, k, h, logp, entropy)
+        if CAPPED:
+            dx = tl.where(dx == 0, 0.0, dx * label_slope)
+        if SCALED:
+            dx = dx * scale * inv_temperature
+        label = tl.load(target_ptr + rows) - col0
+        end = tl.minimum((tile + 1) * BLOCK_N, columns)
+        tl.debug_barrier()  # what another thread has stored there is under it
+        here = is_live & (label >= tile * BLOCK_N) & (label < end)
+        tl.store(out_rows + label, dx.to(out_ptr.dtype.element_ty), mask=here)
 
 
 @triton.jit(do_not_specialize=["start", "height"])
@@ -541,7 +621,8 @@ def linear_fwd(hidden, weight, bias, target, rows: Rows, head, want, part, first
     with on_device_of(hidden):
         linear_fwd_kernel[(programs,)](
             hidden, *hidden.stride(), weight, *weight.stride(), bias, target, rows.index, rows.count, part, first,
-            label, e, room, chunk, n, vocab, depth, *head_arguments(head), WANT=want, **_launch(tile, depth),
+            label, e, room, chunk, n, vocab, depth, *head_arguments(head), WANT=want, SUMS=_sums_here(tile, hidden),
+            **_launch(tile, depth),
         )  # fmt: skip
 
 
@@ -572,7 +653,7 @@ def linear_fwd_tma(
             TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]),
             bias, target, rows.index, rows.count, part, first, label, e, room, chunk, n, vocab, depth,
             *head_arguments(head), WANT=want, FLATTEN=tile.flatten, SPECIALIZE=tile.specialize,
-            **_launch(tile, depth),
+            SUMS=_sums_here(tile, hidden), **_launch(tile, depth),
         )  # fmt: skip
 
 
@@ -625,6 +706,10 @@ def bounded_product(a, b, out, block: Block, tile, across: bool, add: bool) -> N
 def combine(part, first, label, target, rows: Rows, want, found) -> None:
     """Statistics of each row that is read into found, formulas.Rows of tensors (N,)."""
     combine_into(found, part, first, label, target, want, rows.index, rows.count)
+
+
+def _sums_here(tile: Config, x: Tensor) -> int:
+    return sums_of(tile, x.dtype, torch.version.hip is not None)
 
 
 def _launch(tile: Config, depth: int) -> dict:

@@ -12,12 +12,30 @@ import triton
 import triton.language as tl
 
 from ..formulas import logprobs as formula
-from ._combine import ENTROPY, MEAN, PARTS, SKIP, SQUARES, combine_into
+from ._combine import PARTS, SKIP, combine_into
 from ._launch import OPTIONS, head_arguments, on_device_of
-from ._tiles import block_state, combine_states, label_gradient, logit, shifted_exp, tanh_slope, token_gradient
+from ._tiles import (
+    ENTROPY,
+    LOG2E,
+    LOWEST,
+    MEAN,
+    SQUARES,
+    base_of,
+    label_gradient,
+    log_of_e,
+    logit,
+    others,
+    product,
+    sloped,
+    slopes,
+    tanh_slope,
+    ties_of,
+    tokens,
+)
 
 TILE = None  # logits of any size are one launch
 SPAN = 16384  # columns of a row that one program looks at; a whole number of blocks
+STAGES = 1  # loads go to registers, of which many are left, and not through shared memory
 
 # Columns up to: BLOCK, num_warps. Compiled for every target of bench/compile_gate.py, not yet run on a GPU.
 LAUNCH = ((1024, 1024, 4), (8192, 2048, 8), (float("inf"), 4096, 8))
@@ -40,12 +58,69 @@ def _local_label(target, col0, columns):
 
 
 @triton.jit
-def _load_product(x_ptr, bias_ptr, cols, columns, scale):
-    """y = scale * (x + bias); phantom columns are -inf."""
-    y = tl.load(x_ptr + cols, mask=cols < columns, other=float("-inf")).to(tl.float32)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + cols, mask=cols < columns, other=0.0).to(tl.float32)
-    return tl.where(cols < columns, y * scale, float("-inf"))
+def _load_product(x_ptr, bias_ptr, cols, columns, scale, SCALED: tl.constexpr, WHOLE: tl.constexpr):
+    """y = scale * (x + bias); phantom columns, of which a WHOLE block has none, are -inf."""
+    bias = 0.0
+    if WHOLE:
+        x = tl.load(x_ptr + cols).to(tl.float32)
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + cols).to(tl.float32)
+        y = product(x, bias, scale, bias_ptr is not None, SCALED)
+    else:
+        x = tl.load(x_ptr + cols, mask=cols < columns, other=0.0).to(tl.float32)
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + cols, mask=cols < columns, other=0.0).to(tl.float32)
+        y = tl.where(cols < columns, product(x, bias, scale, bias_ptr is not None, SCALED), float("-inf"))
+    return y
+
+
+@triton.jit
+def _highest(x_ptr, bias_ptr, columns, scale, SCALED: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest y of the first columns; -inf where no number is there."""
+    top = tl.full((BLOCK,), float("-inf"), tl.float32)
+    whole = tl.multiple_of(columns - columns % BLOCK, BLOCK)
+    lanes = tl.arange(0, BLOCK)
+    for start in range(0, whole, BLOCK):
+        top = tl.maximum(top, _load_product(x_ptr, bias_ptr, start + lanes, columns, scale, SCALED, True))
+    if whole < columns:
+        top = tl.maximum(top, _load_product(x_ptr, bias_ptr, whole + lanes, columns, scale, SCALED, False))
+    return tl.max(top, axis=0)
+
+
+@triton.jit
+def _fold(x, GROUP: tl.constexpr):
+    """Sums of GROUP neighbours, which one thread holds where the rows are aligned."""
+    return tl.sum(tl.reshape(x, (x.shape[0] // GROUP, GROUP)), axis=1)
+
+
+@triton.jit
+def _add_block(
+    start, x_ptr, bias_ptr, e_ptr, columns, base, below, every, t, q, total, count, scale, softcap, inv_temperature,
+    CAPPED: tl.constexpr, SCALED: tl.constexpr, WANT: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """A block of columns into a row's sums, and its e where it is kept."""
+    cols = start + tl.arange(0, BLOCK)
+    y = _load_product(x_ptr, bias_ptr, cols, columns, scale, SCALED, WHOLE)
+    z = logit(y, softcap, inv_temperature, CAPPED, SCALED)
+    e, e_below, slanted = tokens(z, base, WANT)
+    below += _fold(e_below, GROUP)
+    every += _fold(e, GROUP)
+    if ENTROPY & WANT:
+        t += _fold(slanted, GROUP)
+    if SQUARES & WANT:
+        q += _fold(e_below * e_below, GROUP)
+    if MEAN & WANT:
+        allowed = z != float("-inf")
+        total += tl.where(allowed, z, 0.0)
+        count += _fold(allowed.to(tl.float32), GROUP)
+    if e_ptr is not None:
+        e = e.to(e_ptr.dtype.element_ty)
+        if WHOLE:
+            tl.store(e_ptr + cols, e)
+        else:
+            tl.store(e_ptr + cols, e, mask=cols < columns)
+    return below, every, t, q, total, count
 
 
 @triton.jit(do_not_specialize=["part_stride", "first_stride", "label_stride", "col0"])
@@ -56,7 +131,7 @@ def row_fwd_kernel(
     target_ptr,  # (n,)
     part_ptr,  # (n, spans, 6)
     part_stride,
-    first_ptr,  # (n, spans)
+    first_ptr,  # (n, spans): the label, -1 or the first column, as tile_fwd says
     first_stride,
     label_ptr,  # (n, 2)
     label_stride,
@@ -69,10 +144,13 @@ def row_fwd_kernel(
     softcap,
     inv_temperature,
     CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
     WANT: tl.constexpr,
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
+    """The maximum first, then the sums under it, which read the span once more while it is in the cache."""
     row, place, begin, columns = _span_of(spans, columns, SPAN)
     col0 += begin
     target = tl.load(target_ptr + row)
@@ -84,48 +162,135 @@ def row_fwd_kernel(
         bias_ptr += begin
     label_ptr += row * label_stride
 
-    m = tl.full((), float("-inf"), tl.float32)
-    r, t, q = tl.full((), 0, tl.float32), tl.full((), 0, tl.float32), tl.full((), 0, tl.float32)
-    total, count = tl.full((), 0, tl.float32), tl.full((), 0, tl.int32)
-    first = tl.full((), 0, tl.int32)
-    for start in range(0, stop, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        z = logit(_load_product(x_ptr, bias_ptr, cols, columns, scale), softcap, inv_temperature, CAPPED)
-        # one lane at most; taken from here, so that the label's z is bitwise the maximum where it is the maximum
-        tl.store(label_ptr + tl.zeros_like(cols), z, mask=cols == label)
-        block_m, block_r, block_t, block_q, index = block_state(z, ENTROPY & WANT, SQUARES & WANT)
-        first = tl.where(block_m > m, start + index, first)
-        m, r, t, q = combine_states(m, r, t, q, block_m, block_r, block_t, block_q)
-        if MEAN & WANT:
-            allowed = z != float("-inf")
-            total += tl.sum(tl.where(allowed, z, 0.0), axis=0)
-            count += tl.sum(allowed.to(tl.int32), axis=0)
-
-    slope = 1.0
-    if CAPPED:
-        y = tl.load(x_ptr + label, mask=label >= 0, other=0.0).to(tl.float32)
+    m = logit(_highest(x_ptr, bias_ptr, stop, scale, SCALED, BLOCK), softcap, inv_temperature, CAPPED, SCALED)
+    first = tl.cast(col0, tl.int64)
+    if label >= 0:
+        y = tl.load(x_ptr + label).to(tl.float32)
+        bias = 0.0
         if bias_ptr is not None:
-            y += tl.load(bias_ptr + label, mask=label >= 0, other=0.0).to(tl.float32)
-        slope = tanh_slope(y * scale / softcap)
-    tl.store(label_ptr + 1, slope, mask=label >= 0)
+            bias = tl.load(bias_ptr + label).to(tl.float32)
+        y = product(y, bias, scale, bias_ptr is not None, SCALED)
+        z = logit(y, softcap, inv_temperature, CAPPED, SCALED)
+        slope = 1.0
+        if CAPPED:
+            slope = tanh_slope(y / softcap)
+        tl.store(label_ptr, z)
+        tl.store(label_ptr + 1, slope)
+        first = tl.full((), -1, tl.int64)
+        if z >= m:
+            above = _highest(x_ptr, bias_ptr, label, scale, SCALED, BLOCK)
+            if (label == 0) | (logit(above, softcap, inv_temperature, CAPPED, SCALED) < m):
+                first = tl.cast(col0 + label, tl.int64)
+    tl.store(first_ptr + row * first_stride + place, first)
 
+    below = tl.zeros((BLOCK // GROUP,), tl.float32)
+    every, t, q = tl.zeros_like(below), tl.zeros_like(below), tl.zeros_like(below)
+    total, count = tl.zeros((BLOCK,), tl.float32), tl.zeros_like(below)
+    base = base_of(m)
+    if e_ptr is not None:
+        tl.debug_barrier()  # e may lie over x: every warp has read the label
+        e_ptr += row * e_stride + begin
+    whole = tl.multiple_of(stop - stop % BLOCK, BLOCK)
+    for start in range(0, whole, BLOCK):
+        below, every, t, q, total, count = _add_block(
+            start, x_ptr, bias_ptr, e_ptr, stop, base, below, every, t, q, total, count, scale, softcap,
+            inv_temperature, CAPPED, SCALED, WANT, GROUP, BLOCK, True,
+        )  # fmt: skip
+    if whole < stop:
+        below, every, t, q, total, count = _add_block(
+            whole, x_ptr, bias_ptr, e_ptr, stop, base, below, every, t, q, total, count, scale, softcap,
+            inv_temperature, CAPPED, SCALED, WANT, GROUP, BLOCK, False,
+        )  # fmt: skip
+
+    ties = tl.sum(ties_of(below, every), axis=0)
+    r = others(tl.sum(below, axis=0), ties)
     part_ptr += row * part_stride + place * PARTS
     tl.store(part_ptr, tl.where(read, m, 0.0))
-    tl.store(part_ptr + 1, r)
-    tl.store(part_ptr + 2, t)
-    tl.store(part_ptr + 3, q)
-    tl.store(part_ptr + 4, total)
-    tl.store(part_ptr + 5, count.to(tl.float32))
-    tl.store(first_ptr + row * first_stride + place, (col0 + first).to(tl.int64))
+    tl.store(part_ptr + 1, tl.where(m == float("inf"), float("nan"), r))
+    zero = tl.full((), 0, tl.float32)
+    t_sum, q_sum, z_sum, n = zero, zero, zero, zero
+    if ENTROPY & WANT:
+        t_sum = tl.sum(t, axis=0)
+    if SQUARES & WANT:
+        q_sum = others(tl.sum(q, axis=0), ties)
+    if MEAN & WANT:
+        z_sum, n = tl.sum(total, axis=0), tl.sum(count, axis=0)
+    tl.store(part_ptr + 2, t_sum)
+    tl.store(part_ptr + 3, q_sum)
+    tl.store(part_ptr + 4, z_sum)
+    tl.store(part_ptr + 5, n)
 
-    if e_ptr is not None:
-        # x is read once more, each block before it is written: e may lie over x, of which every warp has read the label
-        tl.debug_barrier()
-        e_ptr += row * e_stride + begin
-        for start in range(0, stop, BLOCK):
-            cols = start + tl.arange(0, BLOCK)
-            z = logit(_load_product(x_ptr, bias_ptr, cols, columns, scale), softcap, inv_temperature, CAPPED)
-            tl.store(e_ptr + cols, shifted_exp(z, m).to(e_ptr.dtype.element_ty), mask=cols < columns)
+
+@triton.jit
+def _store_gradients(
+    out_ptr, src_ptr, e_max_ptr, bias_ptr, columns, g, k, h, m, l, entropy, top, scale, softcap, inv_temperature,
+    CAPPED: tl.constexpr, SCALED: tl.constexpr, E_COLUMNS: tl.constexpr, BLOCK: tl.constexpr, CURVED: tl.constexpr,
+):  # fmt: skip
+    """dL/dx of a span, as if no token were the label. Without CURVED no entropy has a gradient: h is 0."""
+    whole = tl.multiple_of(columns - columns % BLOCK, BLOCK)
+    for start in range(0, whole, BLOCK):
+        _store_gradient(
+            start, out_ptr, src_ptr, e_max_ptr, bias_ptr, columns, g, k, h, m, l, entropy, top, scale, softcap,
+            inv_temperature, CAPPED, SCALED, E_COLUMNS, BLOCK, CURVED, True,
+        )  # fmt: skip
+    if whole < columns:
+        _store_gradient(
+            whole, out_ptr, src_ptr, e_max_ptr, bias_ptr, columns, g, k, h, m, l, entropy, top, scale, softcap,
+            inv_temperature, CAPPED, SCALED, E_COLUMNS, BLOCK, CURVED, False,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store_gradient(
+    start, out_ptr, src_ptr, e_max_ptr, bias_ptr, columns, g, k, h, m, l, entropy, top, scale, softcap,
+    inv_temperature, CAPPED: tl.constexpr, SCALED: tl.constexpr, E_COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    CURVED: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """_store_gradients of one block."""
+    cols = start + tl.arange(0, BLOCK)
+    if e_max_ptr is None:
+        y = _load_product(src_ptr, bias_ptr, cols, columns, scale, SCALED, WHOLE)
+        d = logit(y, softcap, inv_temperature, CAPPED, SCALED) - m
+        e, log_e = tl.exp2(d * LOG2E), tl.maximum(d, LOWEST)
+        shift = -l
+    else:
+        if WHOLE:
+            e = tl.load(src_ptr + cols).to(tl.float32)
+        else:
+            e = tl.load(src_ptr + cols, mask=cols < columns, other=0.0).to(tl.float32)
+        if E_COLUMNS >= BLOCK:
+            top = tl.load(e_max_ptr + start // E_COLUMNS)
+        elif E_COLUMNS:  # a row of the block under each maximum
+            tiles = start // E_COLUMNS + tl.arange(0, BLOCK // E_COLUMNS)
+            if WHOLE:
+                top = tl.load(e_max_ptr + tiles)
+            else:
+                top = tl.load(e_max_ptr + tiles, mask=tiles * E_COLUMNS < columns, other=0.0)
+            top = top[:, None]
+            e = tl.reshape(e, (BLOCK // E_COLUMNS, E_COLUMNS))
+        log_e = e
+        if CURVED or CAPPED:
+            log_e = log_of_e(e)
+        shift = (top - m) - l
+    factor = 1.0
+    if SCALED:
+        factor = scale * inv_temperature
+    a, b = slopes(g, k, h, shift, entropy, factor)
+    dx = sloped(e, log_e, a, b, CURVED)
+    if CAPPED:
+        if e_max_ptr is None:
+            slope = tanh_slope(y / softcap)
+        else:
+            u = (log_e + top) / inv_temperature / softcap
+            slope = (1.0 - u) * (1.0 + u)
+        dx = tl.where(dx == 0, 0.0, dx * slope)
+    if len(dx.shape) == 2:
+        dx = tl.reshape(dx, (BLOCK,))
+    dx = dx.to(out_ptr.dtype.element_ty)
+    if WHOLE:
+        tl.store(out_ptr + cols, dx)
+    else:
+        tl.store(out_ptr + cols, dx, mask=cols < columns)
 
 
 @triton.jit(do_not_specialize=["e_max_stride", "coef_stride", "col0"])
@@ -148,7 +313,8 @@ def row_bwd_kernel(
     softcap,
     inv_temperature,
     CAPPED: tl.constexpr,
-    E_COLUMNS: tl.constexpr,  # columns under one maximum of e; 0: all of them
+    SCALED: tl.constexpr,
+    E_COLUMNS: tl.constexpr,  # columns under one maximum of e; 0: a span, or all of them
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -166,57 +332,46 @@ def row_bwd_kernel(
     else:
         m, l = tl.load(coef_ptr + 3 * step), tl.load(coef_ptr + 4 * step)
         entropy, logp = tl.load(coef_ptr + 5 * step), tl.load(coef_ptr + 6 * step)
-        label_slope = tl.load(coef_ptr + 7 * step)
-        dz_label = label_gradient(g, k, h, logp, entropy)
         src_row = row
         if index_ptr is not None:
             src_row = tl.load(index_ptr + row)
         src_ptr += src_row * src_stride + begin
         if bias_ptr is not None:
             bias_ptr += begin
-        e_max = 0.0
+        top = m
         if e_max_ptr is not None:
             e_max_ptr += row * e_max_stride
             if E_COLUMNS:
                 e_max_ptr += begin // E_COLUMNS
-            e_max = tl.load(e_max_ptr)
-        for start in range(0, columns, BLOCK):
-            cols = start + tl.arange(0, BLOCK)
-            is_label = cols == label
-            if e_max_ptr is None:
-                y = _load_product(src_ptr, bias_ptr, cols, columns, scale)
-                d = (logit(y, softcap, inv_temperature, CAPPED) - m) - l
-                p = tl.exp(d)
             else:
-                e = tl.load(src_ptr + cols, mask=cols < columns, other=0.0).to(tl.float32)
-                top = e_max
-                if E_COLUMNS:
-                    top = tl.load(e_max_ptr + cols // E_COLUMNS, mask=cols < columns, other=0.0)
-                shift = top - m - l
-                log_e = e
-                if (h != 0) | CAPPED:  # costs more than the rest of the block
-                    log_e = tl.log(e)
-                d = log_e + shift
-                p = e * tl.exp(shift)
-            dz = tl.where(is_label, dz_label, token_gradient(p, d, g, k, h, entropy))
-            if CAPPED:
-                if e_max_ptr is None:
-                    slope = tanh_slope(y / softcap)
-                else:
-                    u = (log_e + top) / inv_temperature / softcap
-                    slope = (1.0 - u) * (1.0 + u)
-                # the label's does not come from e: a rounded one would weigh on the largest gradient
-                slope = tl.where(is_label, label_slope, slope)
-                dz = tl.where(dz == 0, 0.0, dz * slope)
-            dx = dz * scale * inv_temperature
-            tl.store(out_ptr + cols, dx.to(out_ptr.dtype.element_ty), mask=cols < columns)
+                top = tl.load(e_max_ptr)
+        if h != 0:  # a NaN is a gradient
+            _store_gradients(
+                out_ptr, src_ptr, e_max_ptr, bias_ptr, columns, g, k, h, m, l, entropy, top, scale, softcap,
+                inv_temperature, CAPPED, SCALED, E_COLUMNS, BLOCK, True,
+            )  # fmt: skip
+        else:
+            _store_gradients(
+                out_ptr, src_ptr, e_max_ptr, bias_ptr, columns, g, k, 0.0, m, l, entropy, top, scale, softcap,
+                inv_temperature, CAPPED, SCALED, E_COLUMNS, BLOCK, False,
+            )  # fmt: skip
+        # the label's comes neither from e nor from its slope: a rounded one would weigh on the largest gradient
+        dx = label_gradient(g, k, h, logp, entropy)
+        if CAPPED:
+            dx = tl.where(dx == 0, 0.0, dx * tl.load(coef_ptr + 7 * step))
+        if SCALED:
+            dx = dx * scale * inv_temperature
+        tl.debug_barrier()  # what another thread has stored there is under it
+        tl.store(out_ptr + label, dx.to(out_ptr.dtype.element_ty), mask=label >= 0)
 
 
 def tile_fwd(x, bias, target, col0, head, want, part, first, label, e=None, in_place=False) -> None:
     """States of a tile of products x (n, C): part (n, spans, 6), first (n, spans), label (n, 2); exp(z - m) in e or x.
 
-    A tile of one span may have part (n, 6) and first (n,). Rows of x, part, first, label and e may be strided. Raises
-    ValueError for any other stride, for another number of spans, and for in_place=True unless x is float32.
+    first is the label's column where it is the first maximum of its span, -1 where it is there and is not, and the
+    span's first column where the label is elsewhere. A tile of one span may have part (n, 6) and first (n,). Rows of
+    x, part, first, label and e may be strided. Raises ValueError for any other stride, for another number of spans, and
+    for in_place=True unless x is float32.
     """
     if in_place and x.dtype != torch.float32:
         raise ValueError(f"in_place=True needs x in torch.float32, got {x.dtype}")
@@ -231,7 +386,7 @@ def tile_fwd(x, bias, target, col0, head, want, part, first, label, e=None, in_p
         row_fwd_kernel[(n * spans,)](
             x, x.stride(0), bias, target, part, part.stride(0), first, first.stride(0), label,
             label.stride(0), e, 0 if e is None else e.stride(0), col0, columns, spans, *head_arguments(head),
-            WANT=want, **_launch(columns),
+            WANT=want, GROUP=_neighbours(x), **_launch(columns),
         )  # fmt: skip
 
 
@@ -274,7 +429,13 @@ def spans_of(columns: int) -> int:
 
 def _launch(columns: int) -> dict:
     block, num_warps = next((block, warps) for limit, block, warps in LAUNCH if columns <= limit)
-    return {"SPAN": SPAN, "BLOCK": block, "num_warps": num_warps, **OPTIONS}
+    return {"SPAN": SPAN, "BLOCK": block, "num_warps": num_warps, "num_stages": STAGES, **OPTIONS}
+
+
+def _neighbours(x: Tensor) -> int:
+    """How many elements of a row one thread loads at once, which it then adds up alone."""
+    aligned = x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+    return 16 // x.element_size() if aligned else 1
 
 
 def _check_unit_stride(**tensors: Tensor | None) -> None:

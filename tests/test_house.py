@@ -23,7 +23,7 @@ ARROW = {
     "losses": {"formulas", "kernels", "ops"},
     "rl": {"formulas", "kernels", "ops", "feedback"},
     "metarm": {"formulas", "kernels", "ops", "losses"},
-    "integrations": {"formulas", "kernels", "ops", "losses", "rl"},
+    "integrations": {"formulas", "kernels", "ops", "losses", "rl", "feedback"},
     "feedback": set(),
     "report": set(),
     "testing": {"formulas", "kernels"},

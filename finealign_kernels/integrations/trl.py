@@ -1,8 +1,12 @@
-"""Under TRL's trainers: `patch_kernels` puts linear_logprobs where TRL's own chunked head stands."""
+"""TRL: `patch_kernels` puts linear_logprobs under its trainers; trainers of our own take feedback on tokens.
+
+FineGrainedDPOTrainer   DPOTrainer with weights on tokens, pivots, and every preference loss
+"""
 
 import inspect
 from collections.abc import Iterable
 from contextlib import nullcontext
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -11,6 +15,7 @@ from torch import Tensor
 from ..ops._check import OUTPUTS, fail
 from ..ops.logprobs import linear_logprobs
 
+TRAINERS = {"FineGrainedDPOTrainer": "_trl_dpo"}  # name -> module, imported at its first use: it imports TRL
 VERSIONS = ("1.16",)  # of TRL, that the seam was read and tested with
 SEAM = "trl.trainer.utils._ChunkedLogProbFunction"
 TAKES = (  # what its forward is called with, by position
@@ -27,6 +32,13 @@ TAKES = (  # what its forward is called with, by position
 
 _patches: list["Patch"] = []  # those in force; the last one serves
 _stock: list[type] = []  # TRL's own function, while there are patches
+
+
+def __getattr__(name: str):
+    if name in TRAINERS:
+        check_version(name)
+        return getattr(import_module(f".{TRAINERS[name]}", __package__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class Outputs(NamedTuple):
@@ -135,15 +147,21 @@ def _regathered(utils, weight: Tensor, bias: Tensor | None, head: Tensor):
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
-def _known():
-    """trl.trainer.utils, if this is a TRL whose function can be replaced."""
+def check_version(who: str) -> None:
+    """Refuses a TRL that is not there, or of a version that is not known here."""
     try:
         import trl
-        from trl.trainer import utils
     except ImportError as error:
-        raise ImportError(f"patch_kernels needs TRL ({error}); pip install 'finealign-kernels[trl]'") from error
+        raise ImportError(f"{who} needs TRL ({error}); pip install 'finealign-kernels[trl]'") from error
     if ".".join(trl.__version__.split(".")[:2]) not in VERSIONS:
         fail("trl", f"be of version {' or '.join(VERSIONS)}", trl.__version__, RuntimeError)
+
+
+def _known():
+    """trl.trainer.utils, if this is a TRL whose function can be replaced."""
+    check_version("patch_kernels")
+    from trl.trainer import utils
+
     if _patches:
         _refuse_strangers(utils)
         return utils

@@ -1,0 +1,544 @@
+"""FineGrainedDPOTrainer: TRL's own training where nothing is fine-grained, and another one where something is."""
+
+import os
+import subprocess
+import sys
+from functools import lru_cache
+
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="TRL is not installed")
+
+import transformers  # noqa: E402
+import trl  # noqa: E402
+from datasets import Dataset, IterableDataset  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors  # noqa: E402
+from trl import DPOConfig, DPOTrainer  # noqa: E402
+
+import finealign_kernels as fk  # noqa: E402
+from finealign_kernels.integrations import trl as seam  # noqa: E402
+from finealign_kernels.integrations.trl import FineGrainedDPOTrainer, patch_kernels  # noqa: E402
+
+BOUND = 1e-5  # relative, of loss and gradient norm at every step
+STEPS = 5
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | trim }}</>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@lru_cache
+def tokenizer(opens=False):
+    """One token a byte; opens: every text starts with a special token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytes_only = Tokenizer(models.BPE({token: i for i, token in enumerate(["<pad>", "<eos>", *alphabet])}, []))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only.decoder = decoders.ByteLevel()
+    if opens:
+        bytes_only.post_processor = processors.TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 1)])
+    special = dict(eos_token="<eos>", pad_token="<pad>", bos_token="<eos>")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bytes_only, chat_template=TEMPLATE, **special)
+
+
+KINDS = {
+    "Llama": dict(tie_word_embeddings=True),
+    "Qwen2": dict(tie_word_embeddings=False),
+    "Qwen3": dict(head_dim=16),
+    "Gemma2": dict(head_dim=16, final_logit_softcapping=2.0, attn_implementation="eager"),
+    "Granite": dict(logits_scaling=2.0),
+    "Cohere": dict(logit_scale=0.5),
+    "Mixtral": dict(num_local_experts=2, output_router_logits=True, router_aux_loss_coef=0.01),
+}
+
+
+def model(kind="Llama", seed=0):
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=258,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=1,
+        initializer_range=0.1,
+        **KINDS[kind],
+    )
+    return getattr(transformers, f"{kind}ForCausalLM")(config)
+
+
+WORDS = ["a", "bee", "can", "do", "each", "fine", "good", "hive", "in", "jar"]
+
+
+def sentence(i, length):
+    return " ".join(WORDS[(i * k + k) % len(WORDS)] for k in range(1, length + 1))
+
+
+ROWS = [
+    {"prompt": sentence(i, 2) + " ", "chosen": sentence(i + 3, 4), "rejected": sentence(i, 2 + i % 3)}
+    for i in range(12)
+]
+
+
+def chat(row):
+    said = [{"role": "user", "content": row["prompt"]}]
+    return {"prompt": said} | {side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")}
+
+
+def marked(row):
+    """The rejected answer's second word is a fault."""
+    start = row["rejected"].index(" ") + 1
+    stop = (row["rejected"] + " ").index(" ", start)
+    return row | {"chosen_spans": [], "rejected_spans": [{"start": start, "end": stop, "kind": "factual"}]}
+
+
+def arguments(folder, **more):
+    short = dict(
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        learning_rate=1e-4,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        seed=0,
+    )
+    return DPOConfig(output_dir=str(folder), **(short | more))
+
+
+def trained(cls, folder, *, rows=ROWS, kind="Llama", config=None, ref=True, tokens=None, **options):
+    trainer = cls(
+        options.pop("model", None) or model(kind),
+        ref_model=model(kind) if ref else None,
+        args=arguments(folder, **(config or {})),
+        train_dataset=rows if isinstance(rows, IterableDataset) else Dataset.from_list(rows),
+        processing_class=tokens or tokenizer(),
+        **options,
+    )
+    trainer.train()
+    return trainer, [log for log in trainer.state.log_history if "grad_norm" in log]
+
+
+def apart(ours, stock):
+    """Largest relative difference of loss and gradient norm over the steps."""
+    pairs = list(zip(ours, stock, strict=True))
+    assert len(pairs) >= 2
+    return max(abs(one[key] - other[key]) / abs(other[key]) for one, other in pairs for key in ("loss", "grad_norm"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+# ---- equality with TRL's own loss ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_feedback_it_is_trls_training(kind, folder):
+    stock = trained(DPOTrainer, folder, kind=kind)[1]
+    with patch_kernels():
+        ours = trained(FineGrainedDPOTrainer, folder, kind=kind)[1]
+    assert apart(ours, stock) <= BOUND
+    for one, other in zip(ours, stock, strict=True):
+        figures = {key: value for key, value in other.items() if "time" not in key}
+        assert one["tokens/kept"] == 1
+        assert {key: one[key] for key in figures} == pytest.approx(figures, rel=1e-4, abs=1e-5)
+    if kind != "Mixtral":  # its loss holds the experts' balance, too
+        assert ours[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+
+
+LOSSES = {
+    "sigmoid_norm": {},
+    "hinge": {},
+    "ipo": {},
+    "robust": dict(label_smoothing=0.1),
+    "exo_pair": dict(label_smoothing=1e-3),
+    "nca_pair": {},
+    "bco_pair": {},
+    "sppo_hard": {},
+    "apo_zero": {},
+    "apo_down": {},
+    "discopop": dict(discopop_tau=0.5),
+    "aot": {},
+    "aot_unpaired": {},
+    "sigmoid": dict(f_divergence_type="js_divergence", ld_alpha=0.5, use_weighting=True, beta=0.3),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_type_of_trl(loss, folder):
+    config = dict(
+        max_steps=2, loss_type=[loss], gradient_accumulation_steps=2, per_device_train_batch_size=2, **LOSSES[loss]
+    )
+    stock = trained(DPOTrainer, folder, config=config)[1]
+    ours = trained(FineGrainedDPOTrainer, folder, config=config)[1]
+    assert apart(ours, stock) <= BOUND
+
+
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+def test_messages_and_truncation(mode, folder):
+    config = dict(max_length=48, truncation_mode=mode)
+    rows = [chat(row) for row in ROWS]
+    stock = trained(DPOTrainer, folder, rows=rows, config=config)[1]
+    spans = [row | {"chosen_spans": [], "rejected_spans": [{"start": 0, "end": 3}]} for row in rows]
+    ours = trained(FineGrainedDPOTrainer, folder, rows=spans, config=config, span_weight=1.0)[1]
+    assert apart(ours, stock) <= BOUND
+
+
+@pytest.mark.parametrize("plant", ["label", "weight"])
+def test_a_planted_fault_is_seen(plant, folder, monkeypatch):
+    """One label of a batch is its neighbour's; or one weight is 1.1."""
+    stock = trained(DPOTrainer, folder)[1]
+    loss = FineGrainedDPOTrainer.compute_loss
+
+    def weighted(self, model, inputs, *rest, **more):
+        weight = torch.ones_like(inputs["input_ids"], dtype=torch.float32)
+        weight[0, int(inputs["completion_mask"][0].argmax())] = 1.1
+        return loss(self, model, {**inputs, "token_weight": weight}, *rest, **more)
+
+    with patch_kernels() as patched:
+        right = patched.apply
+
+        def shifted(hidden, weight, bias, labels, *rest):
+            last, labels = labels.nonzero()[-1], labels.clone()  # 0: a position without a label
+            labels[last] = labels[last - 1]
+            return right(hidden, weight, bias, labels, *rest)
+
+        if plant == "label":
+            monkeypatch.setattr(patched, "apply", shifted)
+        else:
+            monkeypatch.setattr(FineGrainedDPOTrainer, "compute_loss", weighted)
+        assert apart(trained(FineGrainedDPOTrainer, folder)[1], stock) > 10 * BOUND
+
+
+# ---- references ----------------------------------------------------------------------------------------------------
+
+
+def test_a_precomputed_reference_is_the_models(folder):
+    rows = [marked(row) for row in ROWS]
+    options = dict(rows=rows, average="kept", span_weight=3.0)
+    with_model = trained(FineGrainedDPOTrainer, folder, **options)[1]
+    for mode in ("keep_start", "keep_end"):
+        config = dict(precompute_ref_log_probs=True, max_length=200, truncation_mode=mode)
+        trainer, before = trained(FineGrainedDPOTrainer, folder, ref=False, config=config, **options)
+        assert trainer.ref_model is None and apart(before, with_model) <= BOUND
+    columns = [dict(row) for row in trainer.train_dataset]
+    assert all(len(row["ref_chosen_token_logps"]) == len(row["chosen_ids"]) for row in columns)
+    given = [
+        row | {key: saved[key] for key in saved if key.startswith("ref_")}
+        for row, saved in zip(rows, columns, strict=True)
+    ]
+    trainer, again = trained(FineGrainedDPOTrainer, folder, ref=False, **(options | {"rows": given}))
+    assert trainer.ref_model is None and apart(again, with_model) <= BOUND
+
+
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+def test_a_precomputed_reference_of_truncated_completions(mode, folder):
+    rows = [chat(row) for row in ROWS]
+    config = dict(max_length=40, truncation_mode=mode)
+    with_model = trained(FineGrainedDPOTrainer, folder, rows=rows, config=config)[1]
+    config["precompute_ref_log_probs"] = True
+    assert apart(trained(FineGrainedDPOTrainer, folder, rows=rows, config=config, ref=False)[1], with_model) <= BOUND
+
+
+def test_a_loss_without_reference_needs_none(folder):
+    for loss in ("simpo", "orpo"):
+        trainer, told = trained(FineGrainedDPOTrainer, folder, rows=[marked(row) for row in ROWS], ref=False, loss=loss)
+        assert trainer.ref_model is None and all(log["grad_norm"] > 0 for log in told)
+        trainer.evaluate(Dataset.from_list(ROWS))
+
+
+def test_lora_takes_the_model_without_its_adapter(folder):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, task_type="CAUSAL_LM")
+    stock = trained(DPOTrainer, folder, ref=False, peft_config=config)[1]
+    ours = trained(FineGrainedDPOTrainer, folder, ref=False, peft_config=config)[1]
+    assert apart(ours, stock) <= BOUND
+    weighted = trained(FineGrainedDPOTrainer, folder, ref=False, peft_config=config, rows=[marked(r) for r in ROWS])[1]
+    assert weighted[0]["loss"] == pytest.approx(0.6931472, abs=1e-6) and apart(weighted, stock) > 10 * BOUND
+
+
+# ---- weights -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["text", "messages", "special tokens"])
+def test_weights_stand_on_the_marked_characters(form, folder):
+    rows = [marked(row) for row in ROWS]
+    tokens = tokenizer(form == "special tokens")
+    if form == "messages":
+        rows = [row | chat({**row, "rejected": f"\n {row['rejected']} "}) for row in rows]
+        for row in rows:  # the template takes the white space around the text away
+            row["rejected_spans"] = [{"start": s["start"] + 2, "end": s["end"] + 2} for s in row["rejected_spans"]]
+    trainer, _ = trained(
+        FineGrainedDPOTrainer, folder, rows=rows, tokens=tokens, config=dict(max_steps=1), span_weight=3.0
+    )
+    sides = zip(trainer.train_dataset, ROWS, strict=True)
+    for row, source in sides:
+        span = marked(source)["rejected_spans"][0]
+        heavy = [i for i, w in zip(row["rejected_ids"], row["rejected_token_weight"], strict=True) if w == 3.0]
+        assert tokens.decode(heavy) == source["rejected"][span["start"] : span["end"]]
+        assert set(row["rejected_token_weight"]) == {1.0, 3.0} and set(row["chosen_token_weight"]) == {1.0}
+
+
+def test_the_loss_is_the_one_of_the_library(folder):
+    """One step by hand: average, divergence, NLL and weights of pairs reach preference_loss."""
+    rows = [marked(row) | {"pair_weight": 0.5 + i / 12} for i, row in enumerate(ROWS[:4])]
+    options = dict(nll_weight=0.3, beta=0.2)
+    trainer, _ = trained(
+        FineGrainedDPOTrainer,
+        folder,
+        rows=rows,
+        loss="slic",
+        average="kept",
+        loss_options=options,
+        config=dict(max_steps=1),
+    )
+    policy, ref = model(seed=1), model()
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    trl.trainer.utils.add_fused_lm_head(policy, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    found = trainer.compute_loss(policy, batch)
+    ids, mask = batch["input_ids"], batch["completion_mask"][:, 1:].bool()
+
+    def logp(m):
+        logits = m(ids, attention_mask=batch["attention_mask"]).logits[:, :-1]
+        return logits.log_softmax(-1).gather(2, ids[:, 1:, None])[:, :, 0]
+
+    expected = fk.slic(
+        logp(policy),
+        logp(ref),
+        mask=mask,
+        token_weight=batch["token_weight"][:, 1:],
+        average="kept",
+        pair_weight=torch.tensor([row["pair_weight"] for row in rows]),
+        **options,
+    ).loss
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+def ready(row, weights):
+    """Tokens and weights of a row, made beforehand."""
+    ids = {f"{side}_ids": tokenizer()(row[side]).input_ids + [1] for side in ("chosen", "rejected")}
+    made = {"prompt_ids": tokenizer()(row["prompt"]).input_ids, **ids}
+    return made | {f"{side}_token_weight": weights(side, made[f"{side}_ids"]) for side in ("chosen", "rejected")}
+
+
+def test_ready_weights_and_tokens_are_the_spans(folder):
+    by_spans = trained(FineGrainedDPOTrainer, folder, rows=[marked(row) for row in ROWS], span_weight=3.0)[1]
+    rows = []
+    for row in ROWS:
+        span = marked(row)["rejected_spans"][0]
+        heavy = range(span["start"], span["end"])  # a token a character
+        rows.append(
+            ready(row, lambda s, ids, h=heavy: [3.0 if s == "rejected" and t in h else 1.0 for t in range(len(ids))])
+        )
+    assert apart(trained(FineGrainedDPOTrainer, folder, rows=rows)[1], by_spans) <= BOUND
+    texts = [row | {k: v for k, v in made.items() if "weight" in k} for row, made in zip(ROWS, rows, strict=True)]
+    assert apart(trained(FineGrainedDPOTrainer, folder, rows=texts)[1], by_spans) <= BOUND
+    stream = Dataset.from_list(texts).to_iterable_dataset()
+    trained(FineGrainedDPOTrainer, folder, rows=stream)
+
+
+def fault_logp(trained_model, rows):
+    """Mean log-prob of the marked tokens, and of the other tokens of the rejected answers."""
+    inside, outside = [], []
+    for row in rows:
+        prompt, answer = tokenizer()(row["prompt"]).input_ids, tokenizer()(row["rejected"]).input_ids
+        ids = torch.tensor([prompt + answer])
+        logp = trained_model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[len(prompt) - 1 :, 0]
+        span = row["rejected_spans"][0]
+        is_fault = torch.zeros(len(answer), dtype=torch.bool)
+        is_fault[span["start"] : span["end"]] = True
+        inside.append(logp[is_fault])
+        outside.append(logp[~is_fault])
+    return torch.cat(inside).mean().item(), torch.cat(outside).mean().item()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_weights_lower_the_marked_tokens_more(seed, folder):
+    rows, found = [marked(row) for row in ROWS], {}
+    for weight in (1.0, 4.0):
+        config = dict(max_steps=8, learning_rate=1e-3, seed=seed)
+        start = model(seed=seed)
+        trainer, _ = trained(FineGrainedDPOTrainer, folder, rows=rows, model=start, config=config, span_weight=weight)
+        with torch.no_grad():
+            found[weight] = fault_logp(trainer.model, rows)
+    assert found[4.0][0] < found[1.0][0] - 0.05  # nats
+
+
+def test_weights_of_zero_take_tokens_out(folder):
+    """The answers' first tokens alone differ; with weight 0 there the loss stays at log 2 and trains nothing."""
+    rows = [
+        ready({"prompt": "a ", "chosen": "x" + ROWS[i]["chosen"], "rejected": "y" + ROWS[i]["chosen"]}, weights)
+        for i, weights in enumerate([lambda side, ids: [1.0] + [0.0] * (len(ids) - 1)] * 12)
+    ]
+    told = trained(FineGrainedDPOTrainer, folder, rows=rows)[1]
+    share = sum(2 for _ in rows) / sum(len(row["chosen_ids"]) * 2 for row in rows)
+    assert told[0]["tokens/kept"] == pytest.approx(share, rel=0.2) and told[-1]["loss"] < 0.69
+    none = [row | {k: [0.0] * len(v) for k, v in row.items() if "weight" in k} for row in rows]
+    with pytest.warns(UserWarning, match="no completion token has kept a weight: nothing is trained"):
+        told = trained(FineGrainedDPOTrainer, folder, rows=none)[1]
+    assert all(log["tokens/kept"] == 0 and log["grad_norm"] == 0 for log in told)
+
+
+# ---- pivots --------------------------------------------------------------------------------------------------------
+
+
+def test_pivots_by_scores_of_the_data(folder):
+    """Scores that agree with their side on every other token keep just these."""
+
+    def scores(side, ids):
+        right = 1.0 if side == "chosen" else -1.0
+        return [right if t % 2 == 0 else -right for t in range(len(ids))]
+
+    rows = [{k.replace("weight", "score"): v for k, v in ready(row, scores).items()} for row in ROWS]
+    told = trained(FineGrainedDPOTrainer, folder, rows=rows, pivots={})[1]
+    weights = [ready(row, lambda side, ids: [1.0 - t % 2 for t in range(len(ids))]) for row in ROWS]
+    expected = trained(FineGrainedDPOTrainer, folder, rows=weights)[1]
+    assert apart(told, expected) <= BOUND and 0.4 < told[0]["tokens/kept"] < 0.6
+
+
+def test_implicit_pivots_start_when_the_policy_has_moved(folder):
+    config = dict(max_steps=6)
+    _, told = trained(FineGrainedDPOTrainer, folder, pivots=dict(baseline="row"), config=config)
+    assert [log["tokens/kept"] for log in told[:3]] == [1, 1, 1]
+    assert all(0 < log["tokens/kept"] < 1 for log in told[3:]) and all(log["grad_norm"] > 0 for log in told)
+    _, segments = trained(
+        FineGrainedDPOTrainer, folder, pivots=dict(kind="salience", percent=20.0, baseline=0.0), config=config
+    )
+    assert 0 < segments[-1]["tokens/kept"] < 1
+    with pytest.warns(UserWarning, match="no completion token has kept a weight"):
+        trained(FineGrainedDPOTrainer, folder, pivots={}, pivot_start=0.0, config=config)
+
+
+def test_pivots_by_a_function(folder):
+    seen = []
+
+    def first_half(logp, ref_logp, mask):
+        seen.append(ref_logp.shape)
+        place = mask.cumsum(1)
+        return (place <= place[:, -1:] / 2).float()
+
+    _, told = trained(FineGrainedDPOTrainer, folder, pivots=first_half)
+    assert len(seen) == STEPS and 0.3 < told[0]["tokens/kept"] < 0.6
+
+
+# ---- evaluation, refusals ------------------------------------------------------------------------------------------
+
+
+def test_evaluation_logs_the_same_figures(folder):
+    rows = [marked(row) for row in ROWS]
+    trainer, _ = trained(FineGrainedDPOTrainer, folder, rows=rows, eval_dataset=Dataset.from_list(rows))
+    told = trainer.evaluate()
+    assert {"eval_loss", "eval_rewards/margins", "eval_tokens/kept", "eval_logps/rejected"} <= told.keys()
+    assert told["eval_loss"] < 0.6931
+
+
+@pytest.mark.parametrize(
+    "rows, options, message",
+    [
+        (ROWS, dict(loss="dpoo"), r"loss must be a Row or one of \('dpo',.*got 'dpoo'"),
+        (ROWS, dict(loss="ipo", config=dict(loss_type=["hinge"])), r"args\.loss_type must be left at its default"),
+        (ROWS, dict(config=dict(loss_type=["sigmoid", "sft"])), r"args\.loss_type must name one loss \(loss_options="),
+        (ROWS, dict(pivots=3), r"pivots must be a mapping of arguments, a function or None, got int"),
+        (ROWS, dict(pivots={}, loss="simpo", ref=False), r"pivots must be a function for 'simpo', which has no ref"),
+        (ROWS, dict(pivot_start=2), r"pivot_start must be a finite number >= 0 and <= 1, got"),
+        (
+            [marked(row) | {"chosen_token_weight": [1.0]} for row in ROWS],
+            {},
+            r"the train dataset must have spans or token weights, not both",
+        ),
+        (
+            [row | {"chosen_token_weight": [1.0]} for row in ROWS],
+            {},
+            r"the train dataset must have both columns chosen_token_weight and rejected_token_weight",
+        ),
+        (
+            [row | {f"{side}_token_weight": [1.0] for side in ("chosen", "rejected")} for row in ROWS],
+            {},
+            r"chosen_token_weight must hold one number a token of chosen, \d+, got 1",
+        ),
+        (
+            [row | {f"ref_{side}_token_logps": [1.0] for side in ("chosen", "rejected")} for row in ROWS],
+            {},
+            r"ref_model must be None where the dataset has ref_chosen_token_logps and ref_rejected_token_logps",
+        ),
+        (
+            [row | {"chosen_spans": [{"start": 0, "end": 99}], "rejected_spans": []} for row in ROWS],
+            {},
+            r"spans\[0\]\.end must be at most \d+, the length of the text, got 99",
+        ),
+        (
+            [
+                {side: f"p {row[side]}" for side in ("chosen", "rejected")} | {"chosen_spans": [], "rejected_spans": []}
+                for row in ROWS
+            ],
+            {},
+            r"the train dataset must have a column prompt, beside spans",
+        ),
+        (
+            ROWS,
+            dict(config=dict(f_divergence_type="js_divergence", loss_type=["sigmoid_norm"])),
+            r"args\.f_divergence_type must be 'reverse_kl' with an average",
+        ),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_refused(rows, options, message, folder):
+    with pytest.raises((ValueError, TypeError), match=message):
+        trained(FineGrainedDPOTrainer, folder, rows=rows, **options)
+
+
+def test_a_template_that_changes_the_text_is_refused(folder):
+    tokens = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer().backend_tokenizer, eos_token="<eos>", pad_token="<pad>",
+        chat_template="{% for m in messages %}{{ m['content'] | upper }}{% endfor %}",
+    )  # fmt: skip
+    rows = [chat(row) | {"chosen_spans": [], "rejected_spans": [{"start": 0, "end": 1}]} for row in ROWS]
+    with pytest.raises(ValueError, match="the chat template must keep the text of the completion"):
+        trained(FineGrainedDPOTrainer, folder, rows=rows, tokens=tokens)
+
+
+def test_an_unknown_version_is_refused(monkeypatch):
+    monkeypatch.setattr(trl, "__version__", "1.17.0")
+    with pytest.raises(RuntimeError, match=r"trl must be of version 1\.16, got 1\.17\.0"):
+        seam.FineGrainedDPOTrainer  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'FineGrainedTrainer'"):
+        seam.FineGrainedTrainer  # noqa: B018
+
+
+LAZY = """
+import sys
+import finealign_kernels.integrations.trl as seam
+assert not {"trl", "transformers", "datasets"} & set(sys.modules)
+sys.modules["trl"] = None  # importing it fails
+try:
+    seam.FineGrainedDPOTrainer
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_without_trl_the_trainer_says_so():
+    done = subprocess.run([sys.executable, "-c", LAZY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "FineGrainedDPOTrainer needs TRL" in done.stdout and "pip install 'finealign-kernels[trl]'" in done.stdout

@@ -34,6 +34,7 @@ REWARD, STRENGTH, CONTRASTIVE = "tests/test_reward.py", "tests/test_strength.py"
 METARM = "tests/test_metarm.py"
 REWARD, STRENGTH = "tests/test_reward.py", "tests/test_strength.py"
 TRL_DPO, STEPS = "tests/test_trl_dpo.py", "tests/test_steps.py"
+TRL_POINTWISE = "tests/test_trl_pointwise.py"
 FUSED_POLICY = "tests/test_policy_loss.py"
 SILENT = "tests/test_silent_faults.py"
 MISTAKES = "tests/test_ordinary_mistakes.py"
@@ -182,11 +183,17 @@ MUTANTS = [
     Mutant("NCA's slope", "formulas/margin.py", "m.sigmoid() - 2 * (-m).sigmoid()", "m.sigmoid() - (-m).sigmoid()", TABLE),
     Mutant("a slope beyond the exponent's bound", "formulas/margin.py", "torch.where(beyond, 0, exponent.exp())", "exponent.exp()", TABLE),
     Mutant("WPO divides by the rejected", "losses/weights.py", "(chosen + rejected).exp()", "(chosen - rejected).exp()", TABLE),
-    Mutant("weights of the pair's sides swapped", "integrations/_trl_data.py", '("token_weight", WEIGHTS)', '("token_weight", WEIGHTS[::-1])', TRL_DPO),
-    Mutant("weights one token late", "integrations/_trl_dpo.py", 'inputs["token_weight"][:, 1:]', 'inputs["token_weight"][:, :-1]', TRL_DPO),
+    Mutant("a rank's share without / world", "integrations/steps.py", "(count / self.world)", "count", STEPS),
+    Mutant("the Trainer counts each batch alone", "integrations/steps.py", "self.model.training and self._step_counts", "False and self._step_counts", STEPS),
+    Mutant("the Trainer divides by the number of batches", "integrations/steps.py", "loss_is_scaled_for_ga = True\n    _step", "loss_is_scaled_for_ga = False\n    _step", STEPS),
+    Mutant("DDP is stepped around", "integrations/transformers.py", "isinstance(model, DistributedDataParallel) or", "", STEPS),
+    Mutant("a dropped column of weights goes unsaid", "integrations/trl.py", "    if new:\n", "    if False:\n", TRL),
+    Mutant("a fault raised in a good response", "integrations/_trl_data.py", '["label"]) >= 0.5', '["label"]) < 0.5', TRL_POINTWISE),
+    Mutant("weights of the pair's sides swapped", "integrations/_trl_data.py", '("token_weight", ours.weights, 1.0)', '("token_weight", ours.weights[::-1], 1.0)', TRL_DPO),
+    Mutant("weights one token late", "integrations/_trl_common.py", 'inputs["token_weight"][:, 1:]', 'inputs["token_weight"][:, :-1]', TRL_DPO),
     Mutant("spans counted from the template's text", "integrations/_trl_data.py", "max(x - start, 0)", "max(x, 0)", TRL_DPO),
     Mutant("reference of a cut completion at its wrong end", "integrations/_trl_data.py", '[*missing, *kept] if mode == "keep_end"', '[*kept, *missing] if mode == "keep_end"', TRL_DPO),
-    Mutant("implicit pivots from the first step", "integrations/_trl_dpo.py", "0.5 if own else 0.0", "0.0", TRL_DPO),
+    Mutant("implicit pivots from the first step", "integrations/_trl_common.py", "0.5 if own else 0.0", "0.0", TRL_DPO),
     Mutant("TRL's temperature lost", "integrations/trl.py", "temperature=temperature,", "temperature=1.0,", TRL),
     # the fused sequence loss
     Mutant("soft labels exchanged", "losses/pointwise.py", "smoothing=1 - target", "smoothing=target", POINTWISE),

@@ -4,6 +4,7 @@ import os
 import queue
 import subprocess
 import sys
+import warnings
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 
@@ -273,6 +274,55 @@ def test_trl_is_imported_by_the_call_alone():
     done = subprocess.run([sys.executable, "-c", LAZY], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "patch_kernels needs TRL" in done.stdout and "pip install 'finealign-kernels[trl]'" in done.stdout
+
+
+# ---- columns that a trainer drops -----------------------------------------------------------------------------------
+
+
+def train_once(name, folder, rows, **more):
+    """One step of a TRL trainer; what it warned of."""
+    trainer = getattr(trl, f"{name}Trainer")(
+        model=model("Llama"),
+        args=getattr(trl, f"{name}Config")(output_dir=str(folder), **(SHORT | dict(max_steps=1) | more)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer(),
+        **({"ref_model": model("Llama")} if name in ("DPO", "KTO") else {}),
+    )
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trainer.train()
+    return [str(w.message) for w in told if "drops the column" in str(w.message)]
+
+
+@pytest.mark.parametrize(
+    "name, columns, instead",
+    [
+        ("DPO", {"chosen_token_weight": [1.0], "rejected_spans": [[0, 1]]}, "FineGrainedDPOTrainer"),
+        ("KTO", {"token_weight": [1.0]}, "PointwiseTrainer"),
+        ("SFT", {"token_weights": [1.0]}, None),
+    ],
+)
+def test_a_dropped_column_of_weights_is_named_once(name, columns, instead, folder, monkeypatch):
+    monkeypatch.setattr(seam, "_warned", set())
+    rows = [row | columns for row in DATA[name]]
+    assert train_once(name, folder, rows) == []  # nothing is in force
+    with patch_kernels():
+        (told,) = train_once(name, folder, rows)
+        assert train_once(name, folder, rows) == []
+        assert train_once(name, folder, DATA[name]) == []
+    assert told.startswith(
+        f"{name}Trainer drops the column {' and '.join(columns)} of its dataset: every token weighs 1"
+    )
+    assert (f"{instead} reads such columns" in told) if instead else ("reads such" not in told)
+    assert transformers.Trainer.get_train_dataloader.__module__ == "transformers.trainer"
+
+
+def test_weights_that_are_read_are_not_warned_of(folder, monkeypatch):
+    monkeypatch.setattr(seam, "_warned", set())
+    rows = [row | {"chosen_spans": [{"start": 0, "end": 1}], "rejected_spans": []} for row in DATA["DPO"]]
+    monkeypatch.setattr(trl, "DPOTrainer", seam.FineGrainedDPOTrainer)
+    with patch_kernels():
+        assert train_once("DPO", folder, rows) == []
 
 
 # ---- training ------------------------------------------------------------------------------------------------------

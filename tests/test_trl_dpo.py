@@ -108,29 +108,27 @@ def marked(row):
     return row | {"chosen_spans": [], "rejected_spans": [{"start": start, "end": stop, "kind": "factual"}]}
 
 
-def arguments(folder, **more):
-    short = dict(
-        max_steps=STEPS,
-        per_device_train_batch_size=4,
-        learning_rate=1e-4,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        seed=0,
-    )
-    return DPOConfig(output_dir=str(folder), **(short | more))
+SHORT = dict(
+    max_steps=STEPS,
+    per_device_train_batch_size=4,
+    learning_rate=1e-4,
+    lr_scheduler_type="constant",
+    logging_steps=1,
+    report_to="none",
+    save_strategy="no",
+    disable_tqdm=True,
+    use_cpu=True,
+    bf16=False,
+    gradient_checkpointing=False,
+    seed=0,
+)
 
 
 def trained(cls, folder, *, rows=ROWS, kind="Llama", config=None, ref=True, tokens=None, **options):
     trainer = cls(
         options.pop("model", None) or model(kind),
         ref_model=model(kind) if ref else None,
-        args=arguments(folder, **(config or {})),
+        args=DPOConfig(output_dir=str(folder), **(SHORT | (config or {}))),
         train_dataset=rows if isinstance(rows, IterableDataset) else Dataset.from_list(rows),
         processing_class=tokens or tokenizer(),
         **options,

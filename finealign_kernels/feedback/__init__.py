@@ -47,7 +47,17 @@ and its strengths, out of three votes, were set by hand.
 from .files import read, sample, write
 from .records import Example, Preference, Response, Span, to_spans
 from .segments import segment_tokens, sentences, sub_sentences
-from .spans import Decoded, Encoded, decode, encode, pair_weights, token_segments, token_spans, token_weights
+from .spans import (
+    Decoded,
+    Encoded,
+    decode,
+    encode,
+    pair_weights,
+    response_weights,
+    token_segments,
+    token_spans,
+    token_weights,
+)
 
 __all__ = [
     "Decoded",
@@ -60,6 +70,7 @@ __all__ = [
     "encode",
     "pair_weights",
     "read",
+    "response_weights",
     "sample",
     "segment_tokens",
     "sentences",

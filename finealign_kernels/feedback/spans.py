@@ -151,16 +151,25 @@ def pair_weights(
     Returns one weight a token, as many as there are offsets, of each side.
     Raises  ValueError for a weight that is not above 0, and where to_spans does.
     """
+    options = {"span_weight": span_weight, "by_kind": by_kind}
+    return response_weights(*chosen, raised=True, **options), response_weights(*rejected, raised=False, **options)
+
+
+def response_weights(
+    offsets,
+    text: str,
+    spans: Sequence[Span],
+    *,
+    raised: bool,
+    span_weight: float = 2.0,
+    by_kind: Mapping[str, float] | None = None,
+) -> list[float]:
+    """Token weights of one response, as pair_weights has them for the chosen (raised) or the rejected one of a pair."""
     by_kind = by_kind or {}
     for weight in (span_weight, *by_kind.values()):
         if not 0 < weight < float("inf"):
             raise ValueError(f"span_weight and by_kind must be finite and above 0, got {weight}")
-    return _side_weights(*chosen, 1.0, span_weight, by_kind), _side_weights(*rejected, -1.0, span_weight, by_kind)
-
-
-def _side_weights(offsets, text, spans, side, span_weight, by_kind):
-    """side 1 raises the response, -1 lowers it."""
-    spans = to_spans(text, spans)
+    spans, side = to_spans(text, spans), 1.0 if raised else -1.0
     praise = [span for span in spans if (span.score or 0.0) > 0]
     faults = [span for span in spans if span not in praise]
     found = []

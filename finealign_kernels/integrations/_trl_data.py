@@ -1,24 +1,42 @@
 """Datasets and batches with weights on tokens, for the trainers of TRL: from character spans to TRL's own tokens."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from trl.data_utils import is_conversational
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from ..feedback import pair_weights
+from ..feedback import pair_weights, response_weights
 from ..ops._check import fail
 
-SIDES = ("chosen", "rejected")
-SPANS = tuple(f"{side}_spans" for side in SIDES)
-WEIGHTS = tuple(f"{side}_token_weight" for side in SIDES)
-SCORES = tuple(f"{side}_token_score" for side in SIDES)
-REFERENCE = tuple(f"ref_{side}_token_logps" for side in SIDES)
-PER_TOKEN = (*WEIGHTS, *SCORES, *REFERENCE)  # a list of one number a completion token, in each row
-PER_PAIR = ("pair_weight",)
-OUTSIDE = dict(zip((*WEIGHTS, *SCORES, *REFERENCE), (1.0, 1.0, 0.0, 0.0, 0.0, 0.0), strict=True))
+
+class Columns(NamedTuple):
+    """Names of a dataset's columns beside those of TRL; of a side there is one of each."""
+
+    sides: tuple[str, ...]  # "chosen" and "rejected", or "completion"
+    per_row: tuple[str, ...] = ()  # a number a row
+
+    @property
+    def spans(self) -> tuple[str, ...]:
+        return tuple(f"{side}_spans" for side in self.sides)
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        return tuple(f"{side}_token_weight" for side in self.sides)
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        return tuple(f"{side}_token_score" for side in self.sides)
+
+    @property
+    def reference(self) -> tuple[str, ...]:
+        return tuple(f"ref_{side}_token_logps" for side in self.sides)
+
+    @property
+    def per_token(self) -> tuple[str, ...]:
+        """A list of one number a completion token, in each row."""
+        return (*self.weights, *self.scores, *self.reference)
 
 
 class Placed(NamedTuple):
@@ -82,43 +100,50 @@ def _find(whole: str, text: str, after: int) -> int:
     return at
 
 
-def add_token_weights(dataset, tokenizer, span_options: Mapping, name: str, **map_options):
+def add_token_weights(dataset, ours: Columns, tokenizer, span_options: Mapping, name: str, **map_options):
     """The dataset with one weight a completion token, from its spans; checks columns of one number a token."""
     columns = next(iter(dataset)).keys()
-    spans = [column for column in SPANS if column in columns]
-    if spans and any(column in columns for column in WEIGHTS):
+    spans = [column for column in ours.spans if column in columns]
+    if spans and any(column in columns for column in ours.weights):
         fail(f"the {name} dataset", "have spans or token weights, not both", ", ".join(sorted(columns)))
-    for pair in (WEIGHTS, SCORES, REFERENCE):
-        given = [column for column in pair if column in columns]
-        if len(given) == 1:
-            fail(f"the {name} dataset", f"have both columns {' and '.join(pair)}", given[0])
-    if spans and not {"prompt", *SIDES} <= set(columns):
-        fail(f"the {name} dataset", "have the columns prompt, chosen and rejected, beside spans", ", ".join(columns))
+    for several in (ours.weights, ours.scores, ours.reference):
+        given = [column for column in several if column in columns]
+        if given and len(given) != len(several):
+            fail(f"the {name} dataset", f"have both columns {' and '.join(several)}", given[0])
+    if spans and not {"prompt", *ours.sides} <= set(columns):
+        wanted = f"have the columns prompt, {' and '.join(ours.sides)}, beside spans"
+        fail(f"the {name} dataset", wanted, ", ".join(columns))
+    shared = {"ours": ours}
     if spans:
-        dataset = dataset.map(_weigh, fn_kwargs={"tokenizer": tokenizer, "options": span_options}, **map_options)
-    if any(column in columns for column in PER_TOKEN):
-        dataset = dataset.map(_check_lengths, **map_options)
+        options = {"tokenizer": tokenizer, "options": span_options, **shared}
+        dataset = dataset.map(_weigh, fn_kwargs=options, **map_options)
+    if any(column in columns for column in ours.per_token):
+        dataset = dataset.map(_check_lengths, fn_kwargs=shared, **map_options)
     return dataset
 
 
-def _weigh(row: Mapping, tokenizer, options: Mapping) -> dict:
+def _weigh(row: Mapping, tokenizer, options: Mapping, ours: Columns) -> dict:
     tools = row.get("tools")
     template = {"tools": tools} if isinstance(tools, list) else {}
     template |= row.get("chat_template_kwargs") or {}
     if not is_conversational(row):
         template = {}
     sides = []
-    for side, column in zip(SIDES, SPANS, strict=True):
+    for side, column in zip(ours.sides, ours.spans, strict=True):
         ids = row["prompt_ids"] + row[f"{side}_ids"]
         placed = place(tokenizer, row["prompt"], row[side], ids, len(row["prompt_ids"]), template)
         sides.append((*placed, row.get(column) or []))
-    return dict(zip(WEIGHTS, pair_weights(*sides, **options), strict=True))
+    if len(sides) == 2:
+        found = pair_weights(*sides, **options)
+    else:  # a response with a label of its own: it is raised where that is one half or more
+        found = [response_weights(*sides[0], raised=float(row["label"]) >= 0.5, **options)]
+    return dict(zip(ours.weights, found, strict=True))
 
 
-def _check_lengths(row: Mapping) -> dict:
-    for column in PER_TOKEN:
+def _check_lengths(row: Mapping, ours: Columns) -> dict:
+    for column in ours.per_token:
         if column in row:
-            side = next(side for side in SIDES if side in column)
+            side = next(side for side in ours.sides if side in column)
             many = len(row[f"{side}_ids"])
             if len(row[column]) != many:
                 fail(column, f"hold one number a token of {side}, {many}", f"{len(row[column])}")
@@ -126,31 +151,34 @@ def _check_lengths(row: Mapping) -> dict:
 
 
 class Collator:
-    """TRL's collator for pairs, and the columns of one number a token beside its tokens, cut and padded as they are.
+    """TRL's collator, and the columns of one number a token beside its tokens, cut and padded as they are.
 
-    Batches get token_weight, token_score and ref_logp, (2B, T) float32, where the rows have them, and pair_weight (B,).
+    Batches get token_weight, token_score and ref_logp, (S, T) float32, where the rows have them, and numbers of rows.
     """
 
-    def __init__(self, pairs: DataCollatorForPreference):
-        self.pairs = pairs
+    def __init__(self, stock, columns: Columns):
+        self.stock, self.columns = stock, columns
 
     def __call__(self, rows: list[Mapping]) -> dict[str, Tensor]:
-        batch = self.pairs(rows)
+        batch, ours = self.stock(rows), self.columns
         width = batch["input_ids"].shape[1]
-        for key, columns in (("token_weight", WEIGHTS), ("token_score", SCORES), ("ref_logp", REFERENCE)):
+        named = (
+            ("token_weight", ours.weights, 1.0),
+            ("token_score", ours.scores, 0.0),
+            ("ref_logp", ours.reference, 0.0),
+        )
+        for key, columns, outside in named:
             if columns[0] in rows[0]:
-                sides = zip(SIDES, columns, strict=True)
-                lines = [self._line(row, side, column, width) for side, column in sides for row in rows]
+                lines = [self._line(row, column, width, outside) for column in columns for row in rows]
                 batch[key] = torch.tensor(lines)
-        for key in PER_PAIR:
+        for key in ours.per_row:
             if key in rows[0]:
                 batch[key] = torch.tensor([float(row[key]) for row in rows])
         return batch
 
-    def _line(self, row: Mapping, side: str, column: str, width: int) -> list[float]:
-        outside = OUTSIDE[column]
+    def _line(self, row: Mapping, column: str, width: int, outside: float) -> list[float]:
         line = [outside] * len(row["prompt_ids"]) + [float(x) for x in row[column]]
-        line = cut(line, self.pairs.max_length, self.pairs.truncation_mode)
+        line = cut(line, self.stock.max_length, getattr(self.stock, "truncation_mode", "keep_start"))
         return line + [outside] * (width - len(line))
 
 
@@ -171,6 +199,3 @@ def per_token(rows: Tensor, mask: Tensor, many: Sequence[int], mode: str) -> lis
     """Columns of a dataset from what a batch has at each position, (B, T) with mask (B, T)."""
     kept = (row[inside].tolist() for row, inside in zip(rows.cpu(), mask.cpu().bool(), strict=True))
     return [whole_completion(line, length, mode) for line, length in zip(kept, many, strict=True)]
-
-
-Pivots = Callable[[Tensor, Tensor, Tensor], Tensor] | Mapping

@@ -4,9 +4,13 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..ops._check import fail
 from ..ops.logprobs import LogProbs, linear_logprobs
+from .steps import StepCounts, StepCountsMixin, step_counts
+
+__all__ = ["HEADS", "ModelLogProbs", "StepCounts", "StepCountsMixin", "model_logprobs", "step_counts"]
 
 # what a model type does between its LM head and its logits: (argument, field of the config, exponent of the field)
 HEADS = {
@@ -39,7 +43,8 @@ def model_logprobs(
 ) -> ModelLogProbs:
     """logp[b, t] = log softmax(z[b, t] / temperature)[labels[b, t + 1]], z the logits of the model.
 
-    model            a causal LM of transformers of a type in HEADS, or a PEFT model of one, its head without adapter
+    model            a causal LM of transformers of a type in HEADS, or a PEFT model of one, its head without adapter;
+                     or one of these in DistributedDataParallel, or sharded by fully_shard: their hooks run
     input_ids        (B, T) int64
     attention_mask   (B, T), 1 for a token and 0 for padding; None where there is no padding
     labels           (B, T) int64, not shifted, -100 for what is not scored (prompts); None scores every token
@@ -47,6 +52,35 @@ def model_logprobs(
 
     Raises ValueError for a type of model that is not known here, TypeError for a head that is not a plain nn.Linear.
     """
+    if isinstance(model, DistributedDataParallel) or hasattr(model, "set_reshard_after_forward"):
+        options = {"temperature": temperature, "outputs": outputs}
+        return _inside(model, lambda inner: _scored(inner, input_ids, attention_mask, labels, **options))
+    return _scored(model, input_ids, attention_mask, labels, temperature=temperature, outputs=outputs)
+
+
+def _inside(model: nn.Module, score):
+    """score(inner), called as the model's forward: what a wrapper does before and after a forward is done."""
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    own = inner.__dict__.get("forward")  # of this instance, where somebody has put one there
+
+    def forward():
+        restore()
+        return score(inner)
+
+    def restore():
+        if own is not None:
+            inner.forward = own
+        else:
+            inner.__dict__.pop("forward", None)
+
+    inner.forward = forward
+    try:
+        return model()
+    finally:
+        restore()
+
+
+def _scored(model: nn.Module, input_ids: Tensor, attention_mask, labels, *, temperature, outputs) -> ModelLogProbs:
     if hasattr(model, "get_base_model"):
         if model.active_peft_config.is_prompt_learning:
             fail("model", "have no prompt learning", model.active_peft_config.peft_type)

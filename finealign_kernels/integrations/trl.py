@@ -1,9 +1,12 @@
 """TRL: `patch_kernels` puts linear_logprobs under its trainers; trainers of our own take feedback on tokens.
 
 FineGrainedDPOTrainer   DPOTrainer with weights on tokens, pivots, and every preference loss
+PointwiseTrainer        KTOTrainer for any loss of single responses: point-wise DPO, ULMA, KTO
 """
 
+import functools
 import inspect
+import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
 from importlib import import_module
@@ -15,7 +18,10 @@ from torch import Tensor
 from ..ops._check import OUTPUTS, fail
 from ..ops.logprobs import linear_logprobs
 
-TRAINERS = {"FineGrainedDPOTrainer": "_trl_dpo"}  # name -> module, imported at its first use: it imports TRL
+TRAINERS = {  # name -> module, imported at its first use: it imports TRL
+    "FineGrainedDPOTrainer": "_trl_dpo",
+    "PointwiseTrainer": "_trl_pointwise",
+}
 VERSIONS = ("1.16",)  # of TRL, that the seam was read and tested with
 SEAM = "trl.trainer.utils._ChunkedLogProbFunction"
 TAKES = (  # what its forward is called with, by position
@@ -30,8 +36,13 @@ TAKES = (  # what its forward is called with, by position
     "outputs",
 )
 
+WEIGHTED = ("token_weight", "token_weights", "spans")  # how columns end that hold weights of tokens
+INSTEAD = {"DPO": "FineGrainedDPOTrainer", "KTO": "PointwiseTrainer"}
+
 _patches: list["Patch"] = []  # those in force; the last one serves
 _stock: list[type] = []  # TRL's own function, while there are patches
+_loaders: list = []  # Trainer.get_train_dataloader, the stock one and ours, while there are patches
+_warned: set[tuple[str, str]] = set()  # trainer, column
 
 
 def __getattr__(name: str):
@@ -61,6 +72,9 @@ def patch_kernels(*, workspace: str | int = "auto", backend: str = "auto") -> "P
 
     workspace, backend   as in linear_logprobs; TRL's chunk_size has no meaning here
 
+    A column with weights of tokens (`token_weight`, `rejected_spans`, ...) that a trainer drops is warned of, once, by
+    name: TRL's own trainers read none. FineGrainedDPOTrainer and PointwiseTrainer do.
+
     Returns a handle: `with patch_kernels(): ...`, or handle.undo(). Of several patches the latest serves, and TRL's own
     function comes back when the last one is undone, in whatever order.
     Raises  ImportError without TRL; RuntimeError naming version, or signature, for a TRL that is not known here.
@@ -68,6 +82,7 @@ def patch_kernels(*, workspace: str | int = "auto", backend: str = "auto") -> "P
     utils = _known()
     if not _patches:
         _stock.append(utils._ChunkedLogProbFunction)
+        _watch_columns()
     patch = Patch(utils, workspace, backend)
     _patches.append(patch)
     utils._ChunkedLogProbFunction = patch
@@ -87,6 +102,8 @@ class Patch:
         _refuse_strangers(self._utils)
         _patches.remove(self)
         self._utils._ChunkedLogProbFunction = _patches[-1] if _patches else _stock.pop()
+        if not _patches:
+            _stop_watching()
 
     def __enter__(self) -> "Patch":
         return self
@@ -177,3 +194,51 @@ def _refuse_strangers(utils) -> None:
     found = utils._ChunkedLogProbFunction
     if found is not _patches[-1]:
         fail(SEAM, "be what patch_kernels put there last", repr(found), RuntimeError)
+
+
+# ---- columns that are dropped --------------------------------------------------------------------------------------
+
+
+def _watch_columns() -> None:
+    """From now on a trainer that makes its training batches is asked for columns that do not get into them."""
+    from transformers import Trainer
+
+    stock = Trainer.get_train_dataloader
+
+    @functools.wraps(stock)
+    def get_train_dataloader(self, *args, **options):
+        _warn_of_dropped(self)
+        return stock(self, *args, **options)
+
+    _loaders.extend((stock, get_train_dataloader))
+    Trainer.get_train_dataloader = get_train_dataloader
+
+
+def _stop_watching() -> None:
+    from transformers import Trainer
+
+    stock, ours = _loaders
+    _loaders.clear()
+    if Trainer.get_train_dataloader is ours:  # else another has put its own there since
+        Trainer.get_train_dataloader = stock
+
+
+def _warn_of_dropped(trainer) -> None:
+    """Names weights of tokens that do not reach the loss: columns removed, or not read by TRL's collator."""
+    columns = getattr(trainer.train_dataset, "column_names", None) or ()
+    weighted = [c for c in columns if any(c == end or c.endswith(f"_{end}") for end in WEIGHTED)]
+    if not weighted or getattr(trainer, "reads_weights", False):
+        return
+    if trainer.args.remove_unused_columns:
+        trainer._set_signature_columns_if_needed()
+        dropped = [c for c in weighted if c not in trainer._signature_columns]
+    else:
+        dropped = weighted if type(trainer.data_collator).__module__.startswith("trl.") else []
+    name = type(trainer).__name__
+    new = [c for c in dropped if (name, c) not in _warned]
+    _warned.update((name, c) for c in new)
+    if new:
+        instead = next((ours for stock, ours in INSTEAD.items() if stock in name), None)
+        advice = f"; {__name__}.{instead} reads such columns" if instead else ""
+        told = f"{name} drops the column {' and '.join(new)} of its dataset: every token weighs 1{advice}"
+        warnings.warn(told, stacklevel=3)

@@ -8,6 +8,7 @@ VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 WORKERS ?= auto
+BENCH ?= head --at-most 60
 BIN = $(VENV)/bin
 export NO_MKDOCS_2_WARNING = 1
 PIP = $(BIN)/pip install --quiet --no-compile --disable-pip-version-check

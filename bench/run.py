@@ -26,8 +26,10 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -64,11 +66,13 @@ def main(argv: list[str] | None = None) -> int:
             write(args.json, rows + early)
 
     print(machine(args.device))
+    if leaves_out_bfloat16(args):
+        print("no bfloat16 races: this CPU has no bfloat16 instructions, they take minutes. --dtype bfloat16 runs them")
     for line in lines(args):
         print(f"\n{line}", flush=True)
         try:
             rounds = args.rounds or line.suite.rounds
-            found, times, absent = race(line, rounds, memory=args.memory, save=args.json and save)
+            found, times, absent = race(line, rounds, memory=args.memory, save=args.json and save, at_most=args.at_most)
         except WrongAnswer as wrong:
             save([])
             print(f"wrong answer, nothing timed: {wrong}", file=sys.stderr)
@@ -105,12 +109,13 @@ class Absent(dict):
 
 
 def race(
-    line: Line, rounds: int, *, memory: bool = True, save: Callable | None = None
+    line: Line, rounds: int, *, memory: bool = True, save: Callable | None = None, at_most: float | None = None
 ) -> tuple[list[dict], dict[str, list[float]], Absent]:
     """The rows of one line, the times of each round, why the absent are absent.
 
     save is called with the rows so far, once for each rival that has answered right. Raises before it times in rounds,
-    where the answer of ours is wrong or does not come.
+    where the answer of ours is wrong or does not come. With at_most the rounds are as many as fit in so many seconds,
+    but at least one, by how long the checks took.
     """
     able, reasons = line.available()
     x = line.sample()
@@ -123,7 +128,10 @@ def race(
         early.append(row_of(line, x, rival.name, once, None, on_device, None, check, 1))
         save(early)
 
+    start = time.perf_counter()
     checks, absent = checked(line, able, x, answered if save else None)
+    if at_most is not None:
+        rounds = min(rounds, max(1, int(at_most / (time.perf_counter() - start))))
     absent.update(reasons)
     calls = {rival.name: lambda call=rival.call: call(x) for rival in able if rival.name in checks}
     times = interleaved(calls, rounds, warmup=0, least=line.suite.least, device=line.device)
@@ -324,11 +332,25 @@ def lines(args: argparse.Namespace) -> list[Line]:
 
 def cases_of(suite: Suite, args: argparse.Namespace) -> list[tuple[torch.dtype, str]]:
     every = args.size == "full" or args.case or args.dtype
+    slow = torch.bfloat16 if leaves_out_bfloat16(args) else None
     return [
         (dtype, case)
         for dtype, case in suite.cases + (suite.more_cases if every else ())
-        if (not args.case or case in args.case) and args.dtype in (None, dtype_name(dtype))
+        if (not args.case or case in args.case) and args.dtype in (None, dtype_name(dtype)) and dtype != slow
     ]
+
+
+def leaves_out_bfloat16(args: argparse.Namespace) -> bool:
+    """Whether the default races are those of float32 alone, because a CPU emulates bfloat16 products."""
+    asked = args.dtype or args.case or args.size != "default"
+    return not asked and args.device.type == "cpu" and not has_bfloat16()
+
+
+def has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the CPU has instructions for bfloat16 products; True where that cannot be found out."""
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.M)
+    return flags is None or bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags[1].split()))
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -340,6 +362,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", action="append", help="only the shape of this name; may be given again")
     parser.add_argument("--rival", action="append", metavar="NAME", help="only this one and ours; may be given again")
     parser.add_argument("--rounds", type=int, help="rounds of timing; each suite has its own default")
+    parser.add_argument("--at-most", type=float, metavar="SECONDS", help="fewer rounds where a race would take longer")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
     parser.add_argument("--size", choices=SIZES, default="default", help="which shapes")
     parser.add_argument(

@@ -49,6 +49,28 @@ def test_rounds_rotate_their_order_and_time_every_call():
     assert all(second >= 0 for each in times.values() for second in each)
 
 
+def test_a_race_has_as_many_rounds_as_fit(monkeypatch):
+    raced_by(monkeypatch)
+    line = small("head", "dense")
+    assert [len(run.race(line, 3, memory=False, at_most=most)[1]["ours"]) for most in (0.0, 1e6)] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    "flags, known", [("avx512f avx512_bf16", True), ("avx512f", False), ("fphp bf16", True), ("amx_bf16", True)]
+)
+def test_bfloat16_races_need_instructions_for_it(flags, known, tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"model name\t: x\nflags\t\t: fpu {flags} sse\n")
+    assert run.has_bfloat16(cpuinfo) is known and run.has_bfloat16(tmp_path / "none")
+
+
+def test_default_races_leave_out_bfloat16_only_where_nobody_asked(monkeypatch):
+    monkeypatch.setattr(run, "has_bfloat16", lambda: False)
+    dtypes = lambda *given: {line.dtype for line in run.lines(run.arguments(["head", *given]))}  # noqa: E731
+    assert dtypes() == {torch.float32} and dtypes("--dtype", "bfloat16") == {torch.bfloat16}
+    assert torch.bfloat16 in dtypes("--full") and torch.bfloat16 in dtypes("--case", "dense")
+
+
 def test_a_short_call_is_repeated_in_its_turn():
     order = []
     calls = {"long": lambda: (order.append("l"), time.sleep(0.05)), "short": lambda: order.append("s")}

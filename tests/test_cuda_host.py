@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -194,8 +195,7 @@ def test_bad_cu_seqlens_give_nan_and_touch_nothing_else(lib):
     check_bad_cu_seqlens(lib)
 
 
-# Planted bugs: name -> the text that is replaced in segments.cuh, and by what. The checks above have to see each.
-BUGS = {
+SEGMENT_BUGS = {
     "no barrier before reading": ("    __syncthreads();\n#pragma", "#pragma"),
     "no barrier before the next round": ("    __syncthreads();  // before the next round writes chunks\n", ""),
     "barrier in a branch": ("__syncthreads();  // before", "if (mine < stop) __syncthreads();  // before"),
@@ -224,33 +224,10 @@ BUGS = {
 }
 
 
-def planted(module: str, bugs: dict, tmp_path_factory, shim) -> dict[str, ctypes.CDLL]:
-    """kernels/cuda/MODULE.cuh built with each bug."""
-    source = (CUDA / f"{module}.cuh").read_text()
-
-    def make(name):
-        old, new = bugs[name]
-        assert source.count(old) == 1, f"{name}: its text stands {source.count(old)} times in {module}.cuh"
-        folder = tmp_path_factory.mktemp("mutant")
-        (folder / f"{module}.cuh").write_text(source.replace(old, new))
-        return build(module, folder, shim, folder)
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(bugs, pool.map(make, bugs), strict=True))
-
-
-@pytest.fixture(scope="session")
-def mutants(tmp_path_factory, shim):
-    return planted("segments", BUGS, tmp_path_factory, shim)
-
-
-@on_host
-@pytest.mark.parametrize("name", BUGS)
-def test_planted_bug_is_found(mutants, name):
-    with pytest.raises((AssertionError, DeviceFailure)):
-        for sizes in ("empty", "mixed", "rounds"):
-            check(mutants[name], sizes, torch.bfloat16)
-        check_bad_cu_seqlens(mutants[name])
+def check_segments(lib):
+    for sizes in ("empty", "mixed", "rounds"):
+        check(lib, sizes, torch.bfloat16)
+    check_bad_cu_seqlens(lib)
 
 
 # ---- sequence losses ------------------------------------------------------------------------------------------------
@@ -415,18 +392,10 @@ SEQUENCE_BUGS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def sequence_mutants(tmp_path_factory, shim):
-    return planted("sequence_loss", SEQUENCE_BUGS, tmp_path_factory, shim)
-
-
-@on_host
-@pytest.mark.parametrize("name", SEQUENCE_BUGS)
-def test_bug_planted_in_sequence_losses_is_found(sequence_mutants, name):
-    with pytest.raises((AssertionError, DeviceFailure)):
-        for layout in ("ragged", "rounds"):
-            check_sequences(sequence_mutants[name], layout, torch.bfloat16, SIDES if layout == "ragged" else SIDES[:3])
-        check_bad_bounds_of_sequences(sequence_mutants[name])
+def check_all_sequences(lib):
+    for layout in ("ragged", "rounds"):
+        check_sequences(lib, layout, torch.bfloat16, SIDES if layout == "ragged" else SIDES[:3])
+    check_bad_bounds_of_sequences(lib)
 
 
 # ---- policy losses -------------------------------------------------------------------------------------------------
@@ -605,18 +574,49 @@ POLICY_BUGS = {
 }  # fmt: skip
 
 
+def check_all_policies(lib):
+    for layout in ("ragged", "rounds", "many"):
+        check_policies(lib, layout, torch.bfloat16)
+    check_bad_bounds_of_policies(lib)
+
+
+# ---- planted bugs --------------------------------------------------------------------------------------------------
+
+# file of kernels/cuda -> what is planted in it (the text that is replaced, and by what), and the checks that must fail
+PLANTED = {
+    "segments": (SEGMENT_BUGS, check_segments),
+    "sequence_loss": (SEQUENCE_BUGS, check_all_sequences),
+    "policy_loss": (POLICY_BUGS, check_all_policies),
+}
+
+
 @pytest.fixture(scope="session")
-def policy_mutants(tmp_path_factory, shim):
-    return planted("policy_loss", POLICY_BUGS, tmp_path_factory, shim)
+def mutants(tmp_path_factory, shim):
+    """mutants(MODULE): kernels/cuda/MODULE.cuh built with each of its bugs, once."""
+
+    @cache
+    def build_all(module: str) -> dict[str, ctypes.CDLL]:
+        bugs, _ = PLANTED[module]
+        source = (CUDA / f"{module}.cuh").read_text()
+
+        def make(name):
+            old, new = bugs[name]
+            assert source.count(old) == 1, f"{name}: its text stands {source.count(old)} times in {module}.cuh"
+            folder = tmp_path_factory.mktemp("mutant")
+            (folder / f"{module}.cuh").write_text(source.replace(old, new))
+            return build(module, folder, shim, folder)
+
+        with ThreadPoolExecutor(2) as pool:
+            return dict(zip(bugs, pool.map(make, bugs), strict=True))
+
+    return build_all
 
 
 @on_host
-@pytest.mark.parametrize("name", POLICY_BUGS)
-def test_bug_planted_in_policy_losses_is_found(policy_mutants, name):
+@pytest.mark.parametrize("module, name", [(module, name) for module, (bugs, _) in PLANTED.items() for name in bugs])
+def test_planted_bug_is_found(mutants, module, name):
     with pytest.raises((AssertionError, DeviceFailure)):
-        for layout in ("ragged", "rounds", "many"):
-            check_policies(policy_mutants[name], layout, torch.bfloat16)
-        check_bad_bounds_of_policies(policy_mutants[name])
+        PLANTED[module][1](mutants(module)[name])
 
 
 @with_nvcc

@@ -1,14 +1,12 @@
 """The loss head twice, from hidden states to gradients: fused, and in eager PyTorch as its oracle."""
 
-import math
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import relu, softplus
 
 from ..losses.nll import nll_loss
 from ..losses.policy import policy_loss
-from ..losses.preference import preference_loss
+from ..losses.preference import PREFERENCE, preference_loss, score_loss
 from ..ops.logprobs import linear_logprobs
 from .options import average_of, beta_of
 
@@ -94,56 +92,15 @@ def library_loss(options, logp, tokens):
 HYPER = {"discopop": {"tau": 1.0}}
 
 
-# loss of each pair from the scores of its responses, written out apart from the library's own formulas
-PLAIN = {
-    "dpo": lambda c, r, beta: softplus(-beta * (c - r)),
-    "ipo": lambda c, r, beta: (c - r - 1 / (2 * beta)) ** 2,
-    "ipo_z": lambda c, r, beta: (beta * (c - r) - 0.5) ** 2,
-    "slic": lambda c, r, beta: relu(1 - beta * (c - r)),
-    "cdpo": lambda c, r, beta: 0.9 * softplus(-beta * (c - r)) + 0.1 * softplus(beta * (c - r)),
-    "robust": lambda c, r, beta: (0.9 * softplus(-beta * (c - r)) - 0.1 * softplus(beta * (c - r))) / 0.8,
-    "simpo": lambda c, r, beta: softplus(1.0 - beta * (c - r)),
-    "cpo": lambda c, r, beta: softplus(-beta * (c - r)),
-    "orpo": lambda c, r, beta: 0.1 * softplus(-beta * (_log_odds(c) - _log_odds(r))),
-    "kto": lambda c, r, beta: (torch.sigmoid(-beta * c) + torch.sigmoid(beta * r)) / 2,
-    "pdpo": lambda c, r, beta: (softplus(-beta * c) + softplus(beta * r)) / 2,
-    "pdpo_soft": lambda c, r, beta: (softplus(-beta * c) + softplus(beta * r)) / 2,
-    "pdpo_squared": lambda c, r, beta: ((1 - beta * c) ** 2 + (beta * r) ** 2) / 2,
-    "pdpo_hybrid": lambda c, r, beta: (softplus(-beta * c) + (beta * r) ** 2) / 2,
-    "ulma": lambda c, r, beta: softplus(beta * r) / 2,
-    "ulma_squared": lambda c, r, beta: (beta * r) ** 2 / 2,
-    "unlikelihood": lambda c, r, beta: (beta * r - beta * c) / 2,
-    "exo_pair": lambda c, r, beta: _kl(beta * (c - r), 1e-3),
-    "nca_pair": lambda c, r, beta: softplus(-beta * c) + 0.5 * softplus(beta * c) + 0.5 * softplus(beta * r),
-    "bco_pair": lambda c, r, beta: softplus(-beta * c) + softplus(beta * r),
-    "sppo_hard": lambda c, r, beta: (c - 0.5 / beta) ** 2 + (r + 0.5 / beta) ** 2,
-    "apo_zero": lambda c, r, beta: torch.sigmoid(-beta * c) + torch.sigmoid(beta * r),
-    "apo_down": lambda c, r, beta: torch.sigmoid(beta * c) + 1 - torch.sigmoid(beta * (c - r)),
-    "apo_zero_unpaired": lambda c, r, beta: (torch.sigmoid(-beta * c) + torch.sigmoid(beta * r)) / 2,
-    "discopop": lambda c, r, beta: _blend(beta * (c - r), HYPER["discopop"]["tau"]),
-    "aot_unpaired": lambda c, r, beta: softplus(beta * (r.sort().values - c.sort().values)),
-    "offset": lambda c, r, beta: softplus(-beta * (c - r)),
-}
-
-
-def _kl(z, noise):
-    return sum(torch.sigmoid(x) * (-softplus(-x) - math.log(p)) for x, p in ((z, 1 - noise), (-z, noise)))
-
-
-def _blend(z, tau):
-    return torch.sigmoid(-z / tau) * softplus(-z) + torch.sigmoid(z / tau) * torch.exp(-z)
-
-
-def _log_odds(score):
-    score = score.clamp(max=-1e-6)
-    return score - torch.log(-torch.expm1(score))
-
-
 def plain_loss(options, logp, tokens):
-    """The mean loss from the formula of PLAIN; a loss that has none there is computed by the library."""
+    """The mean loss in plain PyTorch: its formula, differentiated by autograd, without our slopes and kernels.
+
+    A loss that matches pairs by rank across the batch is computed by the library.
+    """
     if options.rl:
         return _plain_policy_loss(options, logp, tokens)
-    if options.loss != "nll" and options.loss not in PLAIN:
+    row = None if options.loss == "nll" else PREFERENCE[options.loss]
+    if row is not None and row.match:
         return library_loss(options, logp, tokens).loss
     weight = torch.where(tokens.mask, tokens.token_weight, 0.0)
     total = (weight * torch.where(tokens.mask, logp, 0.0)).sum(-1)
@@ -152,18 +109,16 @@ def plain_loss(options, logp, tokens):
         score = total - (weight * torch.where(tokens.mask, tokens.ref_logp, 0.0)).sum(-1)
     average = average_of(options)
     length = (tokens.mask if average == "all" else weight).sum(-1)
-    if average:
-        score = _ratio(score, length)
-    if options.loss == "nll":
+    policy = _ratio(total, length) if average else total
+    score = _ratio(score, length) if average else score
+    if row is None:
         return -score.mean()
-    chosen, rejected = score.chunk(2)
-    loss = PLAIN[options.loss](chosen, rejected, beta_of(options)).mean()
-    total, length = total.chunk(2)[0], length.chunk(2)[0]
-    if options.loss == "cpo":
+    numbers = {"beta": beta_of(options), "shift": row.shift, **HYPER.get(options.loss, {})}
+    loss = score_loss(options.loss, score, policy=policy, **numbers)[0].mean()
+    total, length = total.chunk(2)[0], length.chunk(2)[0]  # of the chosen answers
+    if row.nll == "token":
         return loss - _ratio(total.sum(), length.sum())
-    if options.loss.startswith("ulma"):
-        return loss - (_ratio(total, length) if average else total).mean() / 2
-    return loss - _ratio(total, length).mean() if options.loss == "orpo" else loss
+    return loss - _ratio(total, length).mean() if row.nll == "sequence" else loss
 
 
 def _plain_policy_loss(options, logp, tokens):

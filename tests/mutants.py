@@ -67,6 +67,8 @@ MUTANTS = [
     Mutant("log-ratios of halves rounded", PREFERENCE, "tokens.x.to(wide) -", "tokens.x -", MISTAKES),
     Mutant("two gradients of halves added rounded", PREFERENCE, "tokens = tokens.widened()", "pass", MISTAKES),
     Mutant("a float32 bias from E of half precision", OP, "budget if keep and not wider else 0", "budget if keep else 0", LOGPROBS),
+    Mutant("infinite rewards in a group", "rl/groups.py", "if infinite.any():", "if False:", GROUPS),
+    Mutant("infinite rewards on a GPU", "rl/groups.py", "torch.where(infinite, torch.nan, wide)", "wide", GROUPS),
     Mutant("unequal pairs taken", "ops/_layout.py", "shapes[0][0] != shapes[1][0]", "False", "tests/test_layout.py"),
     # a mask that keeps nothing
     Mutant("a mask that keeps nothing is silent", "ops/_warn.py", "    if many:", "    if False:", SILENT),

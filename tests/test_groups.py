@@ -228,6 +228,30 @@ def test_nan_leaves_its_group(kind):
     assert torch.equal(found[~rewards.isnan()], without)
 
 
+IN_GROUPS = {
+    **{kind: lambda r, kind=kind: fk.group_advantages(r, 3, kind=kind) for kind in KINDS},
+    "decoupled": lambda r: fk.decoupled_advantages(torch.stack([r, r * 2]), 3),
+    "return_to_go": lambda r: fk.turn_advantages(r, torch.arange(0, 13, 2), 3),
+    "outcome": lambda r: fk.turn_advantages(r, torch.arange(0, 13, 2), 3, kind="outcome"),
+}
+
+
+@pytest.mark.parametrize("bad", (math.inf, -math.inf))
+@pytest.mark.parametrize("dtype", (torch.float32, F64, torch.bfloat16))
+@pytest.mark.parametrize("name", IN_GROUPS)
+def test_an_infinite_reward(name, dtype, bad, monkeypatch):
+    """Refused where values are read; elsewhere what a NaN is, and no NaN comes of it."""
+    rewards = torch.linspace(0, 1, 12, dtype=dtype)
+    rewards[4] = NAN
+    as_nan = IN_GROUPS[name](rewards)
+    rewards[4] = bad
+    with pytest.raises(ValueError, match=rf"rewards must be finite, .* got rewards\[.*4\] = {bad}"):
+        IN_GROUPS[name](rewards)
+    monkeypatch.setattr("finealign_kernels.rl.groups.reads_values", lambda x: False)
+    found = IN_GROUPS[name](rewards)
+    assert found.isfinite().all() and torch.equal(found, as_nan)
+
+
 def test_a_large_offset_costs_no_digits():
     rewards = torch.tensor([1, 0, 0.5, 1], dtype=F64)
     for kind in KINDS:

@@ -199,7 +199,7 @@ def takes(value, parameter) -> bool:
     if isinstance(value, (int, float)):
         return "float" in kinds or (isinstance(value, int) and "int" in kinds)
     if isinstance(value, (list, tuple)):
-        return "Iterable" in kinds and not value
+        return ("Iterable" in kinds or "Sequence" in kinds) and not value
     return inspect.isfunction(value) and "Callable" in kinds
 
 

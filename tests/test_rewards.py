@@ -284,7 +284,8 @@ class NoSync(TorchDispatchMode):
 
 
 def test_nothing_is_read_on_the_host(monkeypatch):
-    monkeypatch.setattr("finealign_kernels.rl.rewards.reads_values", lambda x: False)  # as on a GPU
+    for module in ("rewards", "groups"):  # as on a GPU
+        monkeypatch.setattr(f"finealign_kernels.rl.{module}.reads_values", lambda x: False)
     models = samples.segment_rewards([8] * 6, seed=3)
     mask = torch.rand(6, 8, generator=torch.Generator().manual_seed(0)) < 0.7
     with NoSync(), pytest.raises(AssertionError, match="_local_scalar_dense"):
@@ -384,7 +385,7 @@ GOOD = segments([1, 2, 3], [0, 2, 3], [0, 2, 3])
 REFUSALS = {
     "nan": (
         segments([1, 2, NAN], [0, 2, 3], [0, 2, 3]),
-        r"models\[0\].reward must be a number, got nan for segment 0 of",
+        r"models\[0\].reward must be a finite number, got nan for segment 0 of",
     ),
     "falls": (
         segments([1, 2], [2, 1], [0, 2, 2]),

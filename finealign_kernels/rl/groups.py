@@ -8,7 +8,7 @@ from torch import Tensor
 from ..formulas import groups as formula
 from ..formulas.segments import summed_in
 from ..ops import _parallel
-from ..ops._check import _describe, check_integer, check_number, check_tensor, fail
+from ..ops._check import _describe, check_integer, check_number, check_tensor, fail, reads_values
 from ..ops._layout import check_cu_seqlens
 from ..ops.ranks import rows_of_all
 
@@ -38,7 +38,8 @@ def group_advantages(
              Rewards and keys are gathered, 16 bytes each, and each rank gets what one rank with all rows computes
 
     Returns  (S,) float32 (float64 for float64), detached. Exactly 0 in a group of one or of equal rewards. A NaN reward
-             leaves the statistics and has advantage 0.
+             leaves the statistics and has advantage 0. An infinite one is refused on a CPU; on a GPU, where values are
+             not read, it counts as NaN.
     Raises   ValueError, TypeError naming argument, expectation and finding.
     Source   arXiv:2402.03300 (GRPO), 2503.20783 (Dr. GRPO), 2402.14740 (RLOO).
     """
@@ -66,7 +67,7 @@ def decoupled_advantages(
     weights  K numbers w_k, 1 where left out
 
     Returns  (S,) float32 (float64 for float64), detached. A model's NaN counts 0 for its row; a row without any reward
-             that is a number leaves the batch's statistics and has advantage 0.
+             that is a number leaves the batch's statistics and has advantage 0. Infinite ones: as group_advantages.
     Raises   ValueError, TypeError.
     Source   GDPO, arXiv:2601.05242.
     """
@@ -117,6 +118,7 @@ def turn_advantages(
     Returns   (M,) float32 (float64 for float64), detached. Each token of a turn gets its turn's:
               token_rewards(turns._replace(reward=A, weight=1.0), mask=mask, placement="all", on_empty="drop")
               A response with a NaN reward leaves the statistics and has advantage 0; so has a group of one.
+              Infinite ones: as group_advantages.
     Raises    ValueError, TypeError naming argument, expectation and finding.
     Source    derived; the biased construction is that of verl-project/verl issue 7244.
     """
@@ -132,7 +134,13 @@ def _rewards(name: str, rewards: Tensor, dims: int) -> Tensor:
     check_tensor(name, rewards)
     if rewards.dim() != dims:
         fail(name, f"have shape {('(S,)', '(K, S)')[dims - 1]}", tuple(rewards.shape))
-    return rewards.detach().to(summed_in(rewards))
+    wide, infinite = rewards.detach().to(summed_in(rewards)), rewards.detach().isinf()
+    if not reads_values(wide):
+        return torch.where(infinite, torch.nan, wide)
+    if infinite.any():
+        at = ", ".join(str(int(i)) for i in infinite.nonzero()[0])
+        fail(name, "be finite, or NaN for a response that leaves the statistics", f"{name}[{at}] = {wide[infinite][0]}")
+    return wide
 
 
 def _everywhere(rows: Tensor, groups: int | Tensor, process_group) -> tuple[Tensor, Tensor, slice]:

@@ -56,9 +56,9 @@ def token_rewards(
 
     Returns  token rewards in the shape of mask, or (N,): float32, float64 if a reward is. 0 where mask is false and for
              tokens of no segment. Differentiable in the rewards.
-    Raises   ValueError, TypeError naming model, argument, expectation and finding. Values are checked on a CPU (a NaN
-             reward, ends that decrease or lie in front of the response); on a GPU a NaN reaches its tokens, and an end
-             that decreases makes one. FINEALIGN_DEBUG=1 checks everywhere.
+    Raises   ValueError, TypeError naming model, argument, expectation and finding. Values are checked on a CPU (rewards
+             that are not finite, ends that decrease or lie in front of the response); on a GPU a NaN reaches its tokens
+             and an end that decreases makes one. FINEALIGN_DEBUG=1 checks everywhere.
     Source   arXiv:2306.01693 and its code ("end", on_collision="overwrite", on_empty="previous"); the rest derived.
     """
     for name, value, known in (
@@ -70,7 +70,7 @@ def token_rewards(
             fail(name, f"be one of {known}", repr(value))
     tokens = layout_of(mask, cu_seqlens)
     models = [models] if isinstance(models, SegmentRewards) else models
-    if not isinstance(models, Sequence) or not models:
+    if not isinstance(models, Sequence):
         fail("models", "be SegmentRewards or a sequence of them", type(models).__name__, TypeError)
     models = [check_model(f"models[{k}]", model, tokens) for k, model in enumerate(models)]
     result = torch.float64 if any(model.reward.dtype == torch.float64 for model in models) else torch.float32
@@ -207,7 +207,7 @@ def check_model(name: str, model: SegmentRewards, tokens: Tokens) -> SegmentRewa
     check_cu_seqlens(model.cu_segments, many, tokens.x, name=f"{name}.cu_segments", of="rewards")
     if reads_values(model.reward):
         row = segment_ids(model.cu_segments, many)
-        _refuse(f"{name}.reward", "be a number", model.reward.detach().isnan(), model.reward, model, row)
+        _refuse(f"{name}.reward", "be a finite number", ~model.reward.detach().isfinite(), model.reward, model, row)
         _refuse(f"{name}.end", "be at least 0", model.end < 0, model.end, model, row)
         _refuse(f"{name}.end", "not decrease in a sequence", _falls(model), model.end, model, row)
         _refuse_in_front(name, model, tokens, row)

@@ -177,7 +177,6 @@ def test_advantages_of_a_policy_that_is_its_reference_say_so_too(backend, pivots
 
 @pytest.mark.usefixtures("unwarned")
 def test_the_warning_does_not_read_a_gpu(monkeypatch):
-    monkeypatch.setattr("finealign_kernels.ops._warn.reads_values", lambda x: False)
     monkeypatch.setattr("finealign_kernels.losses.pivots.reads_values", lambda x: False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

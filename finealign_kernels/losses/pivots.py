@@ -210,7 +210,8 @@ def adaptive_mask(
     signs = torch.where(advantage >= 0, 1.0, torch.where(advantage < 0, -1.0, torch.nan))
     kept = formula.keep(score, signs, level) if soft is None else formula.soft_keep(score, signs, level, soft)
     weight = torch.where(read, kept, 0).float()
-    warn_of_empty_mask("adaptive_mask", weight, tokens.mask, baseline)
+    if reads_values(weight):
+        warn_of_empty_mask("adaptive_mask", weight, tokens.mask, baseline)
     count = max(1, weight.numel()) if tokens.mask is None else tokens.mask.sum().clamp(min=1)
     found = (weight, torch.where(read, score, 0), level.expand_as(q), segment)
     return AdaptiveMask(

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ._check import reads_values
-
 PACKAGE = str(Path(__file__).resolve().parent.parent)
 
 _given: set[str] = set()  # what has been warned about
@@ -25,8 +23,8 @@ def warn_once(about: str, message: str) -> None:
 
 
 def warn_of_empty_mask(name: str, token_weight: Tensor, mask: Tensor | None, baseline: object) -> None:
-    """Where values are read: a mask that keeps none of the tokens that there are, so that nothing is trained."""
-    if not reads_values(token_weight) or name in _given or bool(token_weight.any()):
+    """A mask that keeps none of the tokens that there are, so that nothing is trained. Reads values."""
+    if name in _given or bool(token_weight.any()):
         return
     many = token_weight.numel() if mask is None else int(mask.sum())
     if many:

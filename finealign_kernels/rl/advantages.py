@@ -178,7 +178,7 @@ def advantages(
     else:
         found = (_fused if native.runs(backend, tokens.x.device) else _composed)(plan)
     shaped = [None if x is None else unflatten(x, tokens.shapes) for x in found[:5]]
-    if found.token_weight is not None:
+    if found.token_weight is not None and reads_values(found.token_weight):
         warn_of_empty_mask("advantages", found.token_weight, tokens.mask, baseline)
     return Advantages(*shaped, *found[5:])
 

@@ -17,7 +17,7 @@ from ..formulas import returns as formula
 from ..formulas.rewards import SegmentRewards
 from ..formulas.segments import segment_ids
 from ..ops import advantages as native
-from ..ops._check import check_bool, check_callable, check_number, fail
+from ..ops._check import check_bool, check_callable, check_number, fail, reads_values
 from ..ops._layout import Tokens, flatten, flatten_like, unflatten
 from ..ops._warn import warn_of_empty_mask
 from .gae import MASKED, check_estimator, constant, gae_of, per_sequence, rate, returns_of

@@ -73,6 +73,9 @@ MUTANTS = [
     # a mask that keeps nothing
     Mutant("a mask that keeps nothing is silent", "ops/_warn.py", "    if many:", "    if False:", SILENT),
     Mutant("the kept fraction of all columns", "losses/pivots.py", "else tokens.mask.sum().clamp(min=1)", "else weight.numel()", SILENT),
+    # a head with an adapter
+    Mutant("the base weight of a head with an adapter is silent", "ops/_adapter.py", "_is_active(wrapper):\n        warn", "False:\n        warn", "tests/test_adapter.py"),
+    Mutant("an adapter that is off is warned of", "ops/_adapter.py", 'not getattr(wrapper, "disable_adapters", False) and', "", "tests/test_adapter.py"),
     # ends of segments
     Mutant("indices into the response for columns", "rl/rewards.py", "if tokens.mask[place].all():", "if True:", REWARDS),
     Mutant("a response without tokens refuses its ends", "rl/rewards.py", "& (kept[stop] > kept[first])", "", REWARDS),
@@ -119,7 +122,7 @@ MUTANTS = [
     Mutant("gradients of lse ignored", OP, "_coef(dlogp, dlse, dentropy, logp, entropy, m, l, label_slope)\n    needs", "_coef(dlogp, None, dentropy, logp, entropy, m, l, label_slope)\n    needs", LOGPROBS),
     Mutant("logits overwritten in backward", OP, "grad = logits if ctx.inplace else torch", "grad = logits if True else torch", LOGPROBS),
     Mutant("a packed head for a head of another shape", "ops/_check.py", "isinstance(x, Tensor) and any(getattr", "False and any(getattr", LOGPROBS),
-    Mutant("the base weight of an adapter advised", "ops/_check.py", "merge the adapter, leave", "merge the adapter or pass its base weight, leave", LOGPROBS),
+    Mutant("the base weight of an adapter advised", "ops/_adapter.py", "merge the adapter, leave", "merge the adapter or pass its base weight, leave", LOGPROBS),
     Mutant("label check off", "ops/_check.py", "flat != flat.clamp(0, vocab - 1)", "flat > vocab", LOGPROBS),
     Mutant("autocast reaches the products", OP, "with torch.autocast(device, enabled=False):", "if True:", LOGPROBS),
     # the vocabulary split over ranks

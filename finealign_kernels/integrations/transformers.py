@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..ops._adapter import ADVICE, has_adapter
 from ..ops._check import fail
 from ..ops.logprobs import LogProbs, linear_logprobs
 from .steps import StepCounts, StepCountsMixin, step_counts
@@ -89,7 +90,8 @@ def _scored(model: nn.Module, input_ids: Tensor, attention_mask, labels, *, temp
     if config.model_type not in HEADS:
         fail("model", f"be of type {', '.join(HEADS)}", repr(config.model_type))
     if type(head) is not nn.Linear:
-        fail("the model's head", "be an nn.Linear without an adapter", type(head).__name__, TypeError)
+        hint = f"; {ADVICE}" if has_adapter(head) else ""
+        fail("the model's head", f"be an nn.Linear without an adapter{hint}", type(head).__name__, TypeError)
     extra = {}
     if HEADS[config.model_type]:
         name, field, power = HEADS[config.model_type]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..formulas.logprobs import BAD, SKIP
+from ._adapter import ADVICE, has_adapter, warn_of_adapter
 
 LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny  # of the numbers that float32 holds
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -118,8 +119,7 @@ def check_bool(name: str, value: object) -> bool:
 def check_head(name: str, x: object, empty: bool = False) -> None:
     """The LM head as a plain, whole tensor; empty: or a rank's part of it, which may have no row."""
     if isinstance(x, torch.nn.Module):
-        advice = "; merge the adapter, leave lm_head out of target_modules, or put it in modules_to_save"
-        hint = advice if "lora" in type(x).__module__.lower() else ""
+        hint = f"; {ADVICE}" if has_adapter(x) or "lora" in type(x).__module__.lower() else ""
         fail(name, f"be the head's weight (V, D), not its module{hint}", type(x).__name__, TypeError)
     if isinstance(x, Tensor) and any(getattr(x, state, None) is not None for state in PACKED):
         fail(name, "hold the head's values (V, D), not packed ones: dequantize it", f"a packed {_kind(x)}", TypeError)
@@ -131,6 +131,7 @@ def check_head(name: str, x: object, empty: bool = False) -> None:
     if x.dim() != 2 or (x.numel() == 0 and not (empty and x.shape[1])):
         hint = ": a ZeRO-3 shard? gather it first" if x.numel() == 0 else ""
         fail(name, "have shape (V, D), not empty", f"{tuple(x.shape)}{hint}")
+    warn_of_adapter(x)
 
 
 def check_head_options(temperature, softcap, logit_scale) -> None:

@@ -22,6 +22,10 @@ def warn_once(about: str, message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=level)
 
 
+def warned(about: str) -> bool:
+    return about in _given
+
+
 def warn_of_empty_mask(name: str, token_weight: Tensor, mask: Tensor | None, baseline: object) -> None:
     """A mask that keeps none of the tokens that there are, so that nothing is trained. Reads values."""
     if name in _given or bool(token_weight.any()):

@@ -65,7 +65,8 @@ def linear_logprobs(
         z = softcap(logit_scale · (hidden @ weightᵀ + bias)) / temperature,  softcap(u) = c tanh(u / c)
 
     hidden       (..., D) float; row n predicts labels[n]: the caller has already shifted
-    weight       (V, D), same dtype and device as hidden (under autocast both are cast to its dtype)
+    weight       (V, D), same dtype and device as hidden (under autocast both are cast to its dtype). Of a head with an
+                 adapter (LoRA) it is the base weight alone: where PEFT's module can be found, a warning says so once
     labels       (...) int32 or int64
     bias         (V,) float; -inf takes an id out of the vocabulary (padded heads)
     mask         (...) bool (or ints, 0 and 1): may the row be read. Where it is false, or the label is ignore_index,

@@ -1,0 +1,60 @@
+"""A head with an adapter, LoRA say: `weight` of its module is the base weight, whose log-probs are not the model's."""
+
+import gc
+import sys
+import weakref
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ._warn import warn_once, warned
+
+ADVICE = "merge the adapter, leave lm_head out of target_modules, or put it in modules_to_save"
+
+_found = WeakIdKeyDictionary()  # parameter -> (requires_grad when it was looked for, the wrapper of its module or None)
+
+
+def has_adapter(module: nn.Module) -> bool:
+    """Wraps another layer as PEFT does, or has factors of its own."""
+    names = [*module._modules, *module._parameters]
+    return "base_layer" in module._modules or any(name.lower().startswith("lora") for name in names)
+
+
+def warn_of_adapter(weight: Tensor) -> None:
+    """A warning, once, that a weight is the base of a head whose adapter is active.
+
+    A tensor does not know its module. Where PEFT is imported, all modules are searched, once for a parameter.
+    """
+    if "peft" not in sys.modules or not isinstance(weight, nn.Parameter) or torch.compiler.is_compiling():
+        return
+    if warned("adapter"):
+        return
+    known = _found.get(weight)
+    if known is None or known[0] != weight.requires_grad:
+        wrapper = _wrapper_of(weight)
+        known = _found[weight] = (weight.requires_grad, None if wrapper is None else weakref.ref(wrapper))
+    wrapper = None if known[1] is None else known[1]()
+    if wrapper is not None and _is_active(wrapper):
+        warn_once(
+            "adapter",
+            f"weight is the base weight of a {type(wrapper).__name__} whose adapter is active: the log-probs are not "
+            f"the model's and the adapter gets no gradient; {ADVICE}",
+        )
+
+
+def _wrapper_of(weight: nn.Parameter) -> nn.Module | None:
+    """The adapter around the layers that hold the weight; None if one of them, a tied head say, has none."""
+    modules = [x for x in gc.get_objects() if issubclass(type(x), nn.Module) and "_modules" in x.__dict__]
+    owners = [m for m in modules if not isinstance(m, nn.Embedding) and m._parameters.get("weight") is weight]
+    wrappers = [next((w for w in modules if has_adapter(w) and _holds(w, owner)), None) for owner in owners]
+    return wrappers[0] if wrappers and None not in wrappers else None
+
+
+def _holds(wrapper: nn.Module, owner: nn.Module) -> bool:
+    return wrapper is owner or any(child is owner for child in wrapper._modules.values())
+
+
+def _is_active(wrapper: nn.Module) -> bool:
+    """Neither switched off nor merged into the base weight."""
+    return not getattr(wrapper, "disable_adapters", False) and not getattr(wrapper, "merged", False)

@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .integrations.segment_rewards import SegmentRewardModel
 from .losses.contrastive import CONTRAST, ContrastiveLoss, contrastive_loss, dropout_views
 from .losses.nll import NLLLoss, nll_loss
 from .losses.pairs import RankedPairs, pick_scores, ranked_pairs
@@ -34,6 +35,7 @@ from .losses.preference import (
 )
 from .losses.reward import REWARD, RewardLoss, RewardRow, reward_loss
 from .losses.sampler import sampler_weights
+from .losses.segment_classes import SegmentClassLoss, segment_class_loss
 from .losses.strength import Strength, preference_strength
 from .losses.value import ValueLoss, value_loss
 from .losses.weights import ld_weights, wpo_weights
@@ -74,7 +76,9 @@ __all__ = [
     "RewardLoss",
     "RewardRow",
     "Row",
+    "SegmentClassLoss",
     "SegmentEnds",
+    "SegmentRewardModel",
     "SegmentRewards",
     "Strength",
     "ValueLoss",
@@ -118,6 +122,7 @@ __all__ = [
     "robust",
     "sampler_weights",
     "segment_broadcast",
+    "segment_class_loss",
     "segment_ends",
     "segment_mean",
     "segment_put_last",

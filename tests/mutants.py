@@ -31,8 +31,7 @@ TRL, SEQUENCE, POLICY, VALUE = (
     "tests/test_value.py",
 )
 REWARD, STRENGTH, CONTRASTIVE = "tests/test_reward.py", "tests/test_strength.py", "tests/test_contrastive.py"
-METARM = "tests/test_metarm.py"
-REWARD, STRENGTH = "tests/test_reward.py", "tests/test_strength.py"
+METARM, SEGMENT_REWARDS = "tests/test_metarm.py", "tests/test_segment_rewards.py"
 TRL_DPO, STEPS = "tests/test_trl_dpo.py", "tests/test_steps.py"
 TRL_POINTWISE = "tests/test_trl_pointwise.py"
 FUSED_POLICY = "tests/test_policy_loss.py"
@@ -311,9 +310,12 @@ MUTANTS = [
     Mutant("gradient through the codes", "losses/contrastive.py", "formula.sinkhorn(scores.detach(),", "formula.sinkhorn(scores,", CONTRASTIVE),
     Mutant("codes not swapped", "formulas/contrast.py", "zip(codes, (second, first), strict=True)", "zip(codes, (first, second), strict=True)", CONTRASTIVE),
     Mutant("Sinkhorn of a rank alone", "losses/contrastive.py", "return torch.stack(found).logsumexp(0)", "return lse", CONTRASTIVE),
+    Mutant("classes at other tokens counted", "losses/segment_classes.py", "judged = labels != ignore_index", "judged = labels == labels", SEGMENT_REWARDS),
+    Mutant("the separator of the segment before", "integrations/segment_rewards.py", "len(words) + 1 if self.placed", "0 if self.placed", SEGMENT_REWARDS),
+    Mutant("a response's rewards at its neighbour's tokens", "integrations/segment_rewards.py", "ends += [start + t", "ends += [t", SEGMENT_REWARDS),
     Mutant("MetaRM descends", "metarm.py", "alpha=self.eta)", "alpha=-self.eta)", METARM),
     Mutant("parameters stay at the inner step", "metarm.py", "p.copy_(old)", "pass", METARM),
-    Mutant("parameters restored by subtraction", "metarm.py", "p.copy_(old)", "p.sub_(self.eta * (p - old) / self.eta)", METARM),
+    Mutant("parameters restored by subtraction", "metarm.py", "p.copy_(old)", "p.sub_(_, alpha=self.eta)", METARM),
     Mutant("gathered gradients enter the inner step", "metarm.py", "                p.grad = None\n", "                pass\n", METARM),
     Mutant("the number of pairs for k²", "metarm.py", "(2 / (max(1, m) * max(1, k) ** 2))", "(2 / (max(1, m) * max(1, k * (k - 1))))", METARM),
     Mutant("the slope of the floored loss", "formulas/margin.py", "-up * (-m).sigmoid() / (up + floor)", "-(-m).sigmoid()", REWARD),

@@ -295,6 +295,34 @@ def policy(shape: shapes.Packed, case: str, dtype: torch.dtype, device: torch.de
     )
 
 
+def reward(shape: shapes.Pairs, case: str, dtype: torch.dtype, device: torch.device) -> Sample:
+    """Scores of P pairs, and in case "margin" a margin each."""
+    random = _generator(device)
+    chosen, rejected, margin = (torch.randn(shape.P, generator=random, device=device).to(dtype) for _ in range(3))
+    return Sample(
+        output="loss",
+        case=case,
+        upstream=torch.randn((), generator=random, device=device),
+        chosen=chosen.requires_grad_(),
+        rejected=rejected.requires_grad_(),
+        margin=margin,
+    )
+
+
+def contrast(shape: shapes.Rows, case: str, dtype: torch.dtype, device: torch.device) -> Sample:
+    """Two views of N representations, as far apart as a dropout of some percent leaves them."""
+    random = _generator(device)
+    first, noise = (torch.randn(shape.N, shape.D, generator=random, device=device) for _ in range(2))
+    first, second = first.to(dtype), (first + noise).to(dtype)
+    return Sample(
+        output="loss",
+        case=case,
+        upstream=torch.randn((), generator=random, device=device),
+        first=first.requires_grad_(),
+        second=second.requires_grad_(),
+    )
+
+
 def rl(shape: shapes.Packed, case: str, dtype: torch.dtype, device: torch.device) -> Sample:
     """S responses of N / S tokens. Padded, each is valid up to a random length from half of that on; "packed" has no
     padding. advantages: eight rewarded segments each, as SegmentRewards and at their tokens."""
@@ -408,6 +436,26 @@ SUITES = {
             truth=rivals.policy_eager,
             rounds=15,
             least=TURN,
+        ),
+        Suite(
+            name="reward",
+            shapes=shapes.REWARD,
+            cases=tuple(product([torch.float32], ["plain", "margin"])),
+            sample=reward,
+            rivals=rivals.REWARD,
+            truth=rivals.reward_eager,
+            rounds=15,
+            least=TURN,
+        ),
+        Suite(
+            name="contrast",
+            shapes=shapes.CONTRAST,
+            cases=tuple(product([torch.float32], ["simcse"])),
+            sample=contrast,
+            rivals=rivals.CONTRAST,
+            truth=rivals.contrast_eager,
+            rounds=5,
+            gemm_flops=lambda shape: 2 * shape.N * shape.N * shape.D,
         ),
         Suite(
             name="rl",

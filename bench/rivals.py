@@ -406,6 +406,38 @@ def policy_ours(x):
 POLICY = (Rival("eager", policy_eager), Rival("product", policy_product), Rival("ours", policy_ours))
 
 
+# reward_loss: Bradley-Terry with a margin a pair; ours gives margins and accuracies besides
+
+
+def reward_eager(x):
+    margin = x.margin if x.case == "margin" else 0
+    return x.answers(-F.logsigmoid(x.chosen - x.rejected - margin).mean())
+
+
+def reward_ours(x):
+    name, options = ("adaptive_margin", {"strength": x.margin}) if x.case == "margin" else ("bradley_terry", {})
+    return x.answers(fk.reward_loss(name, (x.chosen, x.rejected), **options).loss)
+
+
+REWARD = (Rival("eager", reward_eager), Rival("ours", reward_ours))
+
+
+# contrastive_loss, SimCSE
+
+
+def contrast_eager(x):
+    first, second = (F.normalize(one, dim=1) for one in (x.first, x.second))
+    labels = torch.arange(len(first), device=first.device)
+    return x.answers(F.cross_entropy(first @ second.T / 0.05, labels))
+
+
+def contrast_ours(x):
+    return x.answers(fk.contrastive_loss("simcse", x.first, x.second).loss)
+
+
+CONTRAST = (Rival("eager", contrast_eager), Rival("ours", contrast_ours))
+
+
 # GAE and all of `advantages`, γ = .99, λ = .95; answers count at the tokens of the mask, where the rivals agree
 
 

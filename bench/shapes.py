@@ -30,6 +30,17 @@ class Packed(NamedTuple):
     N: int
 
 
+class Pairs(NamedTuple):
+    batch: str
+    P: int
+
+
+class Rows(NamedTuple):
+    batch: str
+    N: int
+    D: int
+
+
 HEAD = {
     "small": (Head("small", 96, 64, 3001),),
     "default": (Head("SmolLM2-135M", 2048, 576, 49152),),
@@ -116,3 +127,13 @@ RL["full"] = (
     Packed("a hundred million", 10**5, 10**8),
     Packed("1 of a hundred million", 1, 10**8),
 )
+REWARD = {
+    "small": (Pairs("small", 7),),
+    "default": (Pairs("a batch", 64), Pairs("a large one", 4096), Pairs("a million", 10**6)),
+}
+REWARD["full"] = REWARD["default"]
+CONTRAST = {
+    "small": (Rows("small", 48, 16),),
+    "default": (Rows("1024 responses", 1024, 1024), Rows("8192 responses", 8192, 1024)),
+}
+CONTRAST["full"] = CONTRAST["default"]

@@ -137,7 +137,7 @@ def test_rows_have_the_fields_of_the_schema(tmp_path, capsys):
     assert "ours / gemm3" in printed
 
 
-@pytest.mark.parametrize("suite", ["loss", "token_logprobs", "segments", "policy", "rl"])
+@pytest.mark.parametrize("suite", ["loss", "token_logprobs", "segments", "policy", "reward", "contrast", "rl"])
 def test_every_suite_runs(suite, capsys):
     assert run.main([suite, "--size", "small", "--no-memory", "--rounds", "1"]) == 0
     printed = capsys.readouterr().out

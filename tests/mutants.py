@@ -33,7 +33,7 @@ TRL, SEQUENCE, POLICY, VALUE = (
 REWARD, STRENGTH, CONTRASTIVE = "tests/test_reward.py", "tests/test_strength.py", "tests/test_contrastive.py"
 METARM, SEGMENT_REWARDS = "tests/test_metarm.py", "tests/test_segment_rewards.py"
 TRL_DPO, STEPS = "tests/test_trl_dpo.py", "tests/test_steps.py"
-TRL_POINTWISE = "tests/test_trl_pointwise.py"
+TRL_POINTWISE, TRL_GRPO = "tests/test_trl_pointwise.py", "tests/test_trl_grpo.py"
 FUSED_POLICY = "tests/test_policy_loss.py"
 SILENT = "tests/test_silent_faults.py"
 MISTAKES = "tests/test_ordinary_mistakes.py"
@@ -187,6 +187,9 @@ MUTANTS = [
     Mutant("NCA's slope", "formulas/margin.py", "m.sigmoid() - 2 * (-m).sigmoid()", "m.sigmoid() - (-m).sigmoid()", TABLE),
     Mutant("a slope beyond the exponent's bound", "formulas/margin.py", "torch.where(beyond, 0, exponent.exp())", "exponent.exp()", TABLE),
     Mutant("WPO divides by the rejected", "losses/weights.py", "(chosen + rejected).exp()", "(chosen - rejected).exp()", TABLE),
+    Mutant("a segment's last token left out", "integrations/_trl_grpo.py", "max(stop, last + 1)", "max(stop, last)", TRL_GRPO),
+    Mutant("the advantages of another rank", "integrations/_trl_grpo.py", "self.accelerator.process_index * rows", "0", TRL_GRPO),
+    Mutant("GSPO's ratio of the token", "integrations/_trl_grpo.py", "= logp - mean", "= logp - ratio", TRL_GRPO),
     Mutant("a rank's share without / world", "integrations/steps.py", "(count / self.world)", "count", STEPS),
     Mutant("the Trainer counts each batch alone", "integrations/steps.py", "self.model.training and self._step_counts", "False and self._step_counts", STEPS),
     Mutant("the Trainer divides by the number of batches", "integrations/steps.py", "loss_is_scaled_for_ga = True\n    _step", "loss_is_scaled_for_ga = False\n    _step", STEPS),

@@ -2,6 +2,7 @@
 
 FineGrainedDPOTrainer   DPOTrainer with weights on tokens, pivots, and every preference loss
 PointwiseTrainer        KTOTrainer for any loss of single responses: point-wise DPO, ULMA, KTO
+FineGrainedGRPOTrainer  GRPOTrainer for rewards of segments, advantages of tokens, pivots
 """
 
 import functools
@@ -21,6 +22,7 @@ from ..ops.logprobs import linear_logprobs
 TRAINERS = {  # name -> module, imported at its first use: it imports TRL
     "FineGrainedDPOTrainer": "_trl_dpo",
     "PointwiseTrainer": "_trl_pointwise",
+    "FineGrainedGRPOTrainer": "_trl_grpo",
 }
 VERSIONS = ("1.16",)  # of TRL, that the seam was read and tested with
 SEAM = "trl.trainer.utils._ChunkedLogProbFunction"

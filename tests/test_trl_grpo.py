@@ -1,0 +1,220 @@
+"""FineGrainedGRPOTrainer: TRL's GRPO for numbers, and rewards of segments on the tokens that earned them."""
+
+import os
+from types import SimpleNamespace
+
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="TRL is not installed")
+
+from datasets import Dataset  # noqa: E402
+from test_trl_dpo import SHORT, model, sentence, tokenizer  # noqa: E402
+from trl import GRPOConfig, GRPOTrainer  # noqa: E402
+
+import finealign_kernels as fk  # noqa: E402
+from finealign_kernels.integrations import _trl_grpo  # noqa: E402
+from finealign_kernels.integrations.trl import FineGrainedGRPOTrainer  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+PROMPTS = [{"prompt": sentence(i, 2) + " "} for i in range(12)]
+GENERATED = dict(num_generations=4, max_completion_length=12, temperature=1.0, per_device_train_batch_size=4)
+
+
+def trained(cls, folder, rewards, *, config=None, watch=None, **options):
+    trainer = cls(
+        model(),
+        rewards,
+        GRPOConfig(output_dir=str(folder), **(SHORT | GENERATED | dict(max_steps=3, beta=0.0) | (config or {}))),
+        train_dataset=Dataset.from_list(PROMPTS),
+        processing_class=tokenizer(),
+        **options,
+    )
+    if watch is not None:
+        scored = trainer._generate_and_score_completions
+        trainer._generate_and_score_completions = lambda inputs: watch.append(scored(inputs)) or watch[-1]
+    trainer.train()
+    return trainer, [log for log in trainer.state.log_history if "grad_norm" in log]
+
+
+def length(completions, **_):
+    return [sum(map(ord, text)) % 7 / 7 for text in completions]
+
+
+def halves(text):
+    """Two segments, whatever the text."""
+    middle = max(1, len(text) // 2)
+    return [(0, middle), (middle, len(text))] if len(text) > 1 else [(0, len(text))] if text else []
+
+
+def by_half(completions, **_):
+    return [[sum(map(ord, text[s:e])) % 5 / 5 - 0.4 for s, e in halves(text)] for text in completions]
+
+
+def test_numbers_give_trls_training(folder):
+    stock = trained(GRPOTrainer, folder, length)[1]
+    assert apart_of_sums(trained(FineGrainedGRPOTrainer, folder, length)[1], stock) <= 1e-5
+
+
+def apart_of_sums(ours, stock):
+    """As apart, the losses relative to the size of their terms: they are sums of advantages that cancel."""
+    pairs = list(zip(ours, stock, strict=True))
+    losses = max(abs(one["loss"] - other["loss"]) for one, other in pairs)
+    return max(losses, max(abs(one["grad_norm"] / other["grad_norm"] - 1) for one, other in pairs))
+
+
+def offsets_of(ids):
+    """The tokenizer has one token a byte, and what is sampled is bytes: positions of characters by decoding."""
+    return fk.feedback.decode(tokenizer(), ids)
+
+
+@pytest.mark.parametrize("form", ["numbers", "ranges", "mappings"])
+@pytest.mark.parametrize("kind", ["return_to_go", "outcome"])
+def test_advantages_are_the_turns(form, kind, folder):
+    """Each token has the advantage of its segment, against the other completions of its prompt."""
+
+    def rewards(completions, **_):
+        numbers = by_half(completions)
+        if form == "numbers":
+            return numbers
+        cuts = [list(zip(halves(text), row, strict=True)) for text, row in zip(completions, numbers, strict=True)]
+        if form == "ranges":
+            return [[(s, e, r) for (s, e), r in one] for one in cuts]
+        return [[{"start": s, "end": e, "score": r} for (s, e), r in one] for one in cuts]
+
+    seen = []
+    trainer, told = trained(
+        FineGrainedGRPOTrainer, folder, rewards, segments=halves, advantages=kind, watch=seen, config=dict(max_steps=1)
+    )
+    assert "tokens/kept" in told[0]
+    for out in seen:
+        mask = out["completion_mask"].bool()
+        texts = [offsets_of(ids[m].tolist()) for ids, m in zip(out["completion_ids"], mask, strict=True)]
+        numbers = by_half([text for text, _ in texts])
+        to_go = [[sum(row[k if kind == "return_to_go" else 0 :]) for k in range(3)] for row in numbers]
+        for i, (text, offsets) in enumerate(texts):
+            others = [j for j in range(4 * (i // 4), 4 * (i // 4) + 4) if j != i]
+            ends = fk.feedback.segment_tokens(offsets, text, halves(text))
+            expected, start = [0.0] * int(mask[i].sum()), 0
+            for k, end in enumerate(ends):
+                own = to_go[i][k] - sum(to_go[j][k] for j in others) / 3
+                for t in range(start, end + 1):
+                    expected[t] = own
+                start = end + 1
+            assert out["advantages"][i][mask[i]].tolist() == pytest.approx(expected, abs=1e-5)
+            assert not out["advantages"][i][~mask[i]].any()
+
+
+def test_functions_of_both_sorts_and_their_weights(folder):
+    seen, options = [], dict(segments=halves, config=dict(max_steps=1, reward_weights=[0.5, 2.0]))
+    trained(FineGrainedGRPOTrainer, folder, [length, by_half], watch=seen, **options)
+    for out in seen:
+        mask = out["completion_mask"].bool()
+        texts = [offsets_of(ids[m].tolist())[0] for ids, m in zip(out["completion_ids"], mask, strict=True)]
+        first = 0.5 * torch.tensor(length(texts)) + 2.0 * torch.tensor([sum(row) for row in by_half(texts)])
+        expected = fk.group_advantages(first, 4, kind="leave_one_out")
+        torch.testing.assert_close(out["advantages"][:, 0], expected, rtol=1e-5, atol=1e-5)  # return to go of token 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_group_spread_over_ranks(rank, monkeypatch):
+    """Two completions on each of two ranks: the advantages are those of the four, this rank's half of them."""
+    rewards = [[[0.5, -1.0], [0.2]], [[1.0, 0.0], [-0.3, 0.7]]]
+    trainer = object.__new__(FineGrainedGRPOTrainer)
+    trainer._kind, trainer.accelerator = "return_to_go", SimpleNamespace(process_index=rank)
+    monkeypatch.setattr(_trl_grpo, "gather_object", lambda mine: rewards[0] + rewards[1])
+    model = [[_trl_grpo.OnTokens(r, 2 * k, 2 * k + 2) for k, r in enumerate(row)] for row in rewards[rank]]
+    found = trainer._of_segments(model, torch.ones(2, 5, dtype=torch.bool), 4)
+    flat = torch.tensor([r for row in rewards[0] + rewards[1] for r in row])
+    whole = fk.turn_advantages(flat, torch.tensor([0, 2, 3, 5, 7]), 4).split([2, 1, 2, 2])
+    for row, expected in zip(found, whole[2 * rank : 2 * rank + 2], strict=True):
+        assert row.tolist() == pytest.approx(
+            [*expected.repeat_interleave(2).tolist(), *[0.0] * (5 - 2 * len(expected))]
+        )
+
+
+def test_decoupled_advantages(folder):
+    seen, options = [], dict(segments=halves, advantages="decoupled", config=dict(max_steps=1))
+    trained(FineGrainedGRPOTrainer, folder, [length, by_half], watch=seen, **options)
+    out, mask = seen[0], seen[0]["completion_mask"].bool()
+    texts = [offsets_of(ids[m].tolist())[0] for ids, m in zip(out["completion_ids"], mask, strict=True)]
+    both = torch.tensor([length(texts), [sum(row) for row in by_half(texts)]])
+    torch.testing.assert_close(out["advantages"][:, 0], fk.decoupled_advantages(both, 4), rtol=1e-4, atol=1e-5)
+
+
+def test_pivots_keep_what_agrees(folder):
+    seen = []
+    _, told = trained(FineGrainedGRPOTrainer, folder, by_half, segments=halves, pivots={}, watch=seen)
+    assert all(0 < log["tokens/kept"] < 1 for log in told)
+    _, told = trained(
+        FineGrainedGRPOTrainer, folder, by_half, segments=halves, pivots=lambda r, a, m: torch.zeros_like(a)
+    )
+    assert all(log["tokens/kept"] == 0 and log["grad_norm"] == 0 for log in told)
+
+
+def test_ratios_of_sequences_are_gspo_token(folder):
+    """The gradient of one loss, against policy_loss by hand, where the policy has moved since the rollout."""
+    config = dict(importance_sampling_level="sequence", num_iterations=2, max_steps=2, loss_type="grpo", epsilon=0.2)
+    seen = []
+    trainer, _ = trained(FineGrainedGRPOTrainer, folder, by_half, segments=halves, watch=seen, config=config)
+    inputs = {key: value for key, value in seen[0].items() if value is not None}
+    inputs["old_per_token_logps"] = inputs["old_per_token_logps"] + 0.01 * torch.randn(
+        inputs["old_per_token_logps"].shape, generator=torch.Generator().manual_seed(0)
+    )
+    policy = trainer.model
+    policy.zero_grad()
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.compute_loss(policy, inputs).backward()
+    ours = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    policy.zero_grad()
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    there = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    many = inputs["completion_ids"].shape[1]
+    logits = policy(ids, attention_mask=there).logits[:, -many - 1 : -1]
+    logp = logits.log_softmax(-1).gather(2, inputs["completion_ids"][..., None])[..., 0]
+    options = dict(mask=inputs["completion_mask"].bool(), low=0.2, high=0.2)
+    fk.policy_loss("gspo_token", logp, inputs["old_per_token_logps"], inputs["advantages"], **options).loss.backward()
+    by_hand = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    assert (ours - by_hand).norm() <= 1e-4 * by_hand.norm() and by_hand.norm() > 0
+
+
+def test_the_rewarded_half_becomes_likelier(folder):
+    """A reward for one letter in the first half alone raises it there."""
+
+    def letter(completions, **_):
+        return [[float(text[: len(text) // 2].count("e")), 0.0][: len(halves(text))] for text in completions]
+
+    config = dict(max_steps=20, learning_rate=3e-3, per_device_train_batch_size=8, num_generations=8)
+    _, told = trained(FineGrainedGRPOTrainer, folder, letter, segments=halves, config=config)
+    early, late = (sum(log["reward"] for log in part) / 5 for part in (told[:5], told[-5:]))
+    assert late > early
+
+
+@pytest.mark.parametrize(
+    "rewards, options, message",
+    [
+        (lambda completions, **_: [[1.0] * 9] * len(completions), {}, r"return \d+ numbers for a completion of \d"),
+        (lambda completions, **_: [["a"]] * len(completions), {}, r"return numbers, \(start, end, reward\) or .*'a'"),
+        (lambda completions, **_: ["a"] * len(completions), {}, r"return a number or a list for each completion"),
+        (length, dict(advantages="turn"), r"advantages must be .*'return_to_go'.*got 'turn'"),
+        (length, dict(pivots=1), r"pivots must be a mapping of arguments, a function or None, got int"),
+    ],
+)
+def test_what_does_not_fit_is_refused(rewards, options, message, folder):
+    with pytest.raises((ValueError, TypeError), match=message):
+        trained(FineGrainedGRPOTrainer, folder, rewards, **({"segments": halves} | options))

@@ -8,7 +8,7 @@ from . import __version__
 
 
 def main(argv=None):
-    """Runs one subcommand. Exit status: 0, 1 where a check failed or nobody reads on, 2 for what cannot be done."""
+    """Runs one subcommand. Exit status: 0, 1 for a failed check or a closed output pipe, 2 for a usage error."""
     try:
         status = _main(argv)
         sys.stdout.flush()

@@ -1,7 +1,7 @@
 """`finealign doctor`: what this machine has, which backends run on it, and whether they are right.
 
-Every usable backend computes small cases that are held against float64. A relative error (norm of the difference over
-the norm of the truth) above its bound, or an exception, is a failed check.
+Every usable backend computes small cases, which are compared with float64. A relative error (norm of the difference
+over the norm of the truth) above its bound, or an exception, is a failed check.
 """
 
 import json as jsonlib
@@ -64,7 +64,7 @@ def versions():
 
 
 def devices():
-    """Device -> what can be told about it."""
+    """Device -> a description of it."""
     native = f"native kernels use {_native.instructions()}" if _native.available() else "no native kernels"
     capability = torch.backends.cpu.get_cpu_capability()
     cpu = f"{platform.machine()}, {torch.get_num_threads()} threads, torch uses {capability}, {native}"

@@ -187,7 +187,7 @@ def test_requiring_the_extension_fails_where_there_is_none():
     assert found.returncode != 0 and "FINEALIGN_REQUIRE_NATIVE is set, but" in found.stderr
 
 
-CI_EXTRAS = ("model", "demo", "trl", "test", "docs")
+CI_EXTRAS = ("model", "demo", "trl", "test", "docs", "lint")
 
 
 def test_ci_versions_are_pinned_in_one_file():

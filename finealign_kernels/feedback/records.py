@@ -8,11 +8,11 @@ from reprlib import repr as brief
 
 @dataclass(frozen=True)
 class Span:
-    """A part of a response that somebody judged: text[start:end].
+    """A judged part of a response: text[start:end].
 
     start, end  offsets in the response's text, code points as Python's str counts them; end exclusive
     kind        what sort of judgement it is, "factual" say: weights and rewards are chosen by kind
-    label       what a reader is told about it, or None
+    label       a comment of the annotator, or None
     score       reward of the segment, negative for a fault; None leaves it to the kind
     text        what the span covers, or None; where it is given, the response's text is compared with it
     """

@@ -1,7 +1,8 @@
 """Pivots and masks of a flat batch, row s at [cu_seqlens[s], cu_seqlens[s + 1]); derived from arXiv:2411.00809.
 
 A pivot is a token at which the token score q changes; a segment runs from a pivot to the next one. mask (N,) bool
-leaves tokens out, by selection: one left out may hold NaN and is nobody's neighbour. q is float32, comparisons strict.
+leaves tokens out, by selection: one that is left out may hold NaN and is the neighbour of no token. q is float32,
+comparisons are strict.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""TRL: `patch_kernels` puts linear_logprobs under its trainers; trainers of our own take feedback on tokens.
+"""TRL: `patch_kernels` replaces the chunked head of its trainers; two trainers take feedback on tokens.
 
 FineGrainedDPOTrainer   DPOTrainer with weights on tokens, pivots, and every preference loss
 PointwiseTrainer        KTOTrainer for any loss of single responses: point-wise DPO, ULMA, KTO
@@ -67,9 +67,9 @@ class Outputs(NamedTuple):
 def patch_kernels(*, workspace: str | int = "auto", backend: str = "auto") -> "Patch":
     """Puts `linear_logprobs` under TRL's SFT, DPO, KTO, GRPO, RLOO and AsyncGRPO trainers, in this process.
 
-    They all score labels through one function, which is replaced; a model that has been given to a trainer already
-    follows. Loss, metrics and options stay TRL's. What differs: gradients of a head that autocast narrows are rounded
-    to the narrow dtype once, as eager PyTorch's are; a label outside the vocabulary raises IndexError on a CPU.
+    They all score labels through one function, which is replaced. Trainers that exist already use the replacement, too.
+    Loss, metrics and options stay TRL's. Two things differ: gradients of a head that autocast narrows are rounded to
+    the narrow dtype once, as eager PyTorch's are; a label outside the vocabulary raises IndexError on a CPU.
     Heads of ZeRO-3 and FSDP2 are gathered as TRL gathers them.
 
     workspace, backend   as in linear_logprobs; TRL's chunk_size has no meaning here
@@ -77,8 +77,8 @@ def patch_kernels(*, workspace: str | int = "auto", backend: str = "auto") -> "P
     A column with weights of tokens (`token_weight`, `rejected_spans`, ...) that a trainer drops is warned of, once, by
     name: TRL's own trainers read none. FineGrainedDPOTrainer and PointwiseTrainer do.
 
-    Returns a handle: `with patch_kernels(): ...`, or handle.undo(). Of several patches the latest serves, and TRL's own
-    function comes back when the last one is undone, in whatever order.
+    Returns a handle: `with patch_kernels(): ...`, or handle.undo(). If it is called more than once, the most recent
+    call wins. TRL's function is restored after all of them are undone, in any order.
     Raises  ImportError without TRL; RuntimeError naming version, or signature, for a TRL that is not known here.
     """
     utils = _known()
@@ -92,7 +92,7 @@ def patch_kernels(*, workspace: str | int = "auto", backend: str = "auto") -> "P
 
 
 class Patch:
-    """A patch in force: stands for TRL's autograd function, and takes itself away."""
+    """An active patch: it replaces TRL's autograd function until undo() is called."""
 
     def __init__(self, utils, workspace: str | int, backend: str):
         self._utils, self._options = utils, {"workspace": workspace, "backend": backend}

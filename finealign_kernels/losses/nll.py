@@ -40,7 +40,7 @@ def nll_loss(
     """-Σ_t w_t logp_t of responses, under a named average of tokens and reduction of the batch.
 
     logp          (B, T) with mask, or flat (N,) with cu_seqlens; nats
-    mask          as logp, bool: is the token read;  token_weight  as logp, float: how much it counts; default 1
+    mask          as logp, bool: True for response tokens;  token_weight  as logp, float: how much it counts; default 1
     reduction     "token"  one mean over the batch's tokens: Σ w (-logp) / Σ w; average "all": / number of mask tokens
                   "mean"   over sequences, each with its own average;  "sum", "none"
     average       inside a sequence: False (sum), "kept" (by Σ token_weight), "all" (by its mask tokens), "segments"

@@ -76,7 +76,7 @@ def pick_scores(
     mask          bool, the tokens of the response: left or right padding, holes
     token_weight  as mask, float, a constant: of "mean" and "sum", for example a pivot mask
 
-    Returns (S,), or (S, D). A response without a token has 0 and no gradient. What is not picked is not looked at.
+    Returns (S,), or (S, D). A response without a token has 0 and no gradient. Rows that are not picked are ignored.
     """
     check_one_of("pick", pick, PICKS)
     parts = tuple(x) if isinstance(x, (tuple, list)) else (x,)

@@ -5,8 +5,8 @@
     adaptive_mask   scores (and flags) -> token_weight of the losses
     best_of_n       rewards -> the response of each prompt to train on
 
-The paper's equations (arXiv:2411.00809) were not to be found: the token mask is what code of a sibling paper does, the
-rest is derived from the abstract. Nothing here carries gradient.
+The equations of the paper (arXiv:2411.00809) were not available: the token mask follows the code of a sibling paper,
+the rest is derived from the abstract. Nothing here carries gradient.
 """
 
 import os
@@ -69,10 +69,11 @@ def prefix_scores(
 ) -> TokenTensor:
     """q_t = R(y_≤t) - R(y_<t), what each token adds to the reward of the prefix that it ends; 0 where mask is false.
 
-    prefix_reward  (B, T) with mask, flat (N,) with cu_seqlens, or a pair; R(y_≤t) stands at token t
+    prefix_reward  (B, T) with mask, flat (N,) with cu_seqlens, or a pair; R(y_≤t) is at token t
     start          reward of no response yet, before the first token of the mask: a number, or (S,) one a sequence
 
-    Returns float32 (float64 for float64), detached. A hole in the mask is stepped over. Raises ValueError, TypeError.
+    Returns float32 (float64 for float64), detached. Masked tokens inside a response are skipped.
+    Raises ValueError, TypeError.
     """
     tokens = flatten(prefix_reward, mask, cu_seqlens, name="prefix_reward")
     reward = tokens.x.detach().to(torch.promote_types(tokens.x.dtype, torch.float32))
@@ -101,7 +102,7 @@ def pivot_flags(
         "salience"    |q_t - b| among the max(1, ceil(percent n / 100)) largest of its row, ties to the lower index
 
     token_score  (B, T) with mask, flat (N,) with cu_seqlens, or a pair (B, T⁺), (B, T⁻); float, compared in float32
-    mask         bool: the response tokens. Others may hold NaN and are stepped over: t-1 is the previous response token
+    mask         bool: the response tokens. Others are skipped and may hold NaN: t-1 is the previous response token
     threshold    >= 0, of "threshold" alone; unit "score": as it is, "std": times the batch's standard deviation of q
     percent      0 < percent <= 100, of "salience" alone
     baseline, quantile   b, see adaptive_mask; not of "threshold"
@@ -168,18 +169,18 @@ def adaptive_mask(
 
     Both sides are strict: a score exactly at b is dropped, so is NaN (FINEALIGN_DEBUG=1: ValueError). The result is the
     token_weight of preference_loss and nll_loss, for policy and reference alike, and of policy_loss with the advantages
-    as the side: it keeps A_t >= 0 with q_t > b and A_t < 0 with q_t < b. The critic reads the whole mask.
+    as the side: it keeps A_t >= 0 with q_t > b and A_t < 0 with q_t < b. The critic's loss uses the whole mask.
 
     The side is that of the advantages that enter the loss. Whiten them before, over all tokens, and their scale is the
     batch's; or take the mask of the raw ones, and whiten over the tokens that it keeps (whiten(A, mask=weight != 0)):
     mean and deviation are then theirs, and a sign may come out another.
 
     token_score    q: (B, T) with mask, flat (N,) with cu_seqlens, or a pair (B, T⁺), (B, T⁻); compared in float32
-    mask           bool: the response tokens; what stands elsewhere is not looked at
+    mask           bool: the response tokens; values at other tokens are ignored
     side           s: "halves" or "interleaved" for pairs as in preference_loss; 1 or -1 for all; or advantages, (S,) or
                    in the shape of token_score: tokens with a number >= 0 are to be reinforced, with one < 0 suppressed,
                    with NaN dropped. The side of a segment is that of the mean over it
-    pivots         bool, where segments start (pivot_flags); None: every token for itself
+    pivots         bool, where segments start (pivot_flags); None: every token is a segment
     segment_ids    instead of pivots: int, the segment of each token, not decreasing in a sequence; -1: of none, dropped
     segment_score  Q: "mean" of q over the segment, "sum", or "last"
     baseline       b: a number; "batch": mean of q over all tokens; "row": over the sequence; "quantile" of all tokens;
@@ -224,7 +225,7 @@ def best_of_n(reward: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor 
 
     reward  (P, n), n responses a prompt; or (S,) with cu_seqlens (P + 1,), the responses of prompt p from cu_seqlens[p]
             to cu_seqlens[p + 1]
-    mask    as reward, bool: is the response there at all
+    mask    as reward, bool: False for a response that is missing
 
     Returns bool, the shape of reward, one true for each prompt. Of equal rewards the first response is taken. NaN is
             never the best (FINEALIGN_DEBUG=1: ValueError); a prompt without a reward that is a number has none.

@@ -20,7 +20,7 @@ from .preference import (
     score_loss,
 )
 from .reduce import REDUCTIONS, has_tokens, plain_denominator, reduce, sequence_scores, sequence_weights, weigh
-from .table import PREFERENCE, Row, fused_functions, is_fused, row_of, scale_of, told
+from .table import PREFERENCE, Row, describe, fused_functions, is_fused, row_of, scale_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -76,7 +76,7 @@ def pointwise_loss(
     row, hyper = row_of(name, hyper)
     if row.pair:
         known = tuple(n for n, r in PREFERENCE.items() if not r.pair)
-        fail("name", f"be a Row with pair=False or one of {known}", told(name))
+        fail("name", f"be a Row with pair=False or one of {known}", describe(name))
     beta, shift, _, average = check_options(row, beta, shift, None, average, segment_ids)
     positive_weight = check_number("positive_weight", positive_weight)
     other_weight = check_number("other_weight", other_weight)

@@ -201,9 +201,10 @@ def policy_loss(
         r_t = logp_t - old_logp_t,   ρ_t = exp(clamp(r_t, ±20)),   L = Σ_t c_t w_t ω_t ℓ(r_t, A_t) + β KL - η H̄
 
     logp          (B, T) with mask (prompts and padding false), or flat (N,) with cu_seqlens (B + 1,); float, nats
-    old_logp      as logp, of the policy that is improved upon; None: logp itself as a constant, ρ = 1
+    old_logp      as logp, of the policy that sampled the responses; None: logp itself as a constant, ρ = 1
     advantages    as logp, or one per response, (B,) or (B, 1)
-    mask          as logp, bool: is the token read. What stands elsewhere (NaN, inf) reaches neither value nor gradient
+    mask          as logp, bool: True for response tokens. Values at other tokens, even NaN or inf, affect neither the
+                  loss nor its gradient
     ref_logp      as logp, of the reference that the KL is taken from; required where kl_coef is not 0
     token_weight  as logp, float: w, how much the policy loss of a token counts (a pivot mask, a segment weight)
     average       what the policy loss is divided by: "all" tokens, or the Σ w of those "kept"; KL and entropy: all
@@ -212,19 +213,19 @@ def policy_loss(
                   mean over responses of the sum; "constant": that divided by max_length, the longest allowed response
     denominator   the global count in place of this call's: tokens, or responses for reductions over sequences. With
                   it the losses of micro-batches and ranks add up to the loss of the whole
-    count_empty   does a response without a token count in the mean over responses
-    low, high     of the clip, 1-low to 1+high; for cispo the bounds themselves. None: the row's own
+    count_empty   whether a response without a token counts in the mean over responses
+    low, high     the ratio is clipped to [1-low, 1+high]; for cispo to [low, high]. None: the row's own
     dual          bound of the ratio where A < 0; None: no bound
     kl_coef       β; None: the row's own
-    kl            "k3_is": ρ (e^-d - 1 + d), d = logp - ref_logp, whose gradient is that of KL(π‖ref) also on tokens of
-                  the old policy; "k3_k2grad", "k2": that of KL(π‖ref) on tokens of π; "k3": of KL(ref‖π); "k1": of
-                  nothing, its expectation is 0
+    kl            estimator of the KL term, d = logp - ref_logp. "k3_is": ρ (e^-d - 1 + d), whose gradient is that of
+                  KL(π‖ref) also on tokens of the old policy; "k3_k2grad", "k2": that of KL(π‖ref) on tokens of π;
+                  "k3": that of KL(ref‖π); "k1": one of expectation 0
     entropy       as logp: of the distribution at each token; entropy_coef is η
     entropy_reduction  "token": a mean over tokens, of this call or by entropy_denominator; "policy": as the policy loss
     sampler_weight  ω, as logp or (B,): see sampler_weights. It weighs the policy loss alone
     hyper         numbers the row takes, `POLICY[name].hyper`: tau_pos, tau_neg of sapo
 
-    A loss with a ratio per row (gspo, rloo, luspo) takes one advantage and one ω per response and no token_weight;
+    A loss with one ratio per row (gspo, rloo, luspo) takes one advantage and one ω per response, and no token_weight;
     `gspo_token` takes them per token. Beyond ±20 a log-ratio is a constant: value at the bound, gradient 0.
     Returns PolicyLoss; no token at all gives 0, connected to the graph. The gradient flows to logp and entropy.
     Raises  ValueError, TypeError naming argument, expectation and finding.
@@ -269,7 +270,7 @@ def policy_loss(
 
 
 class _Terms(NamedTuple):
-    """What stands beside psi in a policy loss, checked; as the arguments of policy_loss."""
+    """The other terms of a policy loss, checked; as the arguments of policy_loss."""
 
     reduction: Reduction
     ref_logp: TokenTensor | None
@@ -284,7 +285,7 @@ class _Terms(NamedTuple):
 
 
 def is_fused(row: PolicyRow, tokens: Tokens, advantages, sampler_weight, kl: str) -> bool:
-    """Does ops.policy_loss run the row there: known functions, and nothing given whose values decide what it means."""
+    """Whether ops.policy_loss can run the row: known functions, and no argument whose meaning depends on its values."""
     if missing(row.psi, kl, tokens.whole.device):
         return False
     if row.whole and sampler_weight is not None and not _is_by_row(sampler_weight, tokens):
@@ -384,7 +385,7 @@ def _check_terms(kl_coef, kl, ref_logp, entropy_coef, entropy, entropy_reduction
 
 
 def _check_whole(name: str, row: PolicyRow, tokens: Tokens, advantages, token_weight, reduction: str) -> None:
-    """A ratio per row gives all tokens of the row one gradient: nothing may tell them apart."""
+    """With one ratio per row all its tokens have the same gradient: arguments that differ between them are refused."""
     instead = f"for {name!r}, whose ratio is the row's ('gspo_token' takes one per token)"
     rows = tokens.segments
     if not isinstance(advantages, Tensor) or tuple(advantages.shape) not in ((rows,), (rows, 1)):

@@ -34,12 +34,12 @@ from .table import (
     PREFERENCE,
     Hyper,
     Row,
+    describe,
     fused_functions,
     is_fused,
     row_of,
     scale_of,
     score_transform,
-    told,
 )
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def preference_loss(
     logp          (2B, T) with mask; or flat (N,) with cu_seqlens (2B + 1,); or a pair (B, T⁺), (B, T⁻). float, nats
     ref_logp      as logp, of the frozen reference; or (2B,) sums of whole responses, without weights and average.
                   Required by rows with a reference, refused by the others
-    mask          as logp, bool (or ints, 0 and 1): is the token read. What stands elsewhere (NaN, inf) does not matter
+    mask          as logp, bool (or ints, 0 and 1): True for response tokens; others may hold NaN
     token_weight  as logp, float: how much a token counts, in policy and reference alike; default 1
     segment_ids   as logp, int: the segment of each token, not decreasing in a response, -1 for none
     average       False: h is the weighted sum; "kept": divided by Σ token_weight; "all": by the number of mask tokens;
@@ -202,7 +202,7 @@ def preference_loss(
     check_one_of("divergence", divergence, tuple(DIVERGENCE))
     alpha = check_number("alpha", alpha)
     if row.match and drop_empty:
-        fail("drop_empty", f"be False for {told(name)}, which matches pairs across the batch", drop_empty)
+        fail("drop_empty", f"be False for {describe(name)}, which matches pairs across the batch", drop_empty)
 
     tokens = flatten(logp, mask, cu_seqlens, name="logp")
     if tokens.segments % 2:
@@ -298,7 +298,7 @@ def number_or_tensor(name: str, value: float | Tensor) -> float | Tensor:
 
 
 def _check_least(row: Row, shift: float | Tensor) -> None:
-    """A shift on a GPU is not looked at: that would be a host sync."""
+    """The values of a shift on a GPU are not checked: that would be a host sync."""
     if row.least_shift is None or torch.compiler.is_compiling():
         return
     least = shift.min().item() if isinstance(shift, Tensor) and shift.device.type == "cpu" and shift.numel() else shift
@@ -308,9 +308,9 @@ def _check_least(row: Row, shift: float | Tensor) -> None:
 
 def check_reference(name: str | Row, row: Row, ref_logp) -> None:
     if row.reference and ref_logp is None:
-        fail("ref_logp", f"be given for {told(name)} (zeros for a loss without reference)", "None")
+        fail("ref_logp", f"be given for {describe(name)} (zeros for a loss without reference)", "None")
     if not row.reference and ref_logp is not None:
-        fail("ref_logp", f"be None: {told(name)} has no reference", f"a {type(ref_logp).__name__}")
+        fail("ref_logp", f"be None: {describe(name)} has no reference", f"a {type(ref_logp).__name__}")
 
 
 def flat_shift(shift, items: int, tokens: Tokens):

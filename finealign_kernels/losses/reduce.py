@@ -70,7 +70,7 @@ def sequence_scores(x: Tensor, weight: Tensor, tokens: Tokens) -> Tensor:
 
 
 def has_tokens(tokens: Tokens) -> Tensor:
-    """(S,) bool: does the mask leave a sequence a token."""
+    """(S,) bool: whether a sequence has a token that the mask keeps."""
     return segment_sum(torch.ones_like(tokens.x), tokens.cu_seqlens, mask=tokens.mask) > 0
 
 
@@ -184,7 +184,7 @@ def wide_of(tokens: Tokens) -> torch.dtype:
 
 
 def read(x: Tensor, tokens: Tokens) -> Tensor:
-    """(N,) as a constant, in the dtype of the sums; 0 where the mask is false, whatever stands there."""
+    """(N,) as a constant, in the dtype of the sums; 0 where the mask is False, even if x is NaN there."""
     x = x.detach().to(wide_of(tokens))
     return x if tokens.mask is None else torch.where(tokens.mask, x, 0)
 
@@ -223,7 +223,7 @@ def same_in_rows(name: str, x: Tensor, tokens: Tokens, of: str) -> Tensor:
 
 
 def weigh(weight: Tensor, x: Tensor) -> Tensor:
-    """weight · x by selection: what weighs nothing may be NaN."""
+    """weight · x, and 0 where the weight is 0, even if x is NaN there."""
     return torch.where(weight != 0, weight * x, 0)
 
 

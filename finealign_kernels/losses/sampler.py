@@ -26,7 +26,7 @@ def sampler_weights(
     on_missing: str = "propagate",
     gate: str = "ratio",
 ) -> TokenTensor:
-    """ω of each token for policy_loss's sampler_weight: how likelier the trainer finds it than the sampler did.
+    """ω of each token for policy_loss's sampler_weight: the ratio of its probabilities in trainer and sampler.
 
         e_t = exp(clamp(old_logp_t - sampler_logp_t, ±20)),   E_b = exp(clamp(Σ_t (old_logp_t - sampler_logp_t), ±20))
 

@@ -23,10 +23,10 @@ class Hyper(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One loss: of the table by its name, or one of your own in place of a name.
+    """One loss: a row of the table, or one of your own, passed in place of a name.
 
     phi(m, **hyper) gives value and slope = d value / d m, elementwise, in the dtype of m (float32 or float64). Given in
-    place of a name, its formulas are held to autograd in float64 once, at a few margins.
+    place of a name, its slope is compared with autograd in float64 once, at a few margins.
     """
 
     phi: Formula  # margin -> value, slope
@@ -251,7 +251,7 @@ def fused_functions(row: Row) -> dict | None:
 
 
 def is_fused(row: Row, device: torch.device) -> bool:
-    """Does ops.sequence_loss run the row there: functions of one margin each, known to its kernels, beside an NLL."""
+    """Whether ops.sequence_loss can run the row: each of its functions has one margin and is known to the kernels."""
     functions = fused_functions(row)
     return functions is not None and not any(missing(f, device) for f in functions.values() if callable(f))
 
@@ -323,7 +323,7 @@ def _check_formula(part: str, formula: Formula, hyper: tuple) -> None:
         fail(part, f"return the derivative of its value, {exact[i]:g} at {m[i]:g}", f"the slope {found[1][i]:g}")
 
 
-def told(name: str | Row) -> str:
+def describe(name: str | Row) -> str:
     """A row in a message."""
     return f"the row {name.equation!r}" if isinstance(name, Row) else repr(name)
 
@@ -333,7 +333,7 @@ def hyper_of(name: str | Row, takes: dict[str, Hyper], given: dict) -> dict:
     found = {}
     for key, value in given.items():
         if key not in takes:
-            raise TypeError(f"{told(name)} takes {tuple(takes) or 'no hyper-parameter'}, got {key!r}")
+            raise TypeError(f"{describe(name)} takes {tuple(takes) or 'no hyper-parameter'}, got {key!r}")
         found[key] = value = check_number(key, value)
         if not takes[key].holds(value):
             fail(key, takes[key].expected, repr(value))
@@ -349,7 +349,7 @@ def score_transform(name: str | Row, row: Row, divergence: str, alpha: float) ->
     if not row.reference or row.label or row.chosen or row.match:
         fail(
             "divergence",
-            f"be 'reverse_kl' for {told(name)}, no function of a difference of log-ratios",
+            f"be 'reverse_kl' for {describe(name)}, no function of a difference of log-ratios",
             repr(divergence),
         )
     return partial(DIVERGENCE[divergence], **({"alpha": alpha} if divergence == "alpha" else {}))

@@ -94,7 +94,7 @@ def as_flags(name: str, x: Tensor) -> Tensor:
 
 
 def reads_values(x: Tensor) -> bool:
-    """Are the values of x looked at: on a CPU at once, elsewhere with FINEALIGN_DEBUG=1 alone (it is a host sync)."""
+    """Whether values of x are checked: always on a CPU, elsewhere with FINEALIGN_DEBUG=1 only (it is a host sync)."""
     on_host = x.device.type == "cpu" or os.environ.get("FINEALIGN_DEBUG") == "1"
     return on_host and not torch.compiler.is_compiling()
 

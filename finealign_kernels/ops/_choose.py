@@ -68,7 +68,7 @@ def fused_reason(dtype: torch.dtype, arch: str | None, missing: dict[str, str | 
 
 
 def _interprets_bfloat16() -> bool:
-    """Whether this process has put the interpreter right, as the tests do; not told while a graph is traced."""
+    """Whether the interpreter has been patched for bfloat16, as the tests do; False while a graph is traced."""
     if torch.compiler.is_compiling():
         return False
     builder = importlib.import_module("triton.runtime.interpreter").InterpreterBuilder

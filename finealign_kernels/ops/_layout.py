@@ -15,7 +15,7 @@ MANY = 4096  # bounds from which on the native check is the faster one
 class Tokens:
     """A batch of S sequences and N tokens, sequence s at [cu_seqlens[s], cu_seqlens[s + 1]).
 
-    Flat, or one padded batch as it came: its flat form and its cu_seqlens are made when somebody asks.
+    Flat, or one padded batch as it was given: the flat view and cu_seqlens are then computed lazily.
     """
 
     def __init__(self, whole: Tensor, mask: Tensor | None, ends: Tensor | None, shapes: tuple[torch.Size, ...]):

@@ -1,4 +1,4 @@
-"""Gradients that can be taken once, by autograd's backward."""
+"""Raises a clear error for double backward, forward-mode AD and torch.func transforms, which are not supported."""
 
 import torch
 from torch.autograd import forward_ad

@@ -69,23 +69,25 @@ def linear_logprobs(
                  adapter (LoRA) it is the base weight alone: where PEFT's module can be found, a warning says so once
     labels       (...) int32 or int64
     bias         (V,) float; -inf takes an id out of the vocabulary (padded heads)
-    mask         (...) bool (or ints, 0 and 1): may the row be read. Where it is false, or the label is ignore_index,
-                 every output is 0, the row is never projected (hidden may hold NaN there) and upstream gradients are
-                 not looked at
+    mask         (...) bool (or ints, 0 and 1): True where a row is computed. Where it is False, or the label is
+                 ignore_index, every output is 0, the row is not multiplied by the head (its hidden state may be NaN),
+                 and gradients that arrive at its outputs are ignored
     temperature, softcap > 0; logit_scale finite
-    outputs      further outputs wanted: "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"
-    workspace    bytes kept between forward and backward so that rows need no second product: a number, 0, "full", or
-                 "auto" = the size of weight. A function of the arguments alone, never of free memory. Nothing is kept
-                 for a float32 bias with a gradient beside a half-precision head: its sum wants float32 terms
-    compact      how rows that are not read, or have no gradient, are left out: "host" reads their number (one sync a
-                 direction on a GPU), "device" does not and computes them ("triton_fused": its products stop at the
-                 number, which stays on the device), "auto" is host unless a CUDA graph is captured. Under torch.compile
-                 "auto" is host: with mode="reduce-overhead", which captures later, say "device"
-    batch_invariant  True takes "triton_fused" or raises. Then every output of a row has the same bits for any number
-                 of rows, place, mask, compact and workspace: on one GPU with one version of Triton, for one head
-                 (weight and bias where they stand, options, outputs) and hidden of one layout (its strides, its start
-                 at a multiple of 16 bytes or not). Outputs only: gradients repeat bit for bit, but the shapes of their
-                 products follow the rows with a gradient
+    outputs      further outputs to compute: "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"
+    workspace    memory budget, in bytes, for the softmax numerators that are saved for backward; rows that fit are not
+                 computed twice. A number, 0, "full" (all rows), or "auto": as many bytes as weight has. It depends on
+                 the arguments alone, never on free memory. Nothing is saved where a float32 bias with a gradient is
+                 beside a half-precision head, because its gradient is summed from float32 terms
+    compact      how rows without a label or without a gradient are left out. "host" copies their number to the host
+                 (one synchronization a direction on a GPU). "device" does not, and computes them too; the products of
+                 "triton_fused" stop at the number, which stays on the device. "auto" is "host", unless a CUDA graph is
+                 being captured. Under torch.compile "auto" is "host": with mode="reduce-overhead", which captures a
+                 graph later, pass "device"
+    batch_invariant  True selects "triton_fused", or raises. Every output of a row then has the same bits for any
+                 number of rows, place in the batch, mask, compact and workspace. This holds on one GPU with one version
+                 of Triton, for one head (the memory of weight and bias, options, outputs) and hidden states of one
+                 layout (strides, start at a multiple of 16 bytes or not). It holds for outputs only: gradients repeat
+                 bit for bit, but the shapes of their products depend on which rows have a gradient
     group        the ranks that the vocabulary is split over (torch.distributed.ProcessGroup): weight (V_local, D) and
                  bias (V_local,) are this rank's; hidden, labels (global ids), mask and options the same on all of them.
                  The outputs are those of the whole head, to the bit the same on all ranks. One all-gather of 16 bytes a
@@ -98,9 +100,10 @@ def linear_logprobs(
                  do), "all_reduce" the sum, "reduce_scatter": hidden (n, ..., D) holds this rank's share of the
                  rows, labels (ranks · n, ...) all; hidden is gathered, forward and backward, and its gradient is of
                  its share. The sum is of float32
-    backend      "auto", "reference" (any order of derivative), "torch", "native", "triton", "triton_fused" (the product
-                 and its rows in one kernel). No GPU has measured the last: "auto" is "triton" on every GPU, which
-                 multiplies by the vendor's library, and "triton_fused" only for batch_invariant=True
+    backend      "auto", "reference" (any order of derivative), "torch", "native", "triton", "triton_fused" (product
+                 and row statistics in one kernel). The fused backend has not been benchmarked on a GPU yet, so "auto"
+                 selects it for batch_invariant=True only; else it selects "triton" on a GPU, which multiplies with the
+                 vendor's library
 
     Returns LogProbs, each (...). Differentiable once, in hidden, weight and bias; the gradient of an input comes back
     in its dtype, accumulated in float32. In backward, rows whose upstream gradient is exactly 0 are dropped before
@@ -149,7 +152,7 @@ def linear_logprobs(
             found = formula.reference(_project(x, weight, target), bias, target, head)
         else:
             inputs = [t for t in (hidden, weight, bias) if t is not None]
-            keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)  # inside apply it cannot be told
+            keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)  # unknown inside apply
             options = head, _want(outputs), budget if keep and not wider else 0, on_device, name
             if shard is None:
                 found = _LinearLogprobs.apply(x, weight, bias, target, *options)
@@ -176,7 +179,7 @@ def token_logprobs(
 ) -> LogProbs:
     """The outputs of linear_logprobs from logits that exist: z = softcap(logit_scale · logits) / temperature.
 
-    logits            (..., V) float, row n predicts labels[n]; a row that is not read may hold NaN
+    logits            (..., V) float, row n predicts labels[n]; rows that are masked out may hold NaN
     inplace_backward  True writes the gradient over the logits: no second (N, V) tensor, and a second backward raises
     group             the vocabulary is split over ranks: logits (..., V_local) are this rank's columns, and so is their
                       gradient
@@ -286,7 +289,7 @@ def _bytes(workspace, weight: Tensor) -> int:
 
 
 def _capturing(x: Tensor) -> bool:
-    """Is a CUDA graph being captured. While a graph is traced for a compiler, which cannot ask that, it is not."""
+    """Whether a CUDA graph is being captured; False while torch.compile traces, which cannot trace the question."""
     return x.device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 

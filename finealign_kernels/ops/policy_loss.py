@@ -3,8 +3,8 @@
     L = Σ_t c_t w_t ω_t psi(r_t, A_t) + β Σ_t c'_t κ_t - η Σ_t c''_t H_t,    r_t = logp_t - old_logp_t
     back: dlogp = upstream · dL/dlogp, which the launch before it has left
 
-It is a short cut for what formulas and reductions say one after the other. All of it is float64, in an order that
-depends on the layout of the batch alone; each result is rounded once.
+It computes in one launch what the formulas and reductions compute one after the other. All of it is float64, in an
+order that depends on the layout of the batch alone; each result is rounded once.
 """
 
 from collections.abc import Callable
@@ -99,7 +99,7 @@ def policy_loss(
     advantages, sampler_weight  in the shapes of the tokens, or one a row, (S,) or (S, 1)
     the others     in the shapes of the tokens; only entropy has a gradient
 
-    What stands where the mask is false is not looked at.
+    Values at masked tokens are ignored.
     Raises  ValueError, TypeError; RuntimeError with the reason where there is no kernel.
     """
     reason = missing(psi, kl, tokens.whole.device)

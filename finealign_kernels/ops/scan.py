@@ -28,7 +28,7 @@ def reverse_scan(
     decay       a: a number, (S,) one a sequence, or as x one a token, which is how a shape that is both is read. That
                 of the last token of a sequence has no effect
     cu_seqlens  (S + 1,) int32 or int64, starts at 0, does not decrease, ends at N
-    mask        bool, as x; a masked token passes on what comes from its right and gets 0. What stands there may be NaN
+    mask        bool, as x; a masked token gets 0 and passes the state on unchanged; its x and decay may be NaN
     backend     "auto", "reference" (torch, any device) or "native" (the compiled extension, on a CPU or a CUDA GPU)
     Returns     float32 (float64 if x or decay is), differentiable in x and decay any number of times.
     Raises      ValueError, TypeError naming argument, expectation and finding.

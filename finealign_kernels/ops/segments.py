@@ -25,7 +25,7 @@ def segment_sum(
 
     x           (N,) with cu_seqlens, or (B, T), where every row is a segment; float
     cu_seqlens  (S + 1,) int32 or int64, starts at 0, does not decrease, ends at N
-    mask        bool (or ints, 0 and 1), the shape of x; where it is false x is not looked at and may hold NaN
+    mask        bool (or ints, 0 and 1), the shape of x; tokens where it is False are ignored and may hold NaN
     backend     "auto", "reference" (torch), or "native" (the compiled extension, on a CPU or a CUDA GPU)
     Returns     (S,) float32 (float64 for float64), differentiable in x any number of times.
     Raises      ValueError, TypeError; for values of cu_seqlens on a CPU only: on a GPU a bad segment gives NaN.

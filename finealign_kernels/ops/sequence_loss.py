@@ -4,8 +4,8 @@
     m = beta (h_chosen - h_rejected) - shift       margin of a pair, or sign (beta h - shift) of a sequence by itself
     loss = scale · phi(m)                          back: dlogp_t = upstream · slope_s · w_t / D
 
-It is a short cut for what formulas and segments say one after the other. Sums, margin and phi are float64, in an order
-that depends on nothing but the sequence; each result is rounded once.
+It computes in one launch what the formulas and segment sums compute one after the other. Sums, margin and phi are
+float64, in an order that depends on nothing but the sequence; each result is rounded once.
 """
 
 import math
@@ -123,7 +123,7 @@ def sequence_loss(
     average       False, "kept" or "all": what a score is divided by
     pairs         "halves", "interleaved", or None: every sequence is an item by itself
 
-    An empty sequence has h = 0 and no gradient. What stands where the mask is false or the weight 0 is not looked at.
+    An empty sequence has h = 0 and no gradient. Values at tokens that are masked or have weight 0 are ignored.
     Raises  ValueError, TypeError; RuntimeError with the reason where there is no kernel.
     """
     options = dict(phi=phi, chosen=chosen, positive=positive, beta=beta, shift=shift, scale=scale, sign=sign)

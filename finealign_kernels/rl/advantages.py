@@ -93,7 +93,7 @@ def advantages(
     compat: bool = False,
     backend: str = "auto",
 ) -> Advantages:
-    """Advantages, returns and pivots of the tokens of a batch of responses, from what reward models say of them.
+    """Advantages, returns and pivots of the tokens of a batch of responses, from the rewards of reward models.
 
         r_t = Σ_k w_k Σ_j 1[t = T_kj] R_kj - β kl_t          A_t = r̂_t - V_t + γ V_u + γλ A_u,   Ret_t = A_t + V_t
         M_t = 1[Â_t >= 0] 1[q_t > b] + 1[Â_t < 0] 1[q_t < b]
@@ -103,7 +103,7 @@ def advantages(
     values       the critic's V_t in the shape of the tokens; None: A_t = Ret_t = r_t + γ A_u, without lam and bootstrap
     old_logp, ref_logp, kl_coef, kl   the KL penalty: log-probs in the shape of the tokens, β, and its estimator
                  (kl_penalty)
-    mask         bool, the response tokens. What stands at others may be NaN
+    mask         bool, the response tokens. Values at other tokens may be NaN
     gamma, lam, masked, bootstrap   of gae
     whiten_rewards     before the recurrence, keeping their mean
     whiten_advantages  after it, mean removed
@@ -206,7 +206,7 @@ def _composed(plan: _Plan) -> Advantages:
 
 
 def _fused(plan: _Plan) -> Advantages:
-    """The same in one launch, or in two or three with moments between them. On a GPU rewards are placed before."""
+    """The same in one launch, or in up to three where moments are needed. On a GPU rewards are placed before."""
     if plan.models and plan.tokens.x.device.type != "cpu":
         plan = plan._replace(tokens=plan.tokens.with_x(_placed(plan)), models=None)
     tokens, by = plan.tokens, {"mode": plan.mode, "unbiased": plan.unbiased}

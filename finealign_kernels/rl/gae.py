@@ -45,7 +45,7 @@ def gae(
 
     rewards      (B, T), or (N,) with cu_seqlens; float
     values       the critic's V_t, as rewards
-    mask         bool, as rewards: the response tokens. What stands at others may be NaN; the results there are 0
+    mask         bool, as rewards: the response tokens. Values at other tokens may be NaN; the results there are 0
     gamma, lam   in [0, 1]: numbers, or (S,) one a sequence
     bootstrap    (S,): the value of the state after the last valid token of a sequence that was cut off; None: 0
     masked       what masked tokens inside a response do: "carry" nothing (the length of a tool's output discounts

@@ -27,8 +27,8 @@ def group_advantages(
         "leave_one_out"  R_i - mean of the others of the group          RLOO
 
     Only "leave_one_out" leaves the policy gradient unbiased: its baseline does not depend on the response itself.
-    "group_mean" shrinks the gradient by exactly (n - 1) / n and keeps its direction. Dividing by a deviation weighs the
-    prompts anew, much where their rewards agree, and so trains another objective.
+    "group_mean" shrinks the gradient by exactly (n - 1) / n and keeps its direction. Dividing by a deviation gives
+    prompts another weight, a large one where their rewards agree, and so trains another objective.
 
     rewards  (S,) float
     groups   how many responses in a row share a prompt, a divisor of S; or (S,) int, equal for the same prompt
@@ -60,7 +60,7 @@ def decoupled_advantages(
 ) -> Tensor:
     """A_i = (x_i - mean) / (std + eps) over the batch, x = Σ_k w_k group_std(R_k): each reward model is scaled alone.
 
-    So a model whose rewards differ little is not drowned by one whose rewards differ much. Not unbiased, as group_std.
+    So a model whose rewards vary little still counts beside one whose rewards vary much. Not unbiased, as group_std.
 
     rewards  (K, S), or K tensors (S,): the rewards of K models
     groups, process_group   as in group_advantages

@@ -87,7 +87,7 @@ def segment_ends(segment_ids: Tensor, *, mask: Tensor | None = None, cu_seqlens:
 
     segment_ids  (B, T), or flat (N,) with cu_seqlens; int: the segment of each token, in each sequence 0, 1, 2, ...
                  without a gap (pivot_segments gives them); -1 for a token of no segment
-    mask         bool: the response tokens; ids elsewhere are not looked at
+    mask         bool: the response tokens; ids at other tokens are ignored
 
     It has as many segments as there are: on a GPU this is read, a host sync.
     Raises  ValueError, TypeError; values are checked on a CPU.
@@ -227,7 +227,7 @@ def _refuse(name: str, expected: str, wrong: Tensor, value: Tensor, model: Segme
 
 
 def _refuse_in_front(name: str, model: SegmentRewards, tokens: Tokens, row: Tensor) -> None:
-    """Ends in front of their response's first token: indices into the response, most likely, in place of columns."""
+    """Refuses ends before the first token of their response, which are mostly indices into it instead of columns."""
     if tokens.mask is None or not len(row) or not len(tokens.mask):
         return
     first, stop = (bounds.long()[row] for bounds in (tokens.cu_seqlens[:-1], tokens.cu_seqlens[1:]))
@@ -246,7 +246,7 @@ def _refuse_in_front(name: str, model: SegmentRewards, tokens: Tokens, row: Tens
 
 
 def _misplaced(model: SegmentRewards) -> Tensor:
-    """(M,): segments whose place is no place, all False where values are checked."""
+    """(M,) bool: segments with an invalid end or start; all False where values are checked."""
     return (model.end < 0) | _falls(model) | (False if model.start is None else _overlaps(model))
 
 

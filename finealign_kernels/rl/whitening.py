@@ -18,7 +18,7 @@ def moments(x: Tensor, mask: Tensor | None = None, *, backend: str = "auto") -> 
     """(3,) float64: n, Σ x and Σ x² over the valid tokens. The triples of ranks or micro-batches add up.
 
     x     (B, T) or (N,); float
-    mask  bool, as x; what stands elsewhere may be NaN
+    mask  bool, as x; values at other tokens may be NaN
     """
     return moments_of(constants(x, mask, _one_sequence(x), "x"), backend)
 
@@ -41,12 +41,12 @@ def whiten(
         "compat"  (√v + 1e-8)^-½         the released code of Fine-Grained RLHF, which leaves a std of √(std)
 
     x            (B, T) or (N,); float
-    mask         bool, as x; what stands elsewhere may be NaN, the result there is 0
+    mask         bool, as x; values at other tokens may be NaN, the result there is 0
     cu_seqlens   of (N,), if at hand; only checked: the moments are the batch's
     sum_moments  takes the triple (3,) float64 of `moments` and returns its sum over all ranks (an all_reduce, say)
 
     Where fewer than two values are valid, or where all are one value (v <= 2^-46 Σx²/n), the result is 0, or μ.
-    Whitening two values maps them to ±1: below eight or so it says little.
+    Whitening two values maps them to ±1, so with fewer than about eight values it is mostly noise.
     Returns float32 (float64 for float64) in the shape of x, detached. Raises ValueError, TypeError.
     Source  arXiv:2306.01693 and its released code.
     """

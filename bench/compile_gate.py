@@ -2,6 +2,8 @@
 
     python bench/compile_gate.py                     the table; exit status 1 where a rule is broken
     python bench/compile_gate.py --full              more dtypes and options of the fused head, some minutes more
+    python bench/compile_gate.py --json FILE         the rows into a file
+    python bench/compile_gate.py --compare A.json B.json    two of them as a table in Markdown; compiles nothing
     python bench/compile_gate.py --kernels FILE.py   the cases() of another file instead
     python bench/compile_gate.py --cuda FILE.cu ...  these files instead
 
@@ -16,7 +18,8 @@ Rules, for each kernel and GPU:
                 rows there are, whichever are left out, and whatever is stored beside it
     instructions  on sm_90 no more instructions an element than the case allows: of a row kernel in the loops that load,
                 of a tile of the head on the shortest way past its loop of products (few tiles hold a label, or are the
-                last), and no more registers
+                last)
+    registers   on sm_90 no more than the case allows
     widths      no load or store of global memory below 4 bytes in a loop; in a loop of products none below 8
     pipelined   a loop of products copies while it multiplies (cp.async or a descriptor), or waits for every load
     wgmma       on sm_90 bfloat16 is multiplied by warp groups
@@ -30,6 +33,7 @@ from __future__ import annotations
 import argparse
 import heapq
 import itertools
+import json
 import multiprocessing
 import os
 import re
@@ -701,10 +705,13 @@ def too_slow(case: Case, target: Target, code: list[Instruction], pace: float | 
     if pace is not None and pace > limit.instructions:
         broken.append(f"instructions: {pace:.1f} an element, allowed {limit.instructions}")
     if pace is not None and registers > limit.registers:
-        broken.append(f"instructions: {registers} registers, allowed {limit.registers}")
+        broken.append(f"registers: {registers}, allowed {limit.registers}")
     if not case.wide:
         return broken
-    inner = product_loops(code) if "BLOCK_K" in case.constexprs else []
+    if limit is not None and not limit.size:  # a tile's E has a loop of its own in no kernel
+        narrow = [one.opcode for one in code if one.kind() in GLOBAL and one.width() < 4]
+        broken += [f"widths: {len(narrow)} x {narrow[0]}"] if narrow else []
+    inner = [(a, b) for a, b in product_loops(code) if any("MMA" in one.kind() for one in code[a : b + 1])]
     for a, b in loops(code):
         least = 8 if (a, b) in inner else 4
         if any((a, b) != (c, d) and a <= c and d <= b for c, d in inner):
@@ -874,12 +881,46 @@ def _run(number: int):
     return function(*arguments)
 
 
+COMPARED = ("registers", "blocks", "spill", "shared", "instructions", "whole")
+
+
+def saved(rows: list[Row]) -> list[dict]:
+    import triton
+
+    common = {"triton": triton.__version__}
+    return [{**common, **row._asdict(), "sums": None, "broken": list(row.broken)} for row in rows]
+
+
+def comparison(before: list[dict], after: list[dict]) -> str:
+    """Rows of two runs side by side, "before -> after" where they differ; a case that was not there has no before."""
+    known = {(row["case"], row["target"]): row for row in before}
+    heads = ("kernel", "GPU", "registers", "blocks an SM", "bytes spilled", "shared", "an element", "all of a tile")
+    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+
+    def spelled(number) -> str:
+        return "-" if number is None else f"{number:.1f}" if isinstance(number, float) else str(number)
+
+    for row in after:
+        old = known.get((row["case"], row["target"]), {})
+        cells = [row["case"], row["target"]]
+        for name in COMPARED:
+            pair = [spelled(one.get(name)) for one in (old, row)]
+            cells.append(pair[1] if pair[0] in (pair[1], "-") else " -> ".join(pair))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--full", action="store_true", help="more dtypes and options of the fused head")
     parser.add_argument("--kernels", type=Path, help="a Python file with a function cases()")
     parser.add_argument("--cuda", type=Path, nargs="+", help=".cu files")
+    parser.add_argument("--json", type=Path, help="where the rows go")
+    parser.add_argument("--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"), help="two such files as a table")
     options = parser.parse_args()
+    if options.compare:
+        print(comparison(*(json.loads(path.read_text()) for path in options.compare)))
+        return 0
     os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels do not compile
     start = time.monotonic()
     everything = options.kernels is None and options.cuda is None
@@ -913,6 +954,8 @@ def main() -> int:
             flush=True,
         )
     broken = sum(bool(row.broken) for row in rows)
+    if options.json:
+        options.json.write_text("[\n" + ",\n".join(map(json.dumps, saved(rows))) + "\n]\n")
     print(f"{len(rows)} compiled in {time.monotonic() - start:.0f} s, {broken} broken")
     return 1 if broken else 0
 

@@ -1,5 +1,6 @@
 """Every rule of bench/compile_gate.py trips on a kernel that breaks it, and on no other."""
 
+import json
 import os
 import re
 import runpy
@@ -16,7 +17,7 @@ GATE = ROOT / "bench/compile_gate.py"
 TRITON = """
 import triton
 import triton.language as tl
-from compile_gate import Case
+from compile_gate import Case, Pace
 
 
 @triton.jit
@@ -119,6 +120,49 @@ def summing(x_ptr, y_ptr, stride, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def slow(x_ptr, y_ptr, stride, n, BLOCK: tl.constexpr):
+    for start in range(0, n, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + cols)
+        for _ in tl.static_range(24):
+            x = tl.abs(x - 1.0)
+        tl.store(y_ptr + cols, x)
+
+
+@triton.jit
+def slow_tile(x_ptr, y_ptr, stride, n, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    at = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for _ in range(0, n):
+        x = tl.load(x_ptr + at)
+        total = tl.dot(x, x, total, input_precision="ieee")
+        x_ptr += 4096
+    for _ in tl.static_range(24):
+        total = tl.abs(total - 1.0)
+    if n > 0:  # never mind what else is not always run
+        total = tl.exp(total)
+    tl.store(y_ptr + at, total)
+
+
+@triton.jit
+def piecewise(x_ptr, y_ptr, stride, n, BLOCK: tl.constexpr):
+    for start in range(0, n, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        tl.store(y_ptr + cols, tl.load(x_ptr + tl.minimum(cols, n - 1)).to(tl.float32))
+
+
+@triton.jit
+def multiplying(x_ptr, y_ptr, stride, n, BLOCK: tl.constexpr):
+    cell = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for _ in range(0, n):
+        x = tl.load(x_ptr + cell)
+        total = tl.dot(x, x, total, input_precision="ieee")
+        x_ptr += 4096
+    tl.store(y_ptr + cell, total)
+
+
+@triton.jit
 def refused(x_ptr, y_ptr, stride, n, BLOCK: tl.constexpr):
     tl.static_assert(BLOCK == 3)
 
@@ -128,6 +172,15 @@ def case(kernel, block=128, targets=("sm_90", "gfx942"), spill=0, name=None, num
     options |= {"num_warps": num_warps}
     name = name or kernel.__name__
     return Case(name, kernel, signature, {"BLOCK": block}, options, targets=targets, spill=spill, same=same)
+
+
+def fast(kernel, pace=None, x="*bf16", name=None, block=128, **options):
+    found = case(kernel, block, ("sm_90",), name=name, **options)
+    tile = {"BLOCK_M": block, "BLOCK_N": block} if "BLOCK_M" in kernel.arg_names else {}
+    signature = found.signature | {"x_ptr": x}
+    return found._replace(
+        signature=signature, constexprs=found.constexprs | tile, pace=pace, wide=True, aligned=("n", "stride")
+    )
 
 
 def cases():
@@ -142,6 +195,15 @@ def cases():
         case(rounding, block=32, targets=("sm_90",)),
         *(case(summing, targets=("sm_90",), same="sum", name=f"summing {warps}", num_warps=warps) for warps in (4, 8)),
         case(refused),
+        fast(slow, Pace(20, size=4), x="*fp32", block=1024),
+        fast(slow, Pace(40, size=4), x="*fp32", block=1024, name="steady"),
+        fast(slow, Pace(40, size=4, registers=8), x="*fp32", block=1024, name="greedy"),
+        fast(slow_tile, Pace(20), block=64),
+        fast(slow_tile, Pace(80), block=64, name="steady_tile"),
+        fast(piecewise),
+        fast(multiplying, block=64, name="quick"),
+        fast(multiplying, block=64, num_stages=1, name="waiting"),
+        fast(multiplying, block=32, name="single"),
     ]
 """
 
@@ -182,6 +244,12 @@ BREAKS = {
     "sharing": "shared",
     "refused": "compiles",
     "rounding": "precision",
+    "slow": "instructions",
+    "slow_tile": "instructions",
+    "greedy": "registers",
+    "piecewise": "widths",
+    "waiting": "pipelined",
+    "single": "wgmma",
     "8": "invariance",  # of summing, beside that of 4 warps
 }
 
@@ -209,9 +277,10 @@ def test_triton_rules_trip(tmp_path):
     pytest.importorskip("triton")
     (tmp_path / "planted.py").write_text(TRITON)
     found, status = broken_rules("--kernels", tmp_path / "planted.py")
-    assert found.pop("clean") == set() and found.pop("allowed") == set() and found.pop("4") == set()
+    for kept in ("clean", "allowed", "4", "steady", "steady_tile", "quick"):
+        assert found.pop(kept) == set(), kept
     assert found == expected(found)
-    assert len(found) == 13 and status == 1
+    assert len(found) == 19 and status == 1
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
@@ -229,6 +298,19 @@ def test_a_clean_file_passes(tmp_path):
     pytest.importorskip("triton")
     (tmp_path / "planted.py").write_text(TRITON + "\n\ndef cases():\n    return [case(clean)]\n")
     assert broken_rules("--kernels", tmp_path / "planted.py") == ({"clean": set()}, 0)
+
+
+def test_two_runs_side_by_side(tmp_path):
+    before = [{"case": "row", "target": "sm_90", "registers": 105, "instructions": 44.8, "whole": None}]
+    after = [before[0] | {"registers": 60, "instructions": 15.3}, {"case": "new", "target": "sm_90", "registers": 8}]
+    for name, rows in (("a", before), ("b", after)):
+        (tmp_path / name).write_text(json.dumps(rows))
+    command = [sys.executable, GATE, "--compare", tmp_path / "a", tmp_path / "b"]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert table[2:] == [
+        "| row | sm_90 | 105 -> 60 | - | - | - | 44.8 -> 15.3 | - |",
+        "| new | sm_90 | 8 | - | - | - | - | - |",
+    ]
 
 
 def test_every_kernel_has_a_case():

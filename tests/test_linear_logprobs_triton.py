@@ -624,6 +624,21 @@ def test_every_shipped_tile_divides_a_chunk():
         assert all(_chunked.tile_of(device).columns % tile.columns == 0 for device in ("cpu", "cuda"))
 
 
+@pytest.mark.parametrize(
+    "warps, stages, columns, fit",
+    [
+        (8, 3, 256, 1),  # as shipped for sm_90
+        (8, 3, 128, 1),  # its registers are those of two
+        (4, 3, 128, 2),
+        (4, 4, 128, 1),  # two would want 256 KB
+        (4, 1, 16, 2),
+    ],
+)
+def test_as_many_programs_as_a_multiprocessor_holds(warps, stages, columns, fit):
+    tile = kernels.Config(128, columns, 64, warps, stages, 16, 8)
+    assert kernels.resident(tile, 2, registers=65536, shared=228 * 1024) == fit
+
+
 # ---- the choice ----------------------------------------------------------------------------------------------------
 
 HERE = {"reference": None, "torch": None, "native": None, "triton": None}

@@ -574,23 +574,27 @@ def bounded_product_kernel(
         row_tile, column_tile = _place(program, row_tiles, column_tiles, GROUP)
         ms = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         ns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        a_rows = a_ptr + tl.minimum(ms, height_of_out - 1)[:, None] * a_stride_m
-        b_columns = b_ptr + tl.minimum(ns, columns - 1)[None, :] * b_stride_n
+        # neighbours in memory are masked, never moved to the last one: a minimum would be loaded one by one
+        is_live, is_column = ms < height_of_out, ns < columns
+        a_rows = a_ptr + (ms if ACROSS else tl.minimum(ms, height_of_out - 1))[:, None] * a_stride_m
+        b_columns = b_ptr + ns[None, :] * b_stride_n
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start_k in range(0, stop, BLOCK_K):
             ks = start_k + tl.arange(0, BLOCK_K)
             here = ks < stop
             at = ks.to(tl.int64)
-            a = tl.load(a_rows + at[None, :] * a_stride_k, mask=here[None, :], other=0.0)
+            a_here = here[None, :]
+            if ACROSS:
+                a_here = a_here & is_live[:, None]
+            a = tl.load(a_rows + at[None, :] * a_stride_k, mask=a_here, other=0.0)
             if ACROSS:
                 at = tl.load(index_ptr + ks, mask=here, other=0)
-            b = tl.load(b_columns + at[:, None] * b_stride_k, mask=here[:, None], other=0.0)
+            b = tl.load(b_columns + at[:, None] * b_stride_k, mask=here[:, None] & is_column[None, :], other=0.0)
             acc = tl.dot(a, b, acc, input_precision="ieee")
-        is_live = ms < height_of_out
         if not ACROSS:
             ms = tl.load(index_ptr + ms, mask=is_live, other=0)
         to = out_ptr + ms[:, None] * out_stride + ns[None, :]
-        inside = is_live[:, None] & (ns < columns)[None, :]
+        inside = is_live[:, None] & is_column[None, :]
         if ADD:
             acc += tl.load(to, mask=inside, other=0.0)
         tl.store(to, acc, mask=inside)
@@ -648,7 +652,7 @@ def linear_fwd_tma(
         x = x.new_empty(n, aligned)[:, :depth].copy_(x)
     programs = triton.cdiv(n, tile.rows) * triton.cdiv(vocab, tile.columns)
     with on_device_of(hidden):
-        linear_fwd_tma_kernel[(min(programs, _processors(hidden)),)](
+        linear_fwd_tma_kernel[(min(programs, _places(hidden, tile)),)](
             TensorDescriptor.from_tensor(x, [tile.rows, tile.depth]),
             TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]),
             bias, target, rows.index, rows.count, part, first, label, e, room, chunk, n, vocab, depth,
@@ -657,8 +661,19 @@ def linear_fwd_tma(
         )  # fmt: skip
 
 
-def _processors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
+def resident(tile: Config, itemsize: int, registers: int, shared: int) -> int:
+    """Programs of a tile that a multiprocessor holds at a time, with 255 registers a thread, as all of them take."""
+    stages = tile.stages * (tile.rows + tile.columns) * tile.depth * itemsize
+    return max(1, min(registers // (256 * 32 * tile.warps), shared // (stages + 2048)))
+
+
+def _places(x: Tensor, tile: Config) -> int:
+    """Programs that the GPU runs at a time: more would wait for one that walks all of its tiles."""
+    if not x.is_cuda:
+        return 3
+    gpu = torch.cuda.get_device_properties(x.device)
+    each = resident(tile, x.element_size(), gpu.regs_per_multiprocessor, gpu.shared_memory_per_multiprocessor)
+    return gpu.multi_processor_count * each
 
 
 class Block(NamedTuple):

@@ -5,9 +5,9 @@ A table stands between <!-- name --> and <!-- /name --> on its page; tests/test_
 
 import json
 import re
+import sys
 from html import escape
 from pathlib import Path
-from statistics import mean, stdev
 
 from finealign_kernels import POLICY, PREFERENCE, REWARD, feedback
 
@@ -78,26 +78,14 @@ def rewards() -> str:
     return table(("name", "loss of a pair", "needs", "source"), rows)
 
 
-def reward_study() -> str:
-    """Planted label noise, bench/studies/reward.py: means over seeds and standard errors."""
-    found = json.loads((RESULTS / "reward-study-cpu.json").read_text())
-    seeds = sorted({row["seed"] for row in found})
-    of = {(row["loss"], row["seed"]): row for row in found}
+def studies() -> str:
+    """The studies that have rows: claim, means of the arms, effects with intervals, picture."""
+    sys.path.insert(0, str(ROOT / "bench"))
+    from studies import runs
+    from studies.__main__ import STUDIES
 
-    def spread(values, unit=100):
-        return f"{unit * mean(values):.1f} ± {unit * stdev(values) / len(values) ** 0.5:.1f}"
-
-    rows = []
-    for loss in dict.fromkeys(row["loss"] for row in found):
-        own = [of[loss, seed]["accuracy"] for seed in seeds]
-        gain = [one - of["bradley_terry", seed]["accuracy"] for one, seed in zip(own, seeds, strict=True)]
-        rows.append((loss, spread(own), "" if loss == "bradley_terry" else spread(gain)))
-    share = {key: spread([of["flip", seed][key] for seed in seeds]) for key in ("found", "right")}
-    words = (
-        f"{share['found']} % of the planted flips are in the lowest third (chance: 33 %); of the 30 % of lowest "
-        f"strength, which `flip` and `flip_margin` flip and `drop` leaves out, {share['right']} % were planted.\n"
-    )
-    return table(("labels and loss", "held-out accuracy, %", "against bradley_terry"), rows) + "\n" + words
+    rows = {name: runs.read(RESULTS / f"study-{name}.jsonl") for name in STUDIES}
+    return "\n".join(runs.page(study, rows[name]) for name, study in STUDIES.items() if rows[name])
 
 
 def head() -> str:
@@ -159,7 +147,7 @@ TABLES = {
     "losses": ("tables.md", losses),
     "policies": ("tables.md", policies),
     "rewards": ("tables.md", rewards),
-    "reward-study": ("guides/reward-models.md", reward_study),
+    "studies": ("studies.md", studies),
     "head": ("performance.md", head),
     "accuracy": ("accuracy.md", accuracy),
 }

@@ -1,17 +1,43 @@
-"""The optional compiled extension: loaded once, or the reason why it is not there."""
+"""The optional compiled extension: loaded once, or the reason why it is not there.
 
+Its ops have one name in a process, and a second registration would end it. So a second copy of the package (one that
+is installed and one of a model hub, say) uses the extension that is loaded if it is the same build to the byte, and
+else does without and says why.
+"""
+
+import filecmp
 import importlib
+import importlib.util
 import os
 
-import torch  # noqa: F401  first: it loads the libtorch that the extension names
+import torch  # first: it loads the libtorch that the extension names
 
 reason: str | None = None  # why there is no extension, None where there is one
+registers = False  # did this copy of the package load it: it also says how its ops are traced
+
+
+def _refused(file: str) -> str | None:
+    """Why the extension in a file must not be loaded beside one that is; None where that is the same build."""
+    loaded = getattr(torch.ops.finealign, "loaded_from", None)
+    if loaded is None:
+        return (
+            f"another copy of this package has registered its ops, from a file that it does not name; {file} stays out"
+        )
+    if os.path.exists(loaded) and filecmp.cmp(loaded, file, shallow=False):
+        return None
+    return f"another build is loaded in this process, {loaded}; {file} stays out"
+
 
 if os.environ.get("FINEALIGN_DISABLE_NATIVE"):
     reason = "FINEALIGN_DISABLE_NATIVE is set"
 else:
     try:  # not "from .. import _C": that would take any attribute of that name
-        importlib.import_module(".._C", __package__)
+        _spec = importlib.util.find_spec(".._C", __package__)
+        if _spec is not None and hasattr(torch.ops.finealign, "_cpu_state"):
+            reason = _refused(_spec.origin)
+        else:
+            torch.ops.finealign.loaded_from = importlib.import_module(".._C", __package__).__file__
+            registers = True
     except ImportError as error:
         reason = f"the extension is not built or does not load ({error})"
 
@@ -35,3 +61,8 @@ def cuda() -> str | None:
 def instructions() -> str:
     """The instruction set that the CPU kernels chose on this machine."""
     return {0: "baseline", 2: "avx2", 5: "avx512"}[torch.ops.finealign._cpu_state()]
+
+
+def fake(name: str):
+    """Registers how an op of the extension is traced, once in a process."""
+    return torch.library.register_fake(f"finealign::{name}") if registers else lambda function: function

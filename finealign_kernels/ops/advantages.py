@@ -165,7 +165,7 @@ def _dense(x: Tensor | None) -> Tensor | None:
 
 if _native.available():
 
-    @torch.library.register_fake("finealign::advantages")
+    @_native.fake("advantages")
     def _(cu_seqlens, mask, rewards, reward, end, start, bounds, overwrite, drop, old_logp, ref_logp, *options):
         _, _, wants_of_rewards, _, _, _, _, gamma, _, _, _, score, _, _, wants_of_advantages, total, dtype = options
         like = reward if rewards is None else rewards
@@ -184,14 +184,14 @@ if _native.available():
             result(wants_of_advantages, 3, torch.float64),
         )
 
-    @torch.library.register_fake("finealign::moments")
+    @_native.fake("moments")
     def _(x, mask):
         return x.new_empty(3, dtype=torch.float64)
 
-    @torch.library.register_fake("finealign::whiten")
+    @_native.fake("whiten")
     def _(x, mask, moments, scale, unbiased, shift):
         return torch.empty_like(x)
 
-    @torch.library.register_fake("finealign::whiten_")
+    @_native.fake("whiten_")
     def _(x, mask, moments, scale, unbiased, kept, score, baseline):
         return x.new_empty(0 if score is None else x.shape[0], dtype=torch.float32)

@@ -206,7 +206,7 @@ if _native.available():
     forward = torch.ops.finealign.policy_loss_fwd.default
     backward = torch.ops.finealign.policy_loss_bwd.default
 
-    @torch.library.register_fake("finealign::policy_loss_fwd")
+    @_native.fake("policy_loss_fwd")
     def _(logp, old_logp, ref_logp, entropy, *options):
         entropy_coef = options[16]  # the rest is read by no result
         wide = torch.promote_types(logp.dtype, torch.float32)
@@ -215,6 +215,6 @@ if _native.available():
         dentropy = torch.empty_like(dlogp) if moves_entropy else logp.new_empty(0, dtype=wide)
         return logp.new_empty((), dtype=wide), logp.new_empty(8, dtype=wide), losses, dlogp, dentropy
 
-    @torch.library.register_fake("finealign::policy_loss_bwd")
+    @_native.fake("policy_loss_bwd")
     def _(upstream, d, dtype):
         return torch.empty_like(d, dtype=dtype)

@@ -94,6 +94,6 @@ class _Scan(torch.autograd.Function):
 
 if _native.available():
 
-    @torch.library.register_fake("finealign::reverse_scan")
+    @_native.fake("reverse_scan")
     def _(x, decay, rates, mask, cu_seqlens, forward):
         return torch.empty_like(x)

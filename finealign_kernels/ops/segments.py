@@ -165,10 +165,10 @@ def _dense(mask: Tensor | None) -> Tensor | None:
 
 if _native.available():
 
-    @torch.library.register_fake("finealign::segment_reduce")
+    @_native.fake("segment_reduce")
     def _(x, mask, cu_seqlens, over):
         return x.new_empty(cu_seqlens.shape[0] - 1, dtype=_wide(x.dtype))
 
-    @torch.library.register_fake("finealign::segment_spread")
+    @_native.fake("segment_spread")
     def _(v, mask, cu_seqlens, over, total, dtype):
         return v.new_empty(total, dtype=dtype)

@@ -275,13 +275,13 @@ if _native.available():
     forward = torch.ops.finealign.sequence_loss_fwd.default
     backward = torch.ops.finealign.sequence_loss_bwd.default
 
-    @torch.library.register_fake("finealign::sequence_loss_fwd")
+    @_native.fake("sequence_loss_fwd")
     def _(logp, ref, ref_sum, mask, weight, cu_seqlens, average, pairs, *numbers):
         count = logp.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         wide = torch.promote_types(logp.dtype, torch.float32)
         sizes = (count // 2 if pairs else count, count, count, count if average else 0)
         return tuple(logp.new_empty(size, dtype=wide) for size in sizes)
 
-    @torch.library.register_fake("finealign::sequence_loss_bwd")
+    @_native.fake("sequence_loss_bwd")
     def _(upstream, slope, denominator, mask, weight, cu_seqlens, pairs, size, dtype):
         return slope.new_empty((slope.shape[0], size) if cu_seqlens is None else (size,), dtype=dtype)

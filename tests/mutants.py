@@ -138,6 +138,11 @@ MUTANTS = [
     Mutant("ranks: the shard's dX overwritten by rows of another", "ops/_parallel.py", "    reduce(out, x.contiguous(), group=group)", "    reduce(out, x.roll(1, 0), group=group)", PARALLEL),
     Mutant("ranks: each count of its own", "ops/ranks.py", "    dist.all_reduce(flat, group=group)", "    pass", "tests/test_over_ranks.py"),
     Mutant("ranks: rows of the first rank for all", "ops/ranks.py", "first = sum(sizes[: dist.get_rank(group)])", "first = 0", "tests/test_over_ranks.py"),
+    Mutant("Megatron: dX of sequence parallelism summed twice", "integrations/megatron.py", '"reduce_scatter" if output_layer.sequence_parallel else "all_reduce"', '"all_reduce" if output_layer.sequence_parallel else "none"', "tests/test_megatron.py"),
+    Mutant("Megatron: labels not turned", "integrations/megatron.py", "labels.t().contiguous()", "labels.reshape(labels.shape[::-1])", "tests/test_megatron.py"),
+    Mutant("FSDP2: the head's gradient of this rank alone", "ops/_parallel.py", 'return x.full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)', "return x.full_tensor()", "tests/test_sharded_heads.py"),
+    Mutant("FSDP2: TRL gathers its head itself", "integrations/trl.py", "        utils.DTensor = Elsewhere\n", "", TRL),
+    Mutant("DTensor heads begin at even places", "ops/_parallel.py", "start = min(dist.get_rank(group) * step, vocab)", "start = dist.get_rank(group) * (vocab // dist.get_world_size(group))", "tests/test_sharded_heads.py"),
     # two copies of the package in a process
     Mutant("a second copy registers its ops too", "ops/_native.py", 'if _spec is not None and hasattr(torch.ops.finealign, "_cpu_state"):', "if False:", "tests/test_two_copies.py"),
     Mutant("ops of another build are taken", "ops/_native.py", "filecmp.cmp(loaded, file, shallow=False)", "True", "tests/test_two_copies.py"),

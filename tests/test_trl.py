@@ -652,9 +652,13 @@ def test_fsdp2_gradients_are_trls_and_those_of_one_process(tmp_path):
         (stock, theirs), (patched, ours) = (found[kind, unit, again, way] for way in ("stock", "patched"))
         assert abs(patched - stock) <= BOUND * abs(stock) and abs(patched - losses[0].item()) <= BOUND * abs(stock)
         for name, p in alone.named_parameters():
-            assert (ours[name] - theirs[name]).norm() <= BOUND * theirs[name].norm(), (kind, unit, again, name)
-            if unit == "root":  # TRL gathers a head of its own unit without a sum over ranks
-                assert (ours[name] - p.grad).norm() <= BOUND * p.grad.norm(), (kind, unit, again, name)
+            assert (ours[name] - p.grad).norm() <= BOUND * p.grad.norm(), (kind, unit, again, name)
+            if (
+                unit == "head" and name == "lm_head.weight"
+            ):  # TRL gathers a head of its own unit without a sum over ranks
+                assert (theirs[name] - p.grad).norm() > 0.1 * p.grad.norm()
+            else:
+                assert (ours[name] - theirs[name]).norm() <= BOUND * theirs[name].norm(), (kind, unit, again, name)
 
 
 # ---- finealign demo --trainer trl ----------------------------------------------------------------------------------

@@ -41,8 +41,14 @@ TAKES = (  # what its forward is called with, by position
 WEIGHTED = ("token_weight", "token_weights", "spans")  # how columns end that hold weights of tokens
 INSTEAD = {"DPO": "FineGrainedDPOTrainer", "KTO": "PointwiseTrainer"}
 
+
+class Elsewhere:
+    """Stands for DTensor in TRL's module: heads of FSDP2 reach linear_logprobs as they are, which gathers with the mean
+    of the ranks' gradients. TRL's full_tensor() leaves each rank with the gradient of its own rows."""
+
+
 _patches: list["Patch"] = []  # those in force; the last one serves
-_stock: list[type] = []  # TRL's own function, while there are patches
+_stock: list[type] = []  # TRL's own function and its DTensor, while there are patches
 _loaders: list = []  # Trainer.get_train_dataloader, the stock one and ours, while there are patches
 _warned: set[tuple[str, str]] = set()  # trainer, column
 
@@ -68,9 +74,10 @@ def patch_kernels(*, workspace: str | int = "auto", backend: str = "auto") -> "P
     """Puts `linear_logprobs` under TRL's SFT, DPO, KTO, GRPO, RLOO and AsyncGRPO trainers, in this process.
 
     They all score labels through one function, which is replaced. Trainers that exist already use the replacement, too.
-    Loss, metrics and options stay TRL's. Two things differ: gradients of a head that autocast narrows are rounded to
+    Loss, metrics and options stay TRL's. What differs: gradients of a head that autocast narrows are rounded to
     the narrow dtype once, as eager PyTorch's are; a label outside the vocabulary raises IndexError on a CPU.
-    Heads of ZeRO-3 and FSDP2 are gathered as TRL gathers them.
+    Heads of ZeRO-3 are gathered as TRL gathers them; those of FSDP2 with the mean of the ranks' gradients, also where
+    the head is a unit of its own, whose gradient TRL 1.16 does not add up over ranks.
 
     workspace, backend   as in linear_logprobs; TRL's chunk_size has no meaning here
 
@@ -83,7 +90,8 @@ def patch_kernels(*, workspace: str | int = "auto", backend: str = "auto") -> "P
     """
     utils = _known()
     if not _patches:
-        _stock.append(utils._ChunkedLogProbFunction)
+        _stock.extend([utils._ChunkedLogProbFunction, utils.DTensor])
+        utils.DTensor = Elsewhere
         _watch_columns()
     patch = Patch(utils, workspace, backend)
     _patches.append(patch)
@@ -103,6 +111,8 @@ class Patch:
             return
         _refuse_strangers(self._utils)
         _patches.remove(self)
+        if not _patches:
+            self._utils.DTensor = _stock.pop()
         self._utils._ChunkedLogProbFunction = _patches[-1] if _patches else _stock.pop()
         if not _patches:
             _stop_watching()
@@ -116,7 +126,7 @@ class Patch:
     def apply(
         self,
         hidden: Tensor,  # (N, D)
-        weight: Tensor,  # (V, D), whole: TRL has gathered it, for the forward
+        weight: Tensor,  # (V, D), whole: TRL has gathered it, for the forward; or FSDP2's shards
         bias: Tensor | None,  # (V,)
         targets: Tensor,  # (N,); on a CPU also the positions without a label, as 0: TRL zeroes their outputs
         temperature: float,

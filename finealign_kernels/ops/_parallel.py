@@ -9,6 +9,7 @@ labels, compaction, the size of a shard or what needs a gradient.
 """
 
 import functools
+import sys
 from typing import NamedTuple
 
 import torch
@@ -55,10 +56,11 @@ class Shard(NamedTuple):
         return torch.where(target < 0, target, torch.where(here, target - self.start, FOREIGN))
 
 
-def shard_of(columns: int, group, vocab_start, vocab_size, hidden_grad: str = "none") -> Shard | None:
+def shard_of(columns: int, group, vocab_start, vocab_size, hidden_grad: str | None = None) -> Shard | None:
     """The shard of a rank that holds so many columns; None without a group. Raises naming the argument."""
+    hidden_grad = "none" if hidden_grad is None else hidden_grad
     if hidden_grad not in HIDDEN_GRADS:
-        fail("hidden_grad", f"be one of {HIDDEN_GRADS}", repr(hidden_grad))
+        fail("hidden_grad", f"be None or one of {HIDDEN_GRADS}", repr(hidden_grad))
     for name, value in (("vocab_start", vocab_start), ("vocab_size", vocab_size)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
             fail(name, "be None or an integer >= 0", repr(value))
@@ -84,6 +86,51 @@ def check_group(group, name: str = "group") -> None:
             fail("torch.distributed", f"be initialised for {name}", "no process group", RuntimeError)
     elif not isinstance(group, dist.ProcessGroup):
         fail(name, "be None or a torch.distributed.ProcessGroup that this rank belongs to", f"{group!r}", TypeError)
+
+
+def whole_or_shard(weight, bias, group, vocab_start, hidden_grad):
+    """weight, bias, group, vocab_start of a head that is a DTensor; of another, what was given.
+
+    Without hidden_grad it is gathered, and its gradient is the mean over the ranks of the mesh, as FSDP2's gradients
+    are. With hidden_grad it stays where it is: sharded over the vocabulary, it brings its own group.
+    """
+    if not is_dtensor(weight):
+        return weight, bias, group, vocab_start
+    from torch.distributed.tensor import Partial, Shard
+
+    for name, value in (("group", group), ("vocab_start", vocab_start)):
+        if value is not None:
+            fail(name, "be None for a DTensor head, which says it itself", f"{value!r}")
+    mesh = weight.device_mesh
+    if hidden_grad is None:
+        parts = [whole(x) for x in (weight, bias)]
+        return *parts, None, None
+    cut = [i for i, p in enumerate(weight.placements) if type(p) is Shard and p.dim == 0]
+    if len(cut) != 1 or not all(p.is_replicate() for i, p in enumerate(weight.placements) if i not in cut):
+        fail("weight", "be sharded over the vocabulary on one dimension of its mesh", f"{weight.placements}")
+    sums = [p if i in cut else Partial("avg") for i, p in enumerate(weight.placements)]
+    group, vocab, local = mesh.get_group(cut[0]), weight.shape[0], weight.to_local(grad_placements=sums)
+    step = -(-vocab // dist.get_world_size(group))  # as torch.chunk cuts
+    start = min(dist.get_rank(group) * step, vocab)
+    if is_dtensor(bias):
+        bias = bias.to_local(grad_placements=sums)
+    elif bias is not None:
+        bias = bias[start : start + local.shape[0]]
+    return local, bias, group, start
+
+
+def is_dtensor(x: object) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # not imported here: it takes its time
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def whole(x: Tensor | None) -> Tensor | None:
+    """A DTensor gathered; backward takes the mean of the ranks' gradients, on every dimension of its mesh."""
+    if not is_dtensor(x):
+        return x
+    from torch.distributed.tensor import Partial
+
+    return x.full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)
 
 
 def rows_of(hidden: Tensor, shard: Shard | None) -> tuple[int, ...]:

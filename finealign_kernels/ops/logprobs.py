@@ -57,7 +57,7 @@ def linear_logprobs(
     group=None,
     vocab_start: int | None = None,
     vocab_size: int | None = None,
-    hidden_grad: str = "none",
+    hidden_grad: str | None = None,
     backend: str = "auto",
 ) -> LogProbs:
     """Log-probability of each label under softmax(z); the (N, V) logits are never kept.
@@ -96,10 +96,12 @@ def linear_logprobs(
     vocab_start  id of this rank's first column, None: its rank · V_local. Shards of unequal size, also of 0, say it
     vocab_size   true size of the vocabulary: columns behind it are padding, in no softmax and with gradient 0, also
                  without a group. None: all columns count
-    hidden_grad  what hidden's gradient is on a rank: "none" its part of the sum (the caller sums, as Megatron's layers
-                 do), "all_reduce" the sum, "reduce_scatter": hidden (n, ..., D) holds this rank's share of the
-                 rows, labels (ranks · n, ...) all; hidden is gathered, forward and backward, and its gradient is of
-                 its share. The sum is of float32
+    hidden_grad  what hidden's gradient is on a rank: "none", as None: its part of the sum (the caller sums, as
+                 Megatron's layers do), "all_reduce": the sum, "reduce_scatter": hidden (n, ..., D) holds this rank's
+                 share of the rows, labels (ranks · n, ...) all; hidden is gathered, forward and backward, and its
+                 gradient is of its share. The sum is of float32.
+                 A weight that is a DTensor: None gathers it, and its gradient is the mean over its ranks (FSDP2); a
+                 name says that hidden is the same on them, and the head stays sharded over the vocabulary
     backend      "auto", "reference" (any order of derivative), "torch", "native", "triton", "triton_fused" (product
                  and row statistics in one kernel). The fused backend has not been benchmarked on a GPU yet, so "auto"
                  selects it for batch_invariant=True only; else it selects "triton" on a GPU, which multiplies with the
@@ -113,6 +115,7 @@ def linear_logprobs(
             for a backend that cannot run here.
     Source: the order of operations is that of TRL's fused head; that logits need not be kept, arXiv:2411.09009.
     """
+    weight, bias, group, vocab_start = _parallel.whole_or_shard(weight, bias, group, vocab_start, hidden_grad)
     check_head("weight", weight, empty=group is not None)
     check_tensor("hidden", hidden)
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:

@@ -1,4 +1,4 @@
-"""`python docs/generate.py` writes the tables of the documentation from the code and from bench/results.
+"""`python docs/generate.py` writes the tables of the documentation and the picture from the code and bench/results.
 
 A table stands between <!-- name --> and <!-- /name --> on its page; tests/test_readme.py compares it with this one.
 """
@@ -168,7 +168,18 @@ def written(name: str) -> str:
     return found[0]
 
 
+COUNTS = re.compile(r"\d+ preference and point-wise losses, \d+ policy losses, \d+ reward-model losses")
+
+
+def counts() -> str:
+    """What the README says of the number of losses."""
+    numbers = len(PREFERENCE), len(POLICY), len(REWARD)
+    return "{} preference and point-wise losses, {} policy losses, {} reward-model losses".format(*numbers)
+
+
 def main():
+    readme = ROOT / "README.md"
+    readme.write_text(COUNTS.sub(counts(), readme.read_text()))
     PICTURE.parent.mkdir(exist_ok=True)
     PICTURE.write_text(picture())
     for name, (page, make) in TABLES.items():

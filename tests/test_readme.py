@@ -51,10 +51,7 @@ def test_the_picture_is_made_from_the_sample():
 
 
 def test_the_readme_counts_the_losses():
-    found = re.search(
-        r"(\d+) preference and point-wise losses, (\d+) policy losses, (\d+) reward-model", README.read_text()
-    )
-    assert [int(count) for count in found.groups()] == [len(fk.PREFERENCE), len(fk.POLICY), len(fk.REWARD)]
+    assert GENERATE.COUNTS.findall(README.read_text()) == [GENERATE.counts()]
 
 
 def test_figures_of_the_readme_are_those_of_the_bench():

@@ -32,6 +32,7 @@ TRL, SEQUENCE, POLICY, VALUE = (
 )
 REWARD, STRENGTH, CONTRASTIVE = "tests/test_reward.py", "tests/test_strength.py", "tests/test_contrastive.py"
 METARM, SEGMENT_REWARDS = "tests/test_metarm.py", "tests/test_segment_rewards.py"
+TRL_REWARD = "tests/test_trl_reward.py"
 TRL_DPO, STEPS = "tests/test_trl_dpo.py", "tests/test_steps.py"
 TRL_POINTWISE, TRL_GRPO = "tests/test_trl_pointwise.py", "tests/test_trl_grpo.py"
 FUSED_POLICY = "tests/test_policy_loss.py"
@@ -325,6 +326,10 @@ MUTANTS = [
     Mutant("classes at other tokens counted", "losses/segment_classes.py", "judged = labels != ignore_index", "judged = labels == labels", SEGMENT_REWARDS),
     Mutant("the separator of the segment before", "integrations/segment_rewards.py", "len(words) + 1 if self.placed", "0 if self.placed", SEGMENT_REWARDS),
     Mutant("a response's rewards at its neighbour's tokens", "integrations/segment_rewards.py", "ends += [start + t", "ends += [t", SEGMENT_REWARDS),
+    Mutant("the strength column unread", "integrations/_trl_reward.py", 'needed = {"strength": "strength"} if row.reads(None, None) else {}', "needed = {}", TRL_REWARD),
+    Mutant("contrast left out", "integrations/_trl_reward.py", "loss = loss + self.contrast_weight * contrast", "pass", TRL_REWARD),
+    Mutant("MetaRM without its inner step", "integrations/_trl_reward.py", "        with self.meta.ascend(objective):\n            return", "        if True:\n            return", TRL_REWARD),
+    Mutant("TRL's margin column unread", "integrations/_trl_reward.py", 'constants["margin"] = margin', "pass", TRL_REWARD),
     Mutant("MetaRM descends", "metarm.py", "alpha=self.eta)", "alpha=-self.eta)", METARM),
     Mutant("parameters stay at the inner step", "metarm.py", "p.copy_(old)", "pass", METARM),
     Mutant("parameters restored by subtraction", "metarm.py", "p.copy_(old)", "p.sub_(_, alpha=self.eta)", METARM),

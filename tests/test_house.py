@@ -23,7 +23,7 @@ ARROW = {
     "losses": {"formulas", "kernels", "ops"},
     "rl": {"formulas", "kernels", "ops", "feedback"},
     "metarm": {"formulas", "kernels", "ops", "losses"},
-    "integrations": {"formulas", "kernels", "ops", "losses", "rl", "feedback"},
+    "integrations": {"formulas", "kernels", "ops", "losses", "rl", "feedback", "metarm"},
     "feedback": set(),
     "report": set(),
     "testing": {"formulas", "kernels"},

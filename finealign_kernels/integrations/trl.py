@@ -1,8 +1,9 @@
-"""TRL: `patch_kernels` replaces the chunked head of its trainers; two trainers take feedback on tokens.
+"""TRL: `patch_kernels` replaces the chunked head of its trainers; trainers of our own take fine-grained feedback.
 
-FineGrainedDPOTrainer   DPOTrainer with weights on tokens, pivots, and every preference loss
-PointwiseTrainer        KTOTrainer for any loss of single responses: point-wise DPO, ULMA, KTO
-FineGrainedGRPOTrainer  GRPOTrainer for rewards of segments, advantages of tokens, pivots
+FineGrainedDPOTrainer      DPOTrainer with weights on tokens, pivots, and every preference loss
+PointwiseTrainer           KTOTrainer for any loss of single responses: point-wise DPO, ULMA, KTO
+FineGrainedGRPOTrainer     GRPOTrainer for rewards of segments, advantages of tokens, pivots
+FineGrainedRewardTrainer   RewardTrainer for every loss of a reward model, numbers of pairs, contrast and MetaRM
 """
 
 import functools
@@ -21,6 +22,7 @@ from ..ops.logprobs import linear_logprobs
 
 TRAINERS = {  # name -> module, imported at its first use: it imports TRL
     "FineGrainedDPOTrainer": "_trl_dpo",
+    "FineGrainedRewardTrainer": "_trl_reward",
     "PointwiseTrainer": "_trl_pointwise",
     "FineGrainedGRPOTrainer": "_trl_grpo",
 }

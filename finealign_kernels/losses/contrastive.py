@@ -1,7 +1,6 @@
 """Contrastive losses beside a reward model's: two dropout views of the same responses, or of the pairs' differences."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -179,37 +178,40 @@ class _Gather(torch.autograd.Function):
         return total[first : first + ctx.sizes[ctx.rank]], None, None, None
 
 
-@contextmanager
-def _dropout(model: torch.nn.Module, p: float) -> Iterator[None]:
-    """Every dropout of the model is on, with probability p; afterwards all is as before."""
-    modes = [(module, module.training) for module in model.modules()]
+def set_dropout(model: torch.nn.Module, p: float) -> list[tuple[torch.nn.Module, str, float]]:
+    """Sets the probability of every dropout of the model; returns (module, name, value before) of each.
+
+    These are nn.Dropout and its kin, and modules with a float `attention_dropout`, as those of transformers have.
+    """
+    check_number("p", p, least=0, most=1)
     drops = [module for module in model.modules() if isinstance(module, torch.nn.modules.dropout._DropoutNd)]
     drops = [(module, "p", module.p) for module in drops]
-    for module in model.modules():  # transformers' attention takes its probability from the module
+    for module in model.modules():
         value = getattr(module, "attention_dropout", None)
-        if isinstance(value, float):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
             drops.append((module, "attention_dropout", value))
     if not drops:
         fail("model", "have a dropout: both views would be the same", type(model).__name__)
-    try:
-        model.train()
-        for module, name, _ in drops:
-            setattr(module, name, p)
-        yield
-    finally:
-        for module, name, value in drops:
-            setattr(module, name, value)
-        for module, training in modes:
-            module.training = training
+    for module, name, _ in drops:
+        setattr(module, name, p)
+    return drops
 
 
 def dropout_views(model: torch.nn.Module, *inputs, p: float = 0.05, **more):
     """What two passes of the model return under two dropout masks of probability p: two views of the same inputs.
 
     Sets the probability of every nn.Dropout and of every module's `attention_dropout`, and puts modes and probabilities
-    back, also when a pass raises. Raises ValueError for a model without dropout. Source: arXiv:2104.08821; p = 0.05 is
-    that of arXiv:2401.06080.
+    back, also when a pass raises. Gradient checkpointing, which runs a pass again in backward, must be off.
+    Raises ValueError for a model without dropout. Source: arXiv:2104.08821; p = 0.05 is that of arXiv:2401.06080.
     """
     check_number("p", p, above=0, most=1)
-    with _dropout(model, p):
+    modes, drops = [(module, module.training) for module in model.modules()], []
+    try:
+        drops = set_dropout(model, p)
+        model.train()
         return model(*inputs, **more), model(*inputs, **more)
+    finally:
+        for module, name, value in drops:
+            setattr(module, name, value)
+        for module, training in modes:
+            module.training = training

@@ -105,16 +105,16 @@ def pick_scores(
 
 
 def _plain(parts, mask, token_weight) -> Tensor:
+    if len(parts) == 1:
+        _refuse_tokens(mask, token_weight)
+        return parts[0]
+    return torch.cat(plain_pair(parts, mask, token_weight))
+
+
+def _refuse_tokens(mask, token_weight) -> None:
     for name, given in (("mask", mask), ("token_weight", token_weight)):
         if given is not None:
             fail(name, "be None for one score a response", "a tensor")
-    if len(parts) > 2:
-        fail("scores", "be a tensor or a pair of them", f"{len(parts)} of them", TypeError)
-    if len(parts) == 1:
-        return parts[0]
-    check_tensor("scores", parts[1], shape=parts[0].shape, like=parts[0])
-    dtype = torch.promote_types(parts[0].dtype, parts[1].dtype)
-    return torch.cat([part.to(dtype) for part in parts])
 
 
 def _last(values: Tensor, tokens) -> Tensor:
@@ -132,18 +132,33 @@ def _last(values: Tensor, tokens) -> Tensor:
     return torch.where(some if values.dim() == 1 else some[:, None], picked, 0)
 
 
-def score_pairs(scores: Tensor, pairs: str | RankedPairs) -> tuple[Tensor, str]:
-    """(2 P,) scores of pairs, and how they lie: "halves" or "interleaved"."""
+def plain_pair(scores, mask=None, token_weight=None) -> tuple[Tensor, Tensor]:
+    """(P,) and (P,), as they were given: one score a response."""
+    _refuse_tokens(mask, token_weight)
+    if len(scores) != 2:
+        fail("scores", "be a tensor or a pair of them", f"{len(scores)} of them", TypeError)
+    check_tensor("scores", scores[0])
+    check_tensor("scores", scores[1], shape=scores[0].shape, like=scores[0])
+    for x in scores:
+        refuse_transforms("scores", x)
+    dtype = torch.promote_types(scores[0].dtype, scores[1].dtype)
+    return scores[0].to(dtype), scores[1].to(dtype)
+
+
+def score_pairs(scores: Tensor, pairs: str | RankedPairs) -> tuple[Tensor, Tensor]:
+    """Scores (P,) of the chosen and of the rejected responses."""
     refuse_transforms("scores", scores)
     if scores.dim() != 1:
         fail("scores", "be one number a response (S,)", tuple(scores.shape))
     if isinstance(pairs, RankedPairs):
-        index = torch.cat([pairs.chosen, pairs.rejected])
-        check_tensor("pairs.chosen", index, dtypes=(torch.int64,), like=scores)
-        if reads_values(index) and len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(scores):
-            fail("pairs", f"hold indices in [0, {len(scores)})", int(index.max()))
-        return scores[index], "halves"
+        for name, index in (("pairs.chosen", pairs.chosen), ("pairs.rejected", pairs.rejected)):
+            check_tensor(name, index, dtypes=(torch.int64,), shape=pairs.chosen.shape, like=scores)
+            if reads_values(index) and len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(scores):
+                fail(name, f"hold indices in [0, {len(scores)})", int(index.max()))
+        return scores[pairs.chosen], scores[pairs.rejected]
     check_one_of("pairs", pairs, ("halves", "interleaved"))
     if scores.shape[0] % 2:
         fail("scores", "be those of pairs, an even number", scores.shape[0])
-    return scores, pairs
+    if pairs == "interleaved":
+        return scores[0::2], scores[1::2]
+    return scores[: len(scores) // 2], scores[len(scores) // 2 :]

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..formulas import margin as formula
-from ..ops._check import check_flags, check_number, check_tensor, fail, reads_values
+from ..ops._check import check_flags, check_number, check_one_of, check_tensor, fail, reads_values
 from ..ops._layout import Tokens, TokenTensor
 from ..ops.sequence_loss import batch_loss, missing, sequence_loss
-from .pairs import RankedPairs, pick_scores, score_pairs
+from .pairs import RankedPairs, pick_scores, plain_pair, score_pairs
 from .preference import FromScores
 from .reduce import plain_denominator, reduce, weigh
 from .table import Formula, Hyper, _check_formula, hyper_of
@@ -126,14 +126,18 @@ def reward_loss(
     hyper = hyper_of(name if isinstance(name, str) else "the row", row.hyper, hyper)
     scale, centering = check_number("scale", scale, positive=True), check_number("centering", centering, least=0)
     clamp = clamp if clamp is None else check_number("clamp", clamp, positive=True)
-    scores = pick_scores(scores, mask=mask, cu_seqlens=cu_seqlens, pick=pick, token_weight=token_weight)
-    scores, layout = score_pairs(scores, pairs)
-    count, dtype = scores.shape[0] // 2, torch.promote_types(scores.dtype, torch.float32)
-    if centering:  # two gradients meet at the scores: they are added before one of them is rounded to a half
-        scores = scores.to(dtype)
+    if not isinstance(pairs, RankedPairs):
+        check_one_of("pairs", pairs, ("halves", "interleaved"))
+    if isinstance(scores, (tuple, list)) and len(scores) == 2 and cu_seqlens is None and all(map(_is_flat, scores)):
+        chosen, rejected = plain_pair(scores, mask, token_weight)
+    else:
+        scores = pick_scores(scores, mask=mask, cu_seqlens=cu_seqlens, pick=pick, token_weight=token_weight)
+        chosen, rejected = score_pairs(scores, pairs)
+    count, dtype = chosen.shape[0], torch.promote_types(chosen.dtype, torch.float32)
+    chosen, rejected = chosen.to(dtype), rejected.to(dtype)
 
     def constant(name, x, **bounds):
-        return None if x is None else _constant(name, x, count, scores, dtype, **bounds)
+        return None if x is None else _constant(name, x, count, chosen, dtype, **bounds)
 
     for key, value in (("strength", strength), ("label", label), ("weight", weight)):
         if value is not None:
@@ -157,7 +161,7 @@ def reward_loss(
     if row.weak:
         smoothing = smoothing * (strength < 0).to(dtype)
     if flip is not None:
-        flip = check_flags("flip", flip, shape=(count,), like=scores)
+        flip = check_flags("flip", flip, shape=(count,), like=chosen)
     elif row.flip:
         flip = strength < 0
     sign = None
@@ -166,33 +170,29 @@ def reward_loss(
     weight = constant("weight", weight)
     if weight is not None:
         kept = weight != 0
-        scores = torch.where(_each_of(kept, layout), scores, 0)
+        chosen, rejected = torch.where(kept, chosen, 0), torch.where(kept, rejected, 0)
 
-    loss, losses = None, None
-    fused = row.phi is formula.smoothed and missing(row.phi, scores.device) is None
-    if fused:
-        tokens, signs = _tokens(scores), None if sign is None else _each_of(sign, layout)[:, None]
-        options = dict(phi=row.phi, beta=1.0, shift=shift, smoothing=smoothing, token_weight=signs, pairs=layout)
+    loss, d = None, chosen - rejected
+    if row.phi is formula.smoothed and missing(row.phi, d.device) is None:
+        options = dict(phi=row.phi, beta=1.0, smoothing=smoothing, pairs=None, sign=sign)
+        options["shift"] = shift if sign is None else sign * shift  # it stands inside the sign there
         plain = None
         if weight is None and not centering:
             plain = plain_denominator(reduction, denominator, count)
         if plain is None:
-            losses = sequence_loss(tokens, **options).losses
+            losses = sequence_loss(_tokens(d), **options).losses
         else:
-            out = batch_loss(tokens, denominator=plain, **options)
+            out = batch_loss(_tokens(d), denominator=plain, **options)
             loss, losses = out.loss, out.losses
-    chosen, rejected = scores.chunk(2) if layout == "halves" else (scores[0::2], scores[1::2])
-    wide = chosen.detach().to(dtype), rejected.detach().to(dtype)
-    d = wide[0] - wide[1]
-    if not fused:
+    else:
         more = dict(smoothing=smoothing) if row.phi is formula.smoothed else hyper
-        value, slope = row.phi((d if sign is None else sign * d) - shift, **more)
-        slope = slope if sign is None else sign * slope
-        both = torch.cat([slope, -slope])
-        losses = FromScores.apply(torch.cat([chosen, rejected]).to(dtype), value, both)
+        m = d.detach() if sign is None else sign * d.detach()
+        value, slope = row.phi(m - shift, **more)
+        losses = FromScores.apply(d, value, slope if sign is None else sign * slope)
+    d = d.detach()
     center = torch.zeros_like(d)
     if centering:
-        center = centering * (chosen.to(dtype) + rejected.to(dtype)).square()
+        center = centering * (chosen + rejected).square()
         losses = losses + center
     if weight is not None:
         losses, center = weigh(weight, losses), weigh(weight, center)
@@ -213,15 +213,14 @@ def _row_of(name: str | RewardRow) -> RewardRow:
     return REWARD[name]
 
 
-def _tokens(scores: Tensor):
-    """Sequences of one token each."""
-    whole = scores[:, None]
+def _is_flat(x) -> bool:
+    return isinstance(x, Tensor) and x.dim() == 1
+
+
+def _tokens(d: Tensor) -> Tokens:
+    """Pairs as sequences of one token, the difference of the scores."""
+    whole = d[:, None]
     return Tokens(whole, None, None, (whole.shape,))
-
-
-def _each_of(x: Tensor, layout: str) -> Tensor:
-    """(P,) -> (S,): the number of a pair for both of its responses."""
-    return torch.cat([x, x]) if layout == "halves" else x.repeat_interleave(2)
 
 
 def _constant(name: str, x, count: int, like: Tensor, dtype, *, least=None, most=None):

@@ -69,6 +69,7 @@ MUTANTS = [
     Mutant("a float32 bias from E of half precision", OP, "budget if keep and not wider else 0", "budget if keep else 0", LOGPROBS),
     Mutant("infinite rewards in a group", "rl/groups.py", "if infinite.any():", "if False:", GROUPS),
     Mutant("infinite rewards on a GPU", "rl/groups.py", "torch.where(infinite, torch.nan, wide)", "wide", GROUPS),
+    Mutant("the entropy by this call's count beside the step's", "losses/policy.py", "        return denominator\n    if matters", "        return None\n    if matters", POLICY),
     Mutant("unequal pairs taken", "ops/_layout.py", "shapes[0][0] != shapes[1][0]", "False", "tests/test_layout.py"),
     # a mask that keeps nothing
     Mutant("a mask that keeps nothing is silent", "ops/_warn.py", "    if many:", "    if False:", SILENT),

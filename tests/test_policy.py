@@ -477,6 +477,8 @@ def options_of(name, batch, **options):
         options.setdefault("denominator", 37)
     if reduction == "constant":
         options.setdefault("max_length", batch.logp.shape[1] + 3)
+    if options.get("denominator") is not None and reduction not in ("token", "token_global"):
+        options.setdefault("entropy_denominator", 13)
     return options
 
 
@@ -528,7 +530,8 @@ def by_hand(name, logp, old, *, advantages, mask, ref_logp, sampler_weight, entr
             items = items / torch.where(counts == 0, 1, counts)
         return items.sum() / total / options.get("max_length", 1)
 
-    mean = entropy[mask].mean()
+    count = options.get("denominator") if reduction in ("token", "token_global") else None
+    mean = entropy[mask].sum() / options.get("entropy_denominator", count or lengths.sum())
     return reduced(each, counts) + kl_coef * reduced(kl, lengths) - entropy_coef * mean
 
 
@@ -612,9 +615,10 @@ REDUCED = [(n, r) for n, row in POLICY.items() for r in ((row.reduction,) if row
 @pytest.mark.parametrize("name, reduction", REDUCED)
 def test_any_split_with_a_global_denominator(name, reduction):
     batch = samples.policy(rows=7, seed=2)
-    given = inputs(name, batch) | dict(entropy_denominator=int(batch.mask.sum()), average="all", reduction=reduction)
-    token = reduction in ("token", "token_global")
-    given |= options_of(name, batch, reduction=reduction, denominator=int(batch.mask.sum()) if token else 7)
+    given, tokens = inputs(name, batch) | dict(average="all", reduction=reduction), int(batch.mask.sum())
+    counts = dict(denominator=tokens) if reduction in ("token", "token_global") else dict(denominator=7)
+    counts |= {} if reduction == "token" else dict(entropy_denominator=tokens)  # of "token" it follows
+    given |= options_of(name, batch, reduction=reduction, **counts)
     out, dlogp, dentropy = run(name, batch.logp, batch.old_logp, **given)
     loss, parts = 0.0, (torch.zeros_like(dlogp), torch.zeros_like(dentropy))
     for pick in (torch.tensor([0, 3]), torch.tensor([1, 4, 5]), torch.tensor([2, 6])):
@@ -627,7 +631,9 @@ def test_any_split_with_a_global_denominator(name, reduction):
     for total, grad in zip(parts, (dlogp, dentropy), strict=True):
         assert (total - grad).norm() <= 1e-5 * grad.norm()
     if reduction in ("token", "sequence") and not POLICY[name].whole:
-        whole, _, _ = run(name, batch.logp, batch.old_logp, **{**given, "denominator": None})
+        whole, _, _ = run(
+            name, batch.logp, batch.old_logp, **{**given, "denominator": None, "entropy_denominator": None}
+        )
         assert_close(whole.loss, out.loss)  # the global count of one call is its own
 
 
@@ -1067,6 +1073,16 @@ REFUSALS = {
     "average": (lambda: policy_loss("ppo", L, L, A, average=False), ValueError, "average must be 'all' or 'kept'"),
     "no reference": (lambda: policy_loss("grpo", L, L, A), ValueError, "ref_logp must be given for kl_coef = 0.04"),
     "kl": (lambda: policy_loss("ppo", L, L, A, kl="k4"), ValueError, "kl must be one of"),
+    "an entropy by the step's count alone": (
+        lambda: policy_loss("ppo", L, L, A, entropy=L, entropy_coef=0.1, entropy_denominator=5),
+        ValueError,
+        "denominator must be given beside entropy_denominator",
+    ),
+    "responses of the step beside an entropy by tokens": (
+        lambda: policy_loss("grpo", L, L, A, kl_coef=0, entropy=L, entropy_coef=0.1, denominator=5),
+        ValueError,
+        "entropy_denominator must be given beside denominator, which counts responses for 'sequence'",
+    ),
     "no entropy": (lambda: policy_loss("ppo", L, L, A, entropy_coef=0.1), ValueError, "entropy must be given"),
     "entropy reduction": (
         lambda: policy_loss("ppo", L, L, A, entropy=L, entropy_reduction="mean"),

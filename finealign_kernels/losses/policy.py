@@ -221,7 +221,9 @@ def policy_loss(
                   KL(π‖ref) also on tokens of the old policy; "k3_k2grad", "k2": that of KL(π‖ref) on tokens of π;
                   "k3": that of KL(ref‖π); "k1": one of expectation 0
     entropy       as logp: of the distribution at each token; entropy_coef is η
-    entropy_reduction  "token": a mean over tokens, of this call or by entropy_denominator; "policy": as the policy loss
+    entropy_reduction  "token": a mean over tokens, by entropy_denominator, the step's tokens. None: by denominator
+                  where that counts tokens, refused beside one that counts responses; without both, of this call.
+                  "policy": as the policy loss
     sampler_weight  ω, as logp or (B,): see sampler_weights. It weighs the policy loss alone
     hyper         numbers the row takes, `POLICY[name].hyper`: tau_pos, tau_neg of sapo
 
@@ -248,6 +250,9 @@ def policy_loss(
             ("entropy_denominator", entropy_denominator),
         )
     )
+    if entropy is not None and entropy_reduction == "token":
+        given = denominator, entropy_denominator
+        entropy_denominator = _entropy_count(reduction, *given, entropy_coef != 0)
 
     tokens = flatten(logp, mask, cu_seqlens, name="logp")
     if row.whole:
@@ -382,6 +387,20 @@ def _check_terms(kl_coef, kl, ref_logp, entropy_coef, entropy, entropy_reduction
         fail("entropy_reduction", "be 'token' or 'policy'", repr(entropy_reduction))
     if entropy_denominator is not None and entropy_reduction != "token":
         fail("entropy_denominator", "be None but for entropy_reduction='token'", repr(entropy_denominator))
+
+
+def _entropy_count(reduction: str, denominator, entropy_denominator, matters: bool):
+    """What a mean of entropies over tokens is divided by: the step's tokens, or None for this call's."""
+    if (denominator is None) == (entropy_denominator is None):
+        return entropy_denominator
+    if denominator is None:
+        fail("denominator", "be given beside entropy_denominator: one step, one count each", None)
+    if reduction in ("token", "token_global"):
+        return denominator
+    if matters:
+        wanted = f"be given beside denominator, which counts responses for {reduction!r}: the tokens of the step"
+        fail("entropy_denominator", f"{wanted}, or entropy_reduction='policy'", None)
+    return None
 
 
 def _check_whole(name: str, row: PolicyRow, tokens: Tokens, advantages, token_weight, reduction: str) -> None:

@@ -4,6 +4,7 @@
     python bench/run.py --full --json bench.json          every suite, the large shapes (12 GiB) and all cases too
     python bench/run.py head --case active20 --dtype float32 --rounds 7
     python bench/run.py head --rival gemm3 --rival trl    these and ours alone
+    python bench/run.py tp                                the vocabulary-parallel head on gloo ranks (bench/tp.py)
     python bench/run.py head --device cuda --size models --dtype bfloat16 --case grpo30 --case grpo30-compact
 
 Times are medians; the ratio beside them is the median over the rounds of time / ours in the same round. Calls of some
@@ -40,6 +41,7 @@ from pathlib import Path
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch loads: its profiler counts the products, silently
 
 import torch
+import tp
 from cases import SUITES, Line, Sample, Suite, WrongAnswer, dtype_name, errors, truth
 from rivals import Rival
 
@@ -50,6 +52,9 @@ PRODUCTS = {"aten::mm": 1, "aten::bmm": 1, "aten::addmm": 2, "aten::addmm_": 2} 
 
 
 def main(argv: list[str] | None = None) -> int:
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["tp"]:  # ranks are processes: no race of this file
+        return tp.main(given[1:])
     args = arguments(argv)
     if args.list:
         print(*SUITES, sep="\n")

@@ -1,5 +1,6 @@
 """Ranks of one machine, for tests: threads of this process or gloo processes, and the bytes they move."""
 
+import importlib
 import queue
 import tempfile
 import threading
@@ -47,6 +48,8 @@ def threads(ranks: int, function, *args) -> list:
 
 def processes(ranks: int, function, *args) -> list:
     """The same in processes that gloo connects, forked from this one: nothing is imported anew."""
+    for module in ("torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp"):
+        importlib.import_module(module)  # what ranks would each import anew
     with tempfile.TemporaryDirectory() as folder:
         given = ranks, folder, function, args
         torch.multiprocessing.start_processes(_process, given, nprocs=ranks, start_method="fork")

@@ -621,3 +621,14 @@ def test_a_call_goes_on_without_an_extension_that_cannot_be_imported(session):
 def test_nothing_runs_where_nothing_could_be_built(session):
     status, told, calls = session(BUILD="python3 FAILS")
     assert status == 100 and calls[0] == "FAILS" and len(calls) == 2 and calls[1].startswith("bench/gather.py")
+
+
+def test_the_vocabulary_parallel_head_races_on_gloo_ranks(tmp_path, capsys):
+    """Answers are compared before anything is timed; rows of both ranks are written."""
+    path = tmp_path / "tp.json"
+    size = ["--rows", "40", "--depth", "16", "--vocab", "301", "--rounds", "1"]
+    assert run.main(["tp", *size, "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())
+    assert [row["ranks"] for row in rows] == [2, 2] and all(row["difference"] < 1e-5 for row in rows)
+    assert all(row["seconds"]["ours"] > 0 and row["time_ratio"] > 0 for row in rows)
+    assert "GPU: not yet run" in capsys.readouterr().out

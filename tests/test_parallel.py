@@ -1,6 +1,7 @@
 """Vocabulary split over ranks: linear_logprobs and token_logprobs with a group against float64 of one rank."""
 
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 from torch.testing import assert_close
 
 import finealign_kernels as fk
-from finealign_kernels.ops import _choose, _chunked
+from finealign_kernels.ops import _choose, _chunked, _plan
 from finealign_kernels.testing import budgets, samples
 
 ALL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -550,3 +551,32 @@ def test_gloo_processes():
     for *_, forward, backward in found:
         assert forward == [["allgather", N // 3 * D * 4], ["allgather", 16 * N]]
         assert backward == [["allgather", N // 3 * D * 4], ["reduce_scatter", N * D * 4]]
+
+
+# ---- what it moves, by formula -------------------------------------------------------------------------------------
+
+
+KINDS_OF_PLANS = [
+    (hidden_grad, dtype, outputs)
+    for hidden_grad in ("none", "all_reduce", "reduce_scatter")
+    for dtype in (torch.float32, torch.bfloat16)
+    for outputs in (("entropy",), ALL)
+]
+
+
+def _moved(group):
+    kinds = KINDS_OF_PLANS
+    return [counted(group, case(CUTS[2][0], t), {"hidden_grad": h, "outputs": outputs}) for h, t, outputs in kinds]
+
+
+def test_the_plan_counts_what_gloo_moves():
+    for found in ranks.processes(2, _moved):
+        for (hidden_grad, dtype, outputs), moved in zip(KINDS_OF_PLANS, found, strict=True):
+            planned = _plan.plan(N, D, V, 2, hidden_grad=hidden_grad, dtype=dtype, outputs=outputs)
+            assert moved == (planned.forward, planned.backward)
+
+
+def test_the_page_on_many_gpus_has_the_numbers_of_the_plan():
+    page = (Path(__file__).parent.parent / "docs/guides/many-gpus.md").read_text()
+    for line in [*_plan.table(), *_plan.step_table()]:
+        assert line in page

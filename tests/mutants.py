@@ -34,6 +34,7 @@ REWARD, STRENGTH, CONTRASTIVE = "tests/test_reward.py", "tests/test_strength.py"
 METARM, SEGMENT_REWARDS = "tests/test_metarm.py", "tests/test_segment_rewards.py"
 TRL_REWARD = "tests/test_trl_reward.py"
 TRL_DPO, STEPS = "tests/test_trl_dpo.py", "tests/test_steps.py"
+ADAPTERS = "tests/test_rl_adapters.py"
 TRL_POINTWISE, TRL_GRPO = "tests/test_trl_pointwise.py", "tests/test_trl_grpo.py"
 FUSED_POLICY = "tests/test_policy_loss.py"
 SILENT = "tests/test_silent_faults.py"
@@ -198,6 +199,9 @@ MUTANTS = [
     Mutant("NCA's slope", "formulas/margin.py", "m.sigmoid() - 2 * (-m).sigmoid()", "m.sigmoid() - (-m).sigmoid()", TABLE),
     Mutant("a slope beyond the exponent's bound", "formulas/margin.py", "torch.where(beyond, 0, exponent.exp())", "exponent.exp()", TABLE),
     Mutant("WPO divides by the rejected", "losses/weights.py", "(chosen + rejected).exp()", "(chosen - rejected).exp()", TABLE),
+    Mutant("verl's global count of all ranks", "integrations/verl.py", "total / ranks", "total", ADAPTERS),
+    Mutant("verl's dual clip forgotten", "integrations/verl.py", 'if name == "ppo" else {})', "if False else {})", ADAPTERS),
+    Mutant("OpenRLHF's sampler correction dropped", "integrations/openrlhf.py", "sampler_weight=weight,", "sampler_weight=None,", ADAPTERS),
     Mutant("a segment's last token left out", "integrations/_trl_grpo.py", "max(stop, last + 1)", "max(stop, last)", TRL_GRPO),
     Mutant("the advantages of another rank", "integrations/_trl_grpo.py", "self.accelerator.process_index * rows", "0", TRL_GRPO),
     Mutant("GSPO's ratio of the token", "integrations/_trl_grpo.py", "= logp - mean", "= logp - ratio", TRL_GRPO),

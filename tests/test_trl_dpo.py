@@ -254,7 +254,7 @@ def test_a_precomputed_reference_is_the_models(folder):
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 def test_a_precomputed_reference_of_truncated_completions(mode, folder):
     rows = [chat(row) for row in ROWS]
-    config = dict(max_length=40, truncation_mode=mode)
+    config = dict(max_length=40 if mode == "keep_start" else 16, truncation_mode=mode)  # both cut into completions
     with_model = trained(FineGrainedDPOTrainer, folder, rows=rows, config=config)[1]
     config["precompute_ref_log_probs"] = True
     assert apart(trained(FineGrainedDPOTrainer, folder, rows=rows, config=config, ref=False)[1], with_model) <= BOUND

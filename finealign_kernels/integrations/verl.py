@@ -1,0 +1,201 @@
+"""verl 0.9: policy losses of this library by `loss_mode=finealign_ppo` and so on, and its GAE by ours.
+
+`pip install finealign-kernels` is all: verl loads the entry point group "verl.plugins" in every process, and
+`verl_plugin` registers the losses there when verl's own are imported. In a process without plugins call `register()`.
+
+    actor_rollout_ref.actor.policy_loss.loss_mode=finealign_ppo
+
+    here                    verl's own          what it is
+    finealign_ppo           vanilla             "ppo" with dual = clip_ratio_c, which is 3 by default
+    finealign_gspo_token    gspo                "gspo_token": verl's advantages are one a token
+    finealign_cispo         cispo               "cispo" with bounds 1 - clip_ratio_low and 1 + clip_ratio_high
+    finealign_sapo          sapo                "sapo", always seq-mean-token-mean, as there
+    finealign_reinforce     reinforce           "reinforce"
+
+Clip ranges, loss_agg_mode, global counts, dp_size and rollout weights are read from where verl's own losses read them.
+verl hands its losses no token weights: a weight w >= 0 of a token goes into its advantage, see `weigh_advantages`.
+
+FINEALIGN_VERL_GAE=1 in the environment also puts `gae` and `whiten` in place of verl's loop over time; verl's registry
+of advantage estimators would hand over no values. It is the same function: 0 where the mask is false, not what is
+carried there.
+"""
+
+import importlib
+import importlib.machinery
+import logging
+import os
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from torch import Tensor
+
+from ..losses.policy import policy_loss
+from ..ops._check import check_tensor, fail, reads_values
+from ..rl.gae import gae
+from ..rl.whitening import whiten
+
+VERSIONS = ("0.9",)  # of verl, that the seam was read and tested with
+CORE = "verl.trainer.ppo.core_algos"
+LOSSES = ("ppo", "gspo_token", "cispo", "sapo", "reinforce")
+MODES = {  # loss_agg_mode -> reduction, the global count that it is divided by
+    "token-mean": ("token", "batch_num_tokens"),
+    "token-sum": ("token_global", None),
+    "seq-mean-token-mean": ("sequence", "global_batch_size"),
+    "seq-mean-token-sum": ("sequence_sum", "global_batch_size"),
+    "seq-mean-token-sum-norm": ("sequence_sum", "global_batch_size"),
+}
+
+logger = logging.getLogger(__name__)
+
+
+def register(core=None) -> tuple[str, ...]:
+    """Registers the losses with verl, and with FINEALIGN_VERL_GAE=1 the GAE. Returns the names of the losses.
+
+    core  verl.trainer.ppo.core_algos; None: it is imported
+
+    Raises  ImportError without verl; RuntimeError for a version that is not known here.
+    """
+    check_version()
+    core = importlib.import_module(CORE) if core is None else core
+    for name in LOSSES:
+        core.register_policy_loss(f"finealign_{name}")(loss_of(name))
+    if os.environ.get("FINEALIGN_VERL_GAE") == "1":
+        core.compute_gae_advantage_return = gae_advantage_return
+    return tuple(f"finealign_{name}" for name in LOSSES)
+
+
+def check_version() -> None:
+    try:
+        found = version("verl")
+    except PackageNotFoundError as error:
+        raise ImportError("verl is not installed") from error
+    if ".".join(found.split(".")[:2]) not in VERSIONS:
+        fail("verl", f"be of version {' or '.join(VERSIONS)}", found, RuntimeError)
+
+
+def register_when_imported() -> None:
+    """Registers as soon as verl imports its losses: what a plugin does, since verl is half imported when it loads them.
+
+    verl hides what a plugin raises. A version that is not known here is therefore logged as an error, and its training
+    then stops at the name of the loss.
+    """
+    try:
+        check_version()
+    except (ImportError, RuntimeError) as error:
+        logger.error("finealign_kernels has registered no loss with verl: %s", error)
+        return
+    if CORE in sys.modules:
+        register(sys.modules[CORE])
+    else:
+        sys.meta_path.insert(0, _Watch())
+
+
+class _Watch:
+    """Waits for one module to be imported, and takes itself away."""
+
+    def find_spec(self, name: str, path=None, target=None):
+        if name != CORE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        if spec is not None:
+            run = spec.loader.exec_module
+
+            def exec_module(module):
+                run(module)
+                register(module)
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+def loss_of(name: str) -> Callable:
+    """The loss as verl calls it: all it takes by keyword, (loss, metrics) back."""
+
+    def policy_loss_fn(
+        old_log_prob: Tensor,
+        log_prob: Tensor,
+        advantages: Tensor,
+        response_mask: Tensor,
+        loss_agg_mode: str = "token-mean",
+        config=None,
+        rollout_is_weights: Tensor | None = None,
+    ) -> tuple[Tensor, dict]:
+        mode = "seq-mean-token-mean" if name == "sapo" else loss_agg_mode
+        if mode not in MODES:
+            fail("loss_agg_mode", f"be one of {tuple(MODES)}", repr(mode))
+        reduction, count = MODES[mode]
+        counts = dict(getattr(config, "global_batch_info", None) or {})
+        ranks = counts.get("dp_size") or 1  # verl averages gradients over them
+        total = counts.get(count) if count else 1
+        if total is None and ranks > 1:
+            fail(f"config.global_batch_info[{count!r}]", "be given where dp_size is above 1", None)
+        if total is not None:
+            reduction = "token_global" if reduction == "token" else reduction
+        out = policy_loss(
+            name,
+            log_prob,
+            old_log_prob,
+            advantages,
+            mask=response_mask.bool(),
+            reduction=reduction,
+            denominator=total if total is None else total / ranks,
+            count_empty=False,
+            sampler_weight=rollout_is_weights,
+            kl_coef=0.0,  # verl adds the KL and entropy terms itself
+            **_options(name, config),
+        )
+        loss = out.loss
+        if mode == "seq-mean-token-sum-norm":
+            loss = loss / (counts.get("loss_scale_factor") or response_mask.shape[-1])
+        told = torch.stack([out.clip_fraction_low + out.clip_fraction_high, out.old_kl, out.clip_fraction_dual])
+        names = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower")
+        return loss, dict(zip(names, told.tolist(), strict=True))
+
+    policy_loss_fn.__name__ = f"finealign_{name}"
+    return policy_loss_fn
+
+
+def _options(name: str, config) -> dict:
+    if name == "reinforce":
+        return {}
+    if name == "sapo":
+        return {"tau_pos": float(config.tau_pos), "tau_neg": float(config.tau_neg)}
+    low = config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low
+    high = config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high
+    if name == "cispo":
+        return {"low": 1 - low, "high": 1 + high}
+    return {"low": low, "high": high} | ({"dual": config.get("clip_ratio_c", 3.0)} if name == "ppo" else {})
+
+
+@torch.no_grad()
+def gae_advantage_return(
+    token_level_rewards: Tensor,
+    values: Tensor,
+    response_mask: Tensor,
+    gamma: float,
+    lam: float,
+) -> tuple[Tensor, Tensor]:
+    """verl's compute_gae_advantage_return: whitened advantages and returns, (B, T)."""
+    mask = response_mask.bool()
+    found = gae(token_level_rewards, values, mask=mask, gamma=gamma, lam=lam, masked="carry")
+    return whiten(found.advantages, mask=mask, unbiased=True), found.returns
+
+
+def weigh_advantages(advantages: Tensor, token_weight: Tensor) -> Tensor:
+    """w A: the advantages with which a loss that takes no token weights trains as with them.
+
+    Exact for all losses here, which are homogeneous in the advantage: l(w A) = w l(A) for w >= 0. The means over tokens
+    count every token of the mask, as policy_loss's average="all" does. Whiten before, not after.
+
+    advantages, token_weight  (B, T) float; weights of at least 0
+    Raises  ValueError, TypeError.
+    """
+    check_tensor("advantages", advantages)
+    check_tensor("token_weight", token_weight, shape=advantages.shape, like=advantages)
+    if reads_values(token_weight) and not bool((token_weight >= 0).all()):
+        wrong = token_weight[~(token_weight >= 0)][0].item()
+        fail("token_weight", "be at least 0: a loss of a negative weight is no loss of an advantage", wrong)
+    return token_weight * advantages

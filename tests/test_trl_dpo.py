@@ -1,6 +1,7 @@
 """FineGrainedDPOTrainer: TRL's own training where nothing is fine-grained, and another one where something is."""
 
 import os
+import socket
 import subprocess
 import sys
 from functools import lru_cache
@@ -275,6 +276,58 @@ def test_lora_takes_the_model_without_its_adapter(folder):
     assert apart(ours, stock) <= BOUND
     weighted = trained(FineGrainedDPOTrainer, folder, ref=False, peft_config=config, rows=[marked(r) for r in ROWS])[1]
     assert weighted[0]["loss"] == pytest.approx(0.6931472, abs=1e-6) and apart(weighted, stock) > 10 * BOUND
+
+
+def test_a_dataset_to_evaluate_brings_its_reference_too(folder):
+    made = [ready(row, lambda side, ids: [1.0] * len(ids)) for row in ROWS]
+    logps = {"ref_chosen_token_logps": "chosen_ids", "ref_rejected_token_logps": "rejected_ids"}
+    given = [row | {key: [-5.0] * len(row[ids]) for key, ids in logps.items()} for row in made]
+    trainer, _ = trained(FineGrainedDPOTrainer, folder, rows=given, ref=False, config=dict(max_steps=1))
+    assert "eval_loss" in trainer.evaluate(Dataset.from_list(given))
+    with pytest.raises(
+        ValueError, match="the dataset must have ref_chosen_token_logps and .* a reference model be kept"
+    ):
+        trainer.evaluate(Dataset.from_list(made))
+    with pytest.raises(ValueError, match="the eval dataset must have ref_chosen_token_logps and ref_rejected_token_l"):
+        trained(FineGrainedDPOTrainer, folder, rows=given, ref=False, eval_dataset=Dataset.from_list(made))
+
+
+def of_two_ranks(rank, folder, port):
+    """Trains under DDP; a fork knows the modules, not the rank."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    where = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ.update({key: str(value) for key, value in where.items()})
+    config = dict(max_steps=3, per_device_train_batch_size=2)
+    found = {}
+    for cls in (DPOTrainer, FineGrainedDPOTrainer):
+        found[cls.__name__] = trained(cls, folder, config=config)[1]
+    options = dict(rows=[marked(row) for row in ROWS[:11]], span_weight=3.0)  # an odd number: one comes twice
+    found["model"] = trained(FineGrainedDPOTrainer, folder, config=config, **options)[1]
+    config["precompute_ref_log_probs"] = True
+    trainer, found["columns"] = trained(FineGrainedDPOTrainer, folder, ref=False, config=config, **options)
+    if rank == 0:
+        torch.save((found, [dict(row) for row in trainer.train_dataset]), f"{folder}/ranks.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_train_as_trls_do(folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(of_two_ranks, args=(folder, port), nprocs=2, start_method="fork")
+    found, rows = torch.load(f"{folder}/ranks.pt", weights_only=False)
+    assert apart(found["FineGrainedDPOTrainer"], found["DPOTrainer"]) <= BOUND
+    assert apart(found["columns"], found["model"]) <= BOUND
+    for one, other in zip(found["FineGrainedDPOTrainer"], found["DPOTrainer"], strict=True):
+        for key in ("rewards/margins", "logps/rejected", "num_tokens", "entropy"):
+            assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-5)
+    options = dict(rows=[marked(row) for row in ROWS[:11]], config=dict(precompute_ref_log_probs=True, max_steps=1))
+    alone = trained(FineGrainedDPOTrainer, folder, ref=False, **options)[0].train_dataset
+    for row, other in zip(rows, alone, strict=True):
+        assert row["ref_rejected_token_logps"] == pytest.approx(other["ref_rejected_token_logps"], abs=1e-5)
 
 
 # ---- weights -------------------------------------------------------------------------------------------------------

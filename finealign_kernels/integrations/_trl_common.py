@@ -15,7 +15,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from ..losses.pivots import adaptive_mask, implicit_scores, pivot_flags
-from ..losses.table import PREFERENCE, Row, told
+from ..losses.table import PREFERENCE, Row, describe
 from ..ops._check import check_number, fail
 from . import _trl_data as data
 
@@ -38,7 +38,7 @@ class FineGrained:
         if pivots is not None and not callable(pivots) and not isinstance(pivots, Mapping):
             fail("pivots", "be a mapping of arguments, a function or None", type(pivots).__name__, TypeError)
         if pivots is not None and not self._row.reference and not callable(pivots):
-            fail("pivots", f"be a function for {told(loss)}, which has no reference", "a mapping")
+            fail("pivots", f"be a function for {describe(loss)}, which has no reference", "a mapping")
         if pivot_start is not None:
             check_number("pivot_start", pivot_start, least=0, most=1)
         self._pivots, self._pivot_start = pivots, pivot_start
@@ -48,6 +48,7 @@ class FineGrained:
     def _take_reference(self, args, ref_model, dataset) -> None:
         """With a reference in the dataset, or a loss that has none, TRL is to load no model for it."""
         given = self._given_reference(dataset)
+        self._brought = given
         if given and ref_model is not None:
             fail("ref_model", f"be None where the dataset has {' and '.join(self.columns.reference)}", "a model")
         if given or not self._row.reference:
@@ -59,7 +60,7 @@ class FineGrained:
 
     def _settle(self, collator: type) -> None:
         """After TRL's __init__."""
-        if not self._row.reference:
+        if not self._row.reference or self._brought:
             self.precompute_ref_logps = False
         if isinstance(self.data_collator, collator):
             self.data_collator = data.Collator(self.data_collator, self.columns)
@@ -85,6 +86,9 @@ class FineGrained:
         """The dataset with the reference's log-probs, one number a completion token."""
         if not self._row.reference or self._given_reference(dataset):
             return dataset
+        if self._brought:
+            wanted = f"have {' and '.join(self.columns.reference)}, as the train dataset has"
+            fail(f"the {name} dataset", wanted, ", ".join(dataset.column_names))
         if isinstance(dataset, IterableDataset):
             fail("precompute_ref_log_probs", "be False with an IterableDataset", True)
         if self.ref_model is None and self.is_deepspeed_enabled:
@@ -128,7 +132,7 @@ class FineGrained:
         if self._row.reference:
             if "ref_logp" in inputs:
                 ref_logp = inputs["ref_logp"][:, 1:].to(logp.dtype)
-            elif self.precompute_ref_logps:
+            elif self.precompute_ref_logps or (self.ref_model is None and not is_peft_model(self.model)):
                 wanted = f"have {' and '.join(self.columns.reference)}, or a reference model be kept"
                 fail("the dataset", wanted, "neither")
             else:

@@ -1,5 +1,6 @@
 """Datasets and batches with weights on tokens, for the trainers of TRL: from character spans to TRL's own tokens."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -124,7 +125,7 @@ def add_token_weights(dataset, ours: Columns, tokenizer, span_options: Mapping, 
 
 def _weigh(row: Mapping, tokenizer, options: Mapping, ours: Columns) -> dict:
     tools = row.get("tools")
-    template = {"tools": tools} if isinstance(tools, list) else {}
+    template = {"tools": json.loads(tools) if isinstance(tools, str) else tools}
     template |= row.get("chat_template_kwargs") or {}
     if not is_conversational(row):
         template = {}

@@ -10,7 +10,7 @@ from trl import KTOConfig, KTOTrainer
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
 from ..losses.pointwise import pointwise_loss
-from ..losses.table import PREFERENCE, Row, told
+from ..losses.table import PREFERENCE, Row, describe
 from ..ops._check import check_one_of, fail
 from ._trl_common import FineGrained, Pivots, token_sums
 from ._trl_data import Columns
@@ -151,6 +151,6 @@ def _loss_of(args: KTOConfig, loss, average, options: Mapping | None) -> tuple[s
     if not isinstance(loss, Row) and loss not in names:
         fail("loss", f"be a Row or one of {names}", repr(loss))
     if isinstance(loss, Row) and loss.pair:
-        fail("loss", "have pair=False", told(loss))
+        fail("loss", "have pair=False", describe(loss))
     args.loss_type = "kto" if loss == "kto" else "apo_zero_unpaired"  # TRL makes batches for z0 with "kto" alone
     return loss, options

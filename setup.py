@@ -99,9 +99,23 @@ def gencode(archs):
     return " ".join(options)
 
 
+def check_environment():
+    """Values that would be ignored, or end a build after minutes in an error of nvcc."""
+    archs = os.environ.get("FINEALIGN_ARCHS", DEFAULT_ARCHS)
+    for arch in filter(None, re.split(r"[;,\s]+", archs)):
+        if not re.fullmatch(r"(sm_)?(\d{2,3}|\d{1,2}\.\d)[af]?(\+PTX)?", arch):
+            raise SystemExit(f"FINEALIGN_ARCHS must name GPUs as {DEFAULT_ARCHS!r} does, got {arch!r} in {archs!r}")
+    if not re.search(r"\d", archs):
+        raise SystemExit(f"FINEALIGN_ARCHS must name a GPU, as {DEFAULT_ARCHS!r} does, or be left out, got {archs!r}")
+    cpu = os.environ.get("FINEALIGN_CPU", "")
+    if cpu not in ("", "baseline", "avx2", "avx512"):
+        raise SystemExit(f"FINEALIGN_CPU must be one of baseline, avx2, avx512, got {cpu!r}")
+
+
 def plan():
     """Decided before setup(), so that a wheel without native code gets the honest tag py3-none-any."""
     native, cuda = mode("FINEALIGN_NATIVE"), mode("FINEALIGN_CUDA")
+    check_environment()
     if native == "off":
         say("FINEALIGN_NATIVE=off: no extension; the torch and Triton paths serve every op")
         return None

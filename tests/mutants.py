@@ -78,6 +78,10 @@ MUTANTS = [
     # a head with an adapter
     Mutant("the base weight of a head with an adapter is silent", "ops/_adapter.py", "_is_active(wrapper):\n        warn", "False:\n        warn", "tests/test_adapter.py"),
     Mutant("an adapter that is off is warned of", "ops/_adapter.py", 'not getattr(wrapper, "disable_adapters", False) and', "", "tests/test_adapter.py"),
+    # words of errors
+    Mutant("a keyword that does not exist lists none", "losses/table.py", "if known else", "if False else", "tests/test_words_of_errors.py"),
+    Mutant("a mask handed over whole is a pair", "ops/_layout.py", "if name in x._fields:", "if False:", "tests/test_words_of_errors.py"),
+    Mutant("any value of FINEALIGN_CPU", "ops/_native.py", "not in (None, \"\", *CPU)", "is ...", "tests/test_words_of_errors.py"),
     # ends of segments
     Mutant("indices into the response for columns", "rl/rewards.py", "if tokens.mask[place].all():", "if True:", REWARDS),
     Mutant("a response without tokens refuses its ends", "rl/rewards.py", "& (kept[stop] > kept[first])", "", REWARDS),

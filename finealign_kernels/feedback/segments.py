@@ -1,8 +1,9 @@
 """Sentences and sub-sentences of a response, as character ranges, and the last token of each: where its reward goes."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from .records import Span
 from .spans import core
 
 Range = tuple[int, int]
@@ -71,21 +72,28 @@ def segment_tokens(offsets: Sequence[Range], text: str, segments: Iterable[Range
     ever in front of the response, so token_rewards may refuse such an end.
 
     offsets   (start, end) of each token in text, as a fast tokenizer gives them
-    segments  (start, end) in text, in order
+    segments  (start, end) in text, in order; also Span or {"start": ..., "end": ...}
     Raises    ValueError if a segment is out of order or ends beyond the text.
     """
     tokens = [core(text, start, end) for start, end in offsets]
     last, at, before = [], 0, 0
     for segment in segments:
+        segment = _bounds(segment)
         start, end = core(text, *segment)
         if segment[0] < before or segment[1] > len(text):
             expected = f"segments must be in order, without overlap, and end at most at {len(text)}"
-            raise ValueError(f"{expected}, got {tuple(segment)} after a segment that ends at {before}")
+            raise ValueError(f"{expected}, got {segment} after a segment that ends at {before}")
         before = segment[1]
         own = [t for t, (first, stop) in enumerate(tokens) if max(first, start) < min(stop, end)]
         at = max(at, own[-1]) if own else at
         last.append(at)
     return last
+
+
+def _bounds(segment) -> Range:
+    if isinstance(segment, Mapping):
+        return segment["start"], segment["end"]
+    return (segment.start, segment.end) if isinstance(segment, Span) else (segment[0], segment[1])
 
 
 def _ends(text: str, start: int, match: re.Match) -> bool:

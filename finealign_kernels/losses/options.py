@@ -4,6 +4,7 @@ The typed dictionaries are for editors and type checkers, `short_form` is for `h
 argument to a long form means adding its line here, too; `tests/test_house.py` compares the two.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import TypedDict, TypeVar
@@ -50,6 +51,29 @@ class PointwiseOptions(SequenceOptions, total=False):
     other_weight: float  # multiplies losses of the other responses
 
 
+def few_positions(function: F) -> F:
+    """Decorator: more arguments by position than there are is an error that says how sums of responses go in."""
+    taken = [p for p in inspect.signature(function).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    names = [p.name for p in taken]
+
+    @functools.wraps(function)
+    def wrapped(*given, **options):
+        if len(given) > len(names):
+            raise TypeError(_too_many(function.__name__, names, len(given)))
+        return function(*given, **options)
+
+    return wrapped
+
+
+def _too_many(name: str, names: list[str], count: int) -> str:
+    """TRL's and OpenRLHF's order is four sums: chosen and rejected of the policy, then of the reference."""
+    pairs = {"logp": "(chosen[:, None], rejected[:, None])", "ref_logp": "(ref_chosen[:, None], ref_rejected[:, None])"}
+    text = f"{name} takes {', '.join(names)} by position, got {count} arguments"
+    if "target" in names or name == "pointwise_loss":
+        return text
+    return f"{text}; sums of whole responses go in as pairs, {name}({', '.join(pairs.get(n, n) for n in names)})"
+
+
 def short_form(of: Callable, *fixed: str) -> Callable[[F], F]:
     """Decorator that shows the keyword arguments of the long form `of` in the signature of a short form.
 
@@ -57,7 +81,7 @@ def short_form(of: Callable, *fixed: str) -> Callable[[F], F]:
     """
 
     def wrap(function: F) -> F:
-        shown = inspect.signature(function)
+        shown, function = inspect.signature(function), few_positions(function)
         own = [p for p in shown.parameters.values() if p.kind is not p.VAR_KEYWORD]
         hidden = {p.name for p in own}.union(fixed)
         passed = [p for p in inspect.signature(of).parameters.values() if p.kind is p.KEYWORD_ONLY]

@@ -9,7 +9,7 @@ from ..formulas import margin
 from ..ops._check import FLOATS, check_bool, check_number, check_one_of, check_tensor, fail, reads_values
 from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like
 from ..ops.sequence_loss import batch_loss, sequence_loss
-from .options import short_form
+from .options import few_positions, short_form
 from .preference import (
     FromScores,
     check_options,
@@ -36,6 +36,7 @@ class PointwiseLoss(NamedTuple):
     rewards: Tensor  # beta h
 
 
+@few_positions
 def pointwise_loss(
     name: str | Row,
     logp: TokenTensor,
@@ -73,7 +74,7 @@ def pointwise_loss(
     The other arguments are preference_loss's. Returns PointwiseLoss.
     Raises  ValueError, TypeError naming argument, expectation and finding.
     """
-    row, hyper = row_of(name, hyper)
+    row, hyper = row_of(name, hyper, pointwise_loss)
     if row.pair:
         known = tuple(n for n, r in PREFERENCE.items() if not r.pair)
         fail("name", f"be a Row with pair=False or one of {known}", describe(name))

@@ -164,9 +164,9 @@ def row_of(name: str) -> PolicyRow:
     return POLICY[name]
 
 
-def _hyper_of(name: str, row: PolicyRow, **given) -> dict:
+def _hyper_of(name: str, row: PolicyRow, of: Callable | None = None, **given) -> dict:
     """As given, where None is the row's own."""
-    return hyper_of(name, row.hyper, {key: value for key, value in given.items() if value is not None})
+    return hyper_of(name, row.hyper, {key: value for key, value in given.items() if value is not None}, of)
 
 
 def policy_loss(
@@ -233,7 +233,7 @@ def policy_loss(
     Raises  ValueError, TypeError naming argument, expectation and finding.
     """
     row = row_of(name)
-    hyper = _hyper_of(name, row, low=low, high=high, dual=dual, **hyper)
+    hyper = _hyper_of(name, row, policy_loss, low=low, high=high, dual=dual, **hyper)
     _check_bounds(row, hyper)
     reduction = row.reduction if reduction is None else reduction
     check_token_reduction(reduction, average, denominator, max_length)

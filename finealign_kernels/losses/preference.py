@@ -17,7 +17,7 @@ from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like
 from ..ops._once import once
 from ..ops.segments import segment_sum
 from ..ops.sequence_loss import batch_loss, over_count, sequence_loss
-from .options import short_form
+from .options import few_positions, short_form
 from .reduce import (
     check_average,
     check_denominator,
@@ -125,6 +125,7 @@ def _labelled_loss(row, policy, beta, score, shift, scale, target, hyper):
     return (value.view(2, -1).mean(0), slope / 2) if paired else (value, slope)
 
 
+@few_positions
 def preference_loss(
     name: str | Row,
     logp: TokenTensor,
@@ -184,7 +185,7 @@ def preference_loss(
     the graph.
     Raises  ValueError, TypeError naming argument, expectation and finding.
     """
-    row, hyper = row_of(name, hyper)
+    row, hyper = row_of(name, hyper, preference_loss)
     beta, shift, scale, average = check_options(row, beta, shift, scale, average, segment_ids)
     if pairs not in ("halves", "interleaved"):
         fail("pairs", "be 'halves' or 'interleaved'", repr(pairs))

@@ -123,7 +123,7 @@ def reward_loss(
             soft labels and weights are derived.
     """
     row = _row_of(name)
-    hyper = hyper_of(name if isinstance(name, str) else "the row", row.hyper, hyper)
+    hyper = hyper_of(name if isinstance(name, str) else "the row", row.hyper, hyper, reward_loss)
     scale, centering = check_number("scale", scale, positive=True), check_number("centering", centering, least=0)
     clamp = clamp if clamp is None else check_number("clamp", clamp, positive=True)
     if not isinstance(pairs, RankedPairs):

@@ -1,7 +1,9 @@
 """The table of preference losses: one row a loss. `preference` and `pointwise` put them together."""
 
 from collections.abc import Callable
+from difflib import get_close_matches
 from functools import lru_cache, partial
+from inspect import signature
 from typing import NamedTuple
 
 import torch
@@ -285,11 +287,11 @@ def scale_of(row: Row, beta: float) -> float:
     return scale
 
 
-def row_of(name: str | Row, hyper: dict) -> tuple[Row, dict]:
-    """The row of a name, or a row of the caller's own, and its hyper-parameters: those given, else its own."""
+def row_of(name: str | Row, hyper: dict, of: Callable | None = None) -> tuple[Row, dict]:
+    """The row of a name, or a row of the caller's own, and its hyper-parameters: those given to `of`, else its own."""
     if isinstance(name, Row):
         check_row(name)
-        hyper = hyper_of(name, name.hyper, hyper)
+        hyper = hyper_of(name, name.hyper, hyper, of)
         if not torch.compiler.is_compiling():
             _check_formula("phi", name.phi, tuple(hyper.items()))
             for part in ("transform", "positive", "chosen"):
@@ -299,7 +301,7 @@ def row_of(name: str | Row, hyper: dict) -> tuple[Row, dict]:
     if not isinstance(name, str) or name not in PREFERENCE:
         fail("name", f"be a Row or one of {tuple(PREFERENCE)}", repr(name))
     row = PREFERENCE[name]
-    return row, hyper_of(name, row.hyper, hyper)
+    return row, hyper_of(name, row.hyper, hyper, of)
 
 
 @lru_cache(64)
@@ -328,12 +330,18 @@ def describe(name: str | Row) -> str:
     return f"the row {name.equation!r}" if isinstance(name, Row) else repr(name)
 
 
-def hyper_of(name: str | Row, takes: dict[str, Hyper], given: dict) -> dict:
-    """The hyper-parameters of a row: those given, checked, else its own."""
+def hyper_of(name: str | Row, takes: dict[str, Hyper], given: dict, of: Callable | None = None) -> dict:
+    """The hyper-parameters of a row: those given, checked, else its own. of: the function that they were given to."""
     found = {}
     for key, value in given.items():
         if key not in takes:
-            raise TypeError(f"{describe(name)} takes {tuple(takes) or 'no hyper-parameter'}, got {key!r}")
+            known = (
+                [] if of is None else [p.name for p in signature(of).parameters.values() if p.kind is p.KEYWORD_ONLY]
+            )
+            near = get_close_matches(key, [*takes, *known], 1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            rest = f"; the other keywords are {', '.join(known)}" if known else ""
+            raise TypeError(f"{describe(name)} takes {tuple(takes) or 'no hyper-parameter'}, got {key!r}{hint}{rest}")
         found[key] = value = check_number(key, value)
         if not takes[key].holds(value):
             fail(key, takes[key].expected, repr(value))

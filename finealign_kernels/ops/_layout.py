@@ -82,7 +82,9 @@ def flatten(
         fail(name, "be a pair with as many rows each", f"{shapes[0][0]} and {shapes[1][0]} rows")
     if cu_seqlens is None:
         if any(len(shape) != 2 for shape in shapes):
-            fail(name, "be (B, T) where cu_seqlens is not given", " and ".join(str(tuple(s)) for s in shapes))
+            found = " and ".join(str(tuple(s)) for s in shapes)
+            hint = ": a number a sequence, sums say, goes in as (B, 1), x[:, None]" if len(shapes[0]) == 1 else ""
+            fail(name, "be (B, T) where cu_seqlens is not given", found + hint)
         whole = parts[0] if len(parts) == 1 else _cat([part.reshape(-1) for part in parts])
         ends = None if len(parts) == 1 else padded_cu_seqlens(shapes, whole.device)
     else:
@@ -162,6 +164,12 @@ def _fits(cu_seqlens: Tensor, total: int | None) -> bool:
 
 
 def _parts(name: str, x: TokenTensor) -> tuple[Tensor, ...]:
+    if hasattr(x, "_fields"):  # a result handed over whole: AdaptiveMask as token_weight, LogProbs as logp
+        if name in x._fields:
+            return _parts(name, getattr(x, name))
+        if len(x) != 2:
+            fields = ", ".join(x._fields)
+            fail(name, "be a tensor or a pair of them", f"{type(x).__name__} with the fields {fields}", TypeError)
     parts = tuple(x) if isinstance(x, (tuple, list)) else (x,)
     if len(parts) > 2 or not parts:
         fail(name, "be a tensor or a pair of them", f"{len(parts)} of them", TypeError)

@@ -9,9 +9,11 @@ import filecmp
 import importlib
 import importlib.util
 import os
+import warnings
 
 import torch  # first: it loads the libtorch that the extension names
 
+CPU = ("baseline", "avx2", "avx512")  # what FINEALIGN_CPU may ask for
 reason: str | None = None  # why there is no extension, None where there is one
 registers = False  # did this copy of the package load it: it also says how its ops are traced
 
@@ -28,6 +30,9 @@ def _refused(file: str) -> str | None:
     return f"another build is loaded in this process, {loaded}; {file} stays out"
 
 
+if os.environ.get("FINEALIGN_CPU") not in (None, "", *CPU):
+    raise ImportError(f"FINEALIGN_CPU must be one of {', '.join(CPU)}, got {os.environ['FINEALIGN_CPU']!r}")
+
 if os.environ.get("FINEALIGN_DISABLE_NATIVE"):
     reason = "FINEALIGN_DISABLE_NATIVE is set"
 else:
@@ -43,6 +48,13 @@ else:
 
 if reason and os.environ.get("FINEALIGN_REQUIRE_NATIVE"):
     raise ImportError(f"FINEALIGN_REQUIRE_NATIVE is set, but {reason}")
+
+
+def _warn_of_narrower(asked: str) -> None:
+    """FINEALIGN_CPU asks for less than the processor has; more, it cannot give."""
+    have = instructions()
+    if CPU.index(asked) > CPU.index(have):
+        warnings.warn(f"FINEALIGN_CPU={asked}, but the CPU kernels run {have}: the processor has no more", stacklevel=2)
 
 
 def available() -> bool:
@@ -66,3 +78,7 @@ def instructions() -> str:
 def fake(name: str):
     """Registers how an op of the extension is traced, once in a process."""
     return torch.library.register_fake(f"finealign::{name}") if registers else lambda function: function
+
+
+if reason is None and os.environ.get("FINEALIGN_CPU"):
+    _warn_of_narrower(os.environ["FINEALIGN_CPU"])

@@ -82,6 +82,8 @@ MUTANTS = [
     Mutant("a keyword that does not exist lists none", "losses/table.py", "if known else", "if False else", "tests/test_words_of_errors.py"),
     Mutant("a mask handed over whole is a pair", "ops/_layout.py", "if name in x._fields:", "if False:", "tests/test_words_of_errors.py"),
     Mutant("any value of FINEALIGN_CPU", "ops/_native.py", "not in (None, \"\", *CPU)", "is ...", "tests/test_words_of_errors.py"),
+    # tensors as they come
+    Mutant("a bias of other strides", "ops/logprobs.py", "(_chunked.wide(hidden.dtype)).contiguous()", "(_chunked.wide(hidden.dtype))", "tests/test_strange_tensors.py"),
     # ends of segments
     Mutant("indices into the response for columns", "rl/rewards.py", "if tokens.mask[place].all():", "if True:", REWARDS),
     Mutant("a response without tokens refuses its ends", "rl/rewards.py", "& (kept[stop] > kept[first])", "", REWARDS),

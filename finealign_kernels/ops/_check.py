@@ -29,6 +29,8 @@ def check_tensor(name: str, x: object, *, dtypes=FLOATS, shape=None, like: Tenso
         fail(name, "be a tensor", _describe(x), TypeError)
     if x.dtype not in dtypes:
         fail(name, f"have dtype {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}", x.dtype, TypeError)
+    if x.layout != torch.strided:
+        fail(name, "be a dense tensor", f"a tensor of layout {x.layout}", TypeError)
     if shape is not None and tuple(x.shape) != tuple(shape):
         fail(name, f"have shape {tuple(shape)}", tuple(x.shape))
     if like is not None and x.device != like.device:

@@ -102,6 +102,7 @@ def whole_like(y: TokenTensor, tokens: Tokens, name: str, dtypes=FLOATS) -> Tens
     """Another tensor of the same batch, of the same shapes, as tokens.whole is: (N,), or (B, T)."""
     whole = tokens.whole
     usual = isinstance(y, Tensor) and y.shape == whole.shape and y.dtype in dtypes and y.device == whole.device
+    usual = usual and y.layout == torch.strided
     return y if usual and len(tokens.shapes) == 1 else flatten_like(y, tokens, name, dtypes).view(whole.shape)
 
 

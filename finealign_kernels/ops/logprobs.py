@@ -133,7 +133,7 @@ def linear_logprobs(
     if bias is not None:
         check_tensor("bias", bias, shape=weight.shape[:1], like=hidden)
         wider = bias.requires_grad and bias.dtype.itemsize > hidden.dtype.itemsize == 2
-        bias = bias.to(_chunked.wide(hidden.dtype))
+        bias = bias.to(_chunked.wide(hidden.dtype)).contiguous()  # kernels step from entry to entry
     columns = vocab_size if shard is None else shard.columns
     if columns is not None and columns < weight.shape[0]:  # the others are padding
         weight, bias = weight[:columns], None if bias is None else bias[:columns]

@@ -137,6 +137,8 @@ def segment_rewards(
     Raises  ValueError, TypeError naming argument, expectation and finding.
     """
     tokens = layout_of(mask, cu_seqlens)
+    if tokens.x.device.type == "meta":
+        fail("mask", "hold values", "a meta tensor")
     lists = dict(texts=texts, offsets=offsets)
     if not callable(segments):
         lists["segments"] = segments

@@ -208,6 +208,27 @@ def test_a_common_offset_cancels(small_tiles, dtype, workspace, compact):
 
 
 @runs
+@pytest.mark.parametrize("poison", [NAN, INF])
+@pytest.mark.parametrize("token", [0, 17, 39])  # of the first tile, of another, and of the last, ragged one
+def test_a_logit_that_is_no_number_spoils_its_row_alone(small_tiles, poison, token):
+    s = linear(6, 40, 16)
+    hidden, weight = s.hidden.clone(), s.weight.clone()
+    hidden[:, :2] = 0
+    options = dict(labels=s.labels, outputs=("entropy", "log_sum_sq_probs"), backend=FUSED)
+    clean = fk.linear_logprobs(hidden, weight, **options)
+    hidden[4, :2] = 10.0
+    weight[token, 0] = 3e38  # times 10 is +inf, and with as much taken from it a NaN
+    weight[token, 1] = -3e38 if poison is NAN else 0.0
+    out = fk.linear_logprobs(hidden, weight, **options)
+    assert (hidden[4] @ weight[token]).isnan() if poison is NAN else (hidden[4] @ weight[token]) == INF
+    others = [row for row in range(6) if row != 4]
+    for name in ("logp", "lse", "entropy", "log_sum_sq_probs"):
+        found, expected = getattr(out, name), getattr(clean, name)
+        assert found[4].isnan(), name
+        assert torch.equal(found[others], expected[others]), name
+
+
+@runs
 @pytest.mark.parametrize("named", [(), *((name,) for name in ALL)])
 def test_what_is_named_has_the_bits_it_has_among_all(small_tiles, named):
     s = linear(5, 40, 16)

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors  
 from trl import DPOConfig, DPOTrainer  # noqa: E402
 
 import finealign_kernels as fk  # noqa: E402
+from finealign_kernels.integrations import _trl_dpo  # noqa: E402
 from finealign_kernels.integrations import trl as seam  # noqa: E402
 from finealign_kernels.integrations.trl import FineGrainedDPOTrainer, patch_kernels  # noqa: E402
 
@@ -178,21 +179,46 @@ LOSSES = {
     "sppo_hard": {},
     "apo_zero": {},
     "apo_down": {},
-    "discopop": dict(discopop_tau=0.5),
+    "discopop": {},
     "aot": {},
     "aot_unpaired": {},
     "sigmoid": dict(f_divergence_type="js_divergence", ld_alpha=0.5, use_weighting=True, beta=0.3),
 }
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_every_loss_type_of_trl(loss, folder):
-    config = dict(
-        max_steps=2, loss_type=[loss], gradient_accumulation_steps=2, per_device_train_batch_size=2, **LOSSES[loss]
-    )
-    stock = trained(DPOTrainer, folder, config=config)[1]
-    ours = trained(FineGrainedDPOTrainer, folder, config=config)[1]
+@pytest.mark.parametrize("loss", ["ipo", "robust", "sigmoid"])
+def test_loss_types_of_trl(loss, folder):
+    config = dict(max_steps=2, loss_type=[loss], gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    stock = trained(DPOTrainer, folder, config=config | LOSSES[loss])[1]
+    ours = trained(FineGrainedDPOTrainer, folder, config=config | LOSSES[loss])[1]
     assert apart(ours, stock) <= BOUND
+
+
+GIVEN = ("beta", "label_smoothing", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting")
+
+
+def test_every_loss_of_trl_and_its_gradient(folder):
+    """Of a policy that is far from the reference, with one batch."""
+    plain = dict(output_dir=str(folder), use_cpu=True, bf16=False)
+    every = {loss: DPOConfig(**plain, loss_type=[loss], **more) for loss, more in LOSSES.items()}
+    trainers = [trained(cls, folder, config=dict(max_steps=1))[0] for cls in (DPOTrainer, FineGrainedDPOTrainer)]
+    policy = model(seed=1)
+    outputs = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+    trl.trainer.utils.add_fused_lm_head(policy, outputs=outputs)
+    batch = trainers[0].data_collator([trainers[0].train_dataset[i] for i in range(6)])
+    for loss, args in every.items():
+        found = []
+        for trainer in trainers:
+            for name in GIVEN:
+                setattr(trainer, name, getattr(args, name))
+            trainer.loss_types, trainer.args.discopop_tau = [loss], args.discopop_tau
+            trainer._loss, trainer._loss_options = _trl_dpo._loss_of(args, None, None, None)
+            policy.zero_grad()
+            value = trainer.compute_loss(policy, dict(batch))
+            value.backward()
+            found.append((value.item(), torch.cat([p.grad.flatten() for p in policy.parameters()])))
+        (one, done), (other, dother) = found
+        assert abs(one - other) <= BOUND * abs(other) and (done - dother).norm() <= BOUND * dother.norm() > 0, loss
 
 
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])

@@ -131,6 +131,22 @@ def test_functions_of_both_sorts_and_their_weights(folder):
         torch.testing.assert_close(out["advantages"][:, 0], expected, rtol=1e-5, atol=1e-5)  # return to go of token 0
 
 
+def test_a_completion_without_a_judgement_is_left_out(folder):
+    """None, of the first completion of each prompt: no advantage, and no part in the others' baseline."""
+
+    def judge(completions, **_):
+        return [None if i % 4 == 0 else parts for i, parts in enumerate(by_half(completions))]
+
+    seen = []
+    trained(FineGrainedGRPOTrainer, folder, judge, segments=halves, watch=seen, config=dict(max_steps=1))
+    out, mask = seen[0], seen[0]["completion_mask"].bool()
+    texts = [offsets_of(ids[m].tolist())[0] for ids, m in zip(out["completion_ids"], mask, strict=True)]
+    sums = torch.tensor([float("nan"), *(sum(row) for row in by_half(texts)[1:])])
+    assert not out["advantages"][0].any()
+    expected = fk.group_advantages(sums, 4, kind="leave_one_out")
+    torch.testing.assert_close(out["advantages"][:, 0], expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_group_spread_over_ranks(rank, monkeypatch):
     """Two completions on each of two ranks: the advantages are those of the four, this rank's half of them."""

@@ -65,7 +65,8 @@ class FineGrainedGRPOTrainer(GRPOTrainer):
 
     A reward function returns for each completion a number, which is the reward of the whole of it, or a list: of one
     number for each segment that `segments` cuts its text into; of (start, end, reward) in characters of its text; or of
-    mappings with start, end and score. Functions of both sorts go together. TRL logs the sums.
+    mappings with start, end and score. None leaves the completion out. Functions of all sorts go together. TRL logs the
+    sums.
 
     segments    text -> (start, end) of its segments, in order; feedback.sentences
     advantages  "return_to_go" and "outcome": turn_advantages of the segments, against the other completions of the
@@ -149,7 +150,7 @@ class FineGrainedGRPOTrainer(GRPOTrainer):
         for ids, there, answer in zip(out["completion_ids"], out["completion_mask"].bool(), answers, strict=True):
             ids = ids[there].tolist()
             if answer is None or isinstance(answer, int | float):
-                whole = [OnTokens(0.0 if answer is None else float(answer), 0, len(ids))]
+                whole = [OnTokens(float("nan") if answer is None else float(answer), 0, len(ids))]
                 found.append(whole if ids else [])
                 continue
             text, offsets = decode(self._tokenizer, ids)

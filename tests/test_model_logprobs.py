@@ -90,7 +90,8 @@ def _loss(model, rank):
 
 
 def _of_two_ranks(rank, folder):
-    """Gradients of one step of wrapped models; a fork knows the modules, not the rank."""
+    """Gradients of one step of wrapped models; a fork knows the modules, not the rank, and has one thread."""
+    torch.set_num_threads(1)
     store = torch.distributed.FileStore(f"{folder}/store", 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     found = {}

@@ -319,7 +319,8 @@ def test_a_dataset_to_evaluate_brings_its_reference_too(folder):
 
 
 def of_two_ranks(rank, folder, port):
-    """Trains under DDP; a fork knows the modules, not the rank."""
+    """Trains under DDP; a fork knows the modules, not the rank, and has one thread."""
+    torch.set_num_threads(1)
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     for state in (AcceleratorState, GradientState, PartialState):

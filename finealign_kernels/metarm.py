@@ -72,7 +72,7 @@ class MetaRM:
                    backward pass and put back. Parameters it does not depend on stay
 
         What is computed inside must be differentiated inside: behind it autograd refuses, since the parameters changed.
-        Raises  ValueError if the objective is no scalar or has no gradient.
+        Raises  ValueError if the objective is no scalar, or no parameter gets a gradient from it.
         """
         check_tensor("objective", objective)
         if objective.dim() or not objective.requires_grad:
@@ -88,6 +88,8 @@ class MetaRM:
             for p, grad in zip(self.parameters, kept, strict=True):
                 p.grad = grad
         moved = [(p, push) for p, push in zip(self.parameters, pushes, strict=True) if push is not None]
+        if not moved:
+            fail("objective", "leave a gradient in .grad of some parameter (ZeRO keeps gradients elsewhere)", "none")
         with torch.no_grad():
             before = [p.detach().clone() for p, _ in moved]
             try:

@@ -159,6 +159,9 @@ def test_refusals():
     for objective in (theta, theta.detach().sum()):
         with pytest.raises(ValueError, match="objective must"), fk.MetaRM([theta], eta=1.0).ascend(objective):
             raise AssertionError("not reached")
+    other = start()
+    with pytest.raises(ValueError, match="leave a gradient"), fk.MetaRM([theta], eta=1.0).ascend(other.sum()):
+        raise AssertionError("not reached")
     with pytest.raises(ValueError, match=r"scores must be \(m, k\)"):
         difference_loss(theta)
 

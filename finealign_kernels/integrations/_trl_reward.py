@@ -76,7 +76,7 @@ class FineGrainedRewardTrainer(RewardTrainer):
             where = next(self.model.parameters())
             start = torch.randn(prototypes, self.model.config.hidden_size, dtype=torch.float32, device=where.device)
             self.model.contrast_prototypes = nn.Parameter(start)
-        self.meta = None if meta_eta is None else MetaRM(self.model.parameters(), eta=meta_eta)
+        self.meta_eta, self.meta = meta_eta, None  # made at the first step: sharding replaces parameters before it
         self.meta_batches, self._meta_iterator = meta_batches, iter(())
 
     def _set_signature_columns_if_needed(self):
@@ -84,7 +84,7 @@ class FineGrainedRewardTrainer(RewardTrainer):
         self._signature_columns += [name for name in self.columns.values() if name not in self._signature_columns]
 
     def training_step(self, model, inputs, *args, **options):
-        if self.meta is None:
+        if self.meta_eta is None:
             return super().training_step(model, inputs, *args, **options)
         batch = self._prepare_inputs(dict(self._next_meta_batch()))
         k = batch.pop("k")
@@ -92,6 +92,7 @@ class FineGrainedRewardTrainer(RewardTrainer):
         with self.compute_loss_context_manager():
             objective = difference_loss(model(**batch, use_cache=False).logits.float().view(-1, k))
         self._metrics["train"]["difference"].append(objective.item())
+        self.meta = self.meta or MetaRM(model.parameters(), eta=self.meta_eta)
         with self.meta.ascend(objective):
             return super().training_step(model, inputs, *args, **options)
 

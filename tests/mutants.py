@@ -102,7 +102,7 @@ MUTANTS = [
     Mutant("entropy gradient without H", FORMULA, "(logp_all + entropy)", "logp_all", LOGPROBS),
     Mutant("entropy gradient's sign", FORMULA, "dz = p * (k - g) - torch", "dz = p * (k - g) + torch", LOGPROBS),
     Mutant("lse gradient lost at the label", FORMULA, "+ k * p_label", "", LOGPROBS),
-    Mutant("temperature lost in backward", FORMULA, "dz * (head.scale * head.inv_temperature)", "dz * head.scale", LOGPROBS),
+    Mutant("temperature lost in backward", FORMULA, "dz * (head.scale * head.heat)", "dz * head.scale", LOGPROBS),
     Mutant("softcap's slope lost", FORMULA, "dz * torch.where(is_label, label_slope, curve)", "dz", LOGPROBS),
     Mutant("softcap turns -inf into -c", FORMULA, "torch.where(y == -torch.inf, y, capped)", "capped", LOGPROBS),
     Mutant("mean over banned tokens too", FORMULA, "mean = total / count", "mean = total / 203", LOGPROBS),
@@ -152,6 +152,8 @@ MUTANTS = [
     Mutant("FSDP2: the head's gradient of this rank alone", "ops/_parallel.py", 'return x.full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)', "return x.full_tensor()", "tests/test_sharded_heads.py"),
     Mutant("FSDP2: TRL gathers its head itself", "integrations/trl.py", "        utils.DTensor = Elsewhere\n", "", TRL),
     Mutant("DTensor heads begin at even places", "ops/_parallel.py", "start = min(dist.get_rank(group) * step, vocab)", "start = dist.get_rank(group) * (vocab // dist.get_world_size(group))", "tests/test_sharded_heads.py"),
+    Mutant("temperatures of other rows in backward", CHUNKED, "head = head.rows(rows.index)", "head = head.rows(None if rows.index is None else rows.index.flip(0))", "tests/test_temperatures.py"),
+    Mutant("the first temperature for all rows", FORMULA, "return t[:, None] if isinstance(t, Tensor) else t", "return t[:1, None] if isinstance(t, Tensor) else t", "tests/test_temperatures.py"),
     # two copies of the package in a process
     Mutant("a second copy registers its ops too", "ops/_native.py", 'if _spec is not None and hasattr(torch.ops.finealign, "_cpu_state"):', "if False:", "tests/test_two_copies.py"),
     Mutant("ops of another build are taken", "ops/_native.py", "filecmp.cmp(loaded, file, shallow=False)", "True", "tests/test_two_copies.py"),

@@ -23,7 +23,18 @@ class Head(NamedTuple):
 
     scale: float = 1.0
     softcap: float = 0.0  # 0: none
-    inv_temperature: float = 1.0
+    inv_temperature: float | Tensor = 1.0  # or (N,), of each row
+
+    def rows(self, at) -> "Head":
+        """The head of some rows: a slice, or an index."""
+        by_row = isinstance(self.inv_temperature, Tensor) and at is not None
+        return self._replace(inv_temperature=self.inv_temperature[at]) if by_row else self
+
+    @property
+    def heat(self) -> float | Tensor:
+        """1 / temperature as a factor of (..., V)."""
+        t = self.inv_temperature
+        return t[:, None] if isinstance(t, Tensor) else t
 
 
 class Rows(NamedTuple):
@@ -45,8 +56,8 @@ def logits(x: Tensor, bias: Tensor | None, head: Head) -> Tensor:
     y = x if bias is None else x + bias
     y = y * head.scale if head.scale != 1 else y
     if not head.softcap:
-        return y * head.inv_temperature if head.inv_temperature != 1 else y
-    capped = head.softcap * torch.tanh(y / head.softcap) * head.inv_temperature
+        return y * head.heat if isinstance(head.heat, Tensor) or head.heat != 1 else y
+    capped = head.softcap * torch.tanh(y / head.softcap) * head.heat
     return torch.where(y == -torch.inf, y, capped)
 
 
@@ -207,9 +218,7 @@ def tile_gradient(
         shift = e_max[:, None] - m - l
         p = src * torch.where(e_max == -torch.inf, 0, shift.squeeze(1).exp())[:, None]
         logp_all = src.log() + shift
-        curve = (
-            1 - ((src.log() + e_max[:, None]) / (head.inv_temperature * head.softcap)).square() if head.softcap else 1
-        )
+        curve = 1 - ((src.log() + e_max[:, None]) / (head.heat * head.softcap)).square() if head.softcap else 1
     live = p > 0
     dz = p * (k - g) - torch.where(live & (h != 0), h * p * (logp_all + entropy), 0)
     local = target - col0
@@ -221,5 +230,5 @@ def tile_gradient(
     dz = torch.where(is_label, dz_label, torch.where(live | p.isnan(), dz, 0))
     if head.softcap:
         dz = torch.where(dz == 0, 0, dz * torch.where(is_label, label_slope, curve))
-    dx = dz * (head.scale * head.inv_temperature)
+    dx = dz * (head.scale * head.heat)
     return torch.where(((target != SKIP) & coef.active())[:, None], dx, 0)

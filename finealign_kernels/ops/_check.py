@@ -137,10 +137,24 @@ def check_head(name: str, x: object, empty: bool = False) -> None:
 
 
 def check_head_options(temperature, softcap, logit_scale) -> None:
-    check_number("temperature", temperature, positive=True)
+    if not isinstance(temperature, Tensor) or temperature.dim() == 0:
+        check_number("temperature", temperature, positive=True)
     if softcap is not None:
         check_number("softcap", softcap, positive=True)
     check_number("logit_scale", logit_scale)
+
+
+def inverse_temperature(temperature: float | Tensor, labels: Tensor, dtype: torch.dtype, backend: str):
+    """1 / temperature: a float, or (N,) of dtype for one number a row, which the torch backends take."""
+    if not isinstance(temperature, Tensor) or temperature.dim() == 0:
+        return 1.0 / float(temperature)
+    check_tensor("temperature", temperature, shape=labels.shape, like=labels)
+    if backend not in ("auto", "torch", "reference"):
+        fail("temperature", f"be one number with backend {backend!r}; 'auto' and 'torch' take one a row", "a tensor")
+    flat = temperature.detach().reshape(-1).to(dtype)
+    if reads_values(flat) and not bool(((flat > 0) & flat.isfinite()).all()):
+        fail("temperature", "be finite and > 0 in every row", "one that is not")
+    return 1 / flat
 
 
 def check_outputs(outputs: object) -> tuple[str, ...]:

@@ -105,7 +105,7 @@ def fwd(hidden, weight, bias, target, head, want, workspace, on_device, rows_nam
     read = target != formula.SKIP
     index = None if on_device else rows_in(read)
     x = operand(hidden, dtype, index, read if on_device else None)
-    at = target if index is None else target[index]
+    at, head = target if index is None else target[index], head.rows(index)
     n = at.shape[0]
     chunks = spans(vocab, tile.columns)
     room = kept_rows(n_all if static else n, vocab, hidden.dtype, workspace)
@@ -126,7 +126,7 @@ def fwd(hidden, weight, bias, target, head, want, workspace, on_device, rows_nam
             product(x[start:stop], wt, z)
             side = dict(e=None if direct else here, in_place=in_place)
             state = part[start:stop, t], first[start:stop, t], label[start:stop]
-            rows_of.tile_fwd(z, b, at[start:stop], c0, head, want, *state, **side)
+            rows_of.tile_fwd(z, b, at[start:stop], c0, head.rows(slice(start, stop)), want, *state, **side)
     if shard:
         found = formula.State(*formula.merge(part, first, want), label)
     else:
@@ -172,6 +172,7 @@ def bwd(
         rows = Active(None, None, hidden.shape[0], room if recompute is None else 0)
     else:
         rows = active_rows(active, read, room, recompute)
+    head = head.rows(rows.index)
     x = operand(hidden, dtype, rows.index, active if on_device else None)
     at, coef = rows.take(target), torch.stack(coef) if rows.index is None else torch.stack(coef)[:, rows.index]
     tops = e_max if rows.place is None else e_max[rows.place]
@@ -200,13 +201,13 @@ def bwd(
                         top = tops[i:j, c0 // e_columns : -(-c1 // e_columns)]
                         rows_of.tile_bwd(dz, src, place, top, b, *side, head, e_columns=e_columns)
                     else:
-                        rows_of.tile_bwd(dz, src, place, tops[t, i:j], b, *side, head)
+                        rows_of.tile_bwd(dz, src, place, tops[t, i:j], b, *side, head.rows(slice(i, j)))
                 elif again is not None:
                     again(dz, i, j, rows.index, *side, c1)
                 else:
                     z = dz if z_buffer is None else z_buffer[: (j - i) * width].view(j - i, width)
                     product(x[i:j], wc.t(), z)
-                    rows_of.tile_bwd(dz, None if z is dz else z, None, None, b, *side, head)
+                    rows_of.tile_bwd(dz, None if z is dz else z, None, None, b, *side, head.rows(slice(i, j)))
             grads.add(block, x, wc, start, stop)
         grads.close()
     return grads.result(rows.index, shard)

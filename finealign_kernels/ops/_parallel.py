@@ -30,7 +30,7 @@ WIRE = 4  # numbers a row and rank in the all-gather
 class Shard(NamedTuple):
     """This rank's part of the vocabulary."""
 
-    group: object  # torch.distributed.ProcessGroup
+    group: object  # torch.distributed.ProcessGroup; None: one rank that holds all
     start: int  # id of its first column
     columns: int  # that it holds of the true vocabulary; those behind are padding
     vocab: int | None  # true size of the whole, None: what the ranks hold together
@@ -38,7 +38,7 @@ class Shard(NamedTuple):
 
     @property
     def ranks(self) -> int:
-        return dist.get_world_size(self.group)
+        return 1 if self.group is None else dist.get_world_size(self.group)
 
     @property
     def bound(self) -> int:
@@ -78,6 +78,11 @@ def shard_of(columns: int, group, vocab_start, vocab_size, hidden_grad: str | No
     start = dist.get_rank(group) * columns if vocab_start is None else vocab_start
     true = columns if vocab_size is None else min(columns, max(vocab_size - start, 0))
     return Shard(group, start, true, vocab_size, hidden_grad)
+
+
+def alone(columns: int) -> Shard:
+    """One rank with the whole vocabulary: no collective."""
+    return Shard(None, 0, columns, columns, "none")
 
 
 def check_group(group, name: str = "group") -> None:
@@ -191,7 +196,10 @@ def exchange(state: formula.State, target: Tensor, want: int, top: bool, shard: 
     wire += [q] if want & formula.SQUARES else []
     wire += [total, count] if want & formula.MEAN else []
     wire += [(state.first + shard.start).to(bits).view(m.dtype)] if top else []
-    got = list(all_gather(torch.stack(wire, 1), shard.group).permute(2, 1, 0).unbind(0))  # (n, ranks) each
+    wire = torch.stack(wire, 1)
+    got = list(
+        (wire[None] if shard.group is None else all_gather(wire, shard.group)).permute(2, 1, 0).unbind(0)
+    )  # (n, ranks) each
     labels = got.pop(3)
     first = got.pop().contiguous().view(bits).long() if top else torch.zeros_like(labels, dtype=torch.int64)
     zeros = torch.zeros_like(labels)
@@ -302,14 +310,14 @@ def _summed(dx: Tensor, shard: Shard) -> Tensor:
 
 
 @eager
-def token(logits, target, head, want, inplace, rows, top: bool, shard: Shard, states):
-    """Rows (N,) each of this rank's logits (N, columns and padding); states: how a tile's pass is made and merged."""
-    return _Token.apply(logits, target, head, want, inplace, rows, top, shard, states)
+def token(logits, target, head, want, inplace, rows, top: bool, shard: Shard, states, gradient):
+    """Rows (N,) each of this rank's logits (N, columns and padding); states, gradient: the passes over tiles."""
+    return _Token.apply(logits, target, head, want, inplace, rows, top, shard, states, gradient)
 
 
 class _Token(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, target, head, want, inplace, rows, top, shard, states):
+    def forward(ctx, logits, target, head, want, inplace, rows, top, shard, states, gradient):
         local, x = shard.local(target), logits[:, : shard.columns]
         if shard.columns:
             part, first, label = states(x, local, head, want, rows)
@@ -318,7 +326,7 @@ class _Token(torch.autograd.Function):
             state = empty_state(x.shape[0], _chunked.wide(x.dtype), x.device)
         logp, lse, entropy, squares, mean, top1, m, l, label_slope = exchange(state, target, want, top, shard)
         ctx.save_for_backward(logits, local, logp, entropy, m, l, label_slope)
-        ctx.options = (*head, rows)
+        ctx.options, ctx.gradient = (head, rows), gradient
         ctx.columns, ctx.inplace, ctx.spent = shard.columns, inplace, False
         ctx.mark_non_differentiable(squares, mean, top1)
         ctx.set_materialize_grads(False)
@@ -330,15 +338,15 @@ class _Token(torch.autograd.Function):
             raise RuntimeError(
                 "token_logprobs: inplace_backward=True wrote the gradient over the logits; backward runs once"
             )
-        logits, *state = ctx.saved_tensors
+        logits, local, *state = ctx.saved_tensors
         with torch.no_grad():
             grad = logits if ctx.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
             if ctx.columns:
                 source = None if ctx.inplace else logits[:, : ctx.columns]
                 out = grad[:, : ctx.columns]
-                upstream = (dlogp, dlse, dentropy)
-                torch.ops.finealign.token_logprobs_bwd(out, source, *upstream, *state, *ctx.options)
+                coef = coefficients(dlogp, dlse, dentropy, *state)
+                ctx.gradient(out, source, coef, local, *ctx.options)
             grad[:, ctx.columns :] = 0
             ctx.spent = ctx.inplace
         (grad,) = once("token_logprobs", (grad,), (dlogp, dlse, dentropy, logits))
-        return grad, *[None] * 8
+        return grad, *[None] * 9

@@ -20,6 +20,7 @@ from ._check import (
     check_outputs,
     check_tensor,
     fail,
+    inverse_temperature,
     note_errors,
     targets,
 )
@@ -47,7 +48,7 @@ def linear_logprobs(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     ignore_index: int = -100,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     outputs: Iterable[str] = (),
@@ -72,7 +73,8 @@ def linear_logprobs(
     mask         (...) bool (or ints, 0 and 1): True where a row is computed. Where it is False, or the label is
                  ignore_index, every output is 0, the row is not multiplied by the head (its hidden state may be NaN),
                  and gradients that arrive at its outputs are ignored
-    temperature, softcap > 0; logit_scale finite
+    temperature, softcap > 0; logit_scale finite. temperature may be a tensor in the shape of labels, a constant, one
+                 number a row: by torch's row operations, not by the native or Triton ones
     outputs      further outputs to compute: "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"
     workspace    memory budget, in bytes, for the softmax numerators that are saved for backward; rows that fit are not
                  computed twice. A number, 0, "full" (all rows), or "auto": as many bytes as weight has. It depends on
@@ -144,8 +146,11 @@ def linear_logprobs(
     if compact not in ("auto", "host", "device"):
         fail("compact", "be 'auto', 'host' or 'device'", repr(compact))
     on_device = compact == "device" or (compact == "auto" and _capturing(hidden))
-    head = Head(float(logit_scale), float(softcap or 0.0), 1.0 / float(temperature))
-    name = _choose.choose_head(backend, hidden, batch_invariant)
+    heat = inverse_temperature(
+        temperature, labels, _chunked.wide(hidden.dtype), _choose.FUSED if batch_invariant else backend
+    )
+    head, by_row = Head(float(logit_scale), float(softcap or 0.0), heat), isinstance(heat, Tensor)
+    name = _choose.choose_head("torch" if by_row and backend == "auto" else backend, hidden, batch_invariant)
 
     x = hidden.reshape(-1, hidden.shape[-1])
     target = targets(labels, mask, ignore_index, vocab, defer=compact == "device")
@@ -157,6 +162,8 @@ def linear_logprobs(
             inputs = [t for t in (hidden, weight, bias) if t is not None]
             keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)  # unknown inside apply
             options = head, _want(outputs), budget if keep and not wider else 0, on_device, name
+            if by_row:
+                shard = shard or _parallel.alone(weight.shape[0])
             if shard is None:
                 found = _LinearLogprobs.apply(x, weight, bias, target, *options)
             else:
@@ -170,7 +177,7 @@ def token_logprobs(
     *,
     mask: Tensor | None = None,
     ignore_index: int = -100,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     outputs: Iterable[str] = (),
@@ -200,19 +207,21 @@ def token_logprobs(
     outputs = check_outputs(outputs)
     check_head_options(temperature, softcap, logit_scale)
     inplace_backward = check_bool("inplace_backward", inplace_backward)
-    head = Head(float(logit_scale), float(softcap or 0.0), 1.0 / float(temperature))
-    name = _choose.choose(backend, logits)
+    heat = inverse_temperature(temperature, labels, _chunked.wide(logits.dtype), backend)
+    head, by_row = Head(float(logit_scale), float(softcap or 0.0), heat), isinstance(heat, Tensor)
+    name = _choose.choose("torch" if by_row and backend == "auto" else backend, logits)
     x = logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
     vocab = logits.shape[-1] if shard is None else shard.bound
     target = targets(labels, mask, ignore_index, vocab, defer=False)
     if name == "reference":
         _parallel.refuse_reference(shard)
         found = formula.reference(x.to(_chunked.wide(x.dtype)), None, target, head)
-    elif shard is None:
+    elif shard is None and not by_row:
         found = _TokenLogprobs.apply(x, target, head, _want(outputs), inplace_backward, name)
     else:
+        shard = shard or _parallel.alone(logits.shape[-1])
         options = head, _want(outputs), inplace_backward, name
-        found = _parallel.token(x, target, *options, "is_top1" in outputs, shard, _token_states)
+        found = _parallel.token(x, target, *options, "is_top1" in outputs, shard, _token_states, _token_gradient)
     return _shaped(found, labels.shape, outputs)
 
 
@@ -428,7 +437,7 @@ def _token_states(logits: Tensor, target: Tensor, head: Head, want: int, rows: s
     for r, c0, c1 in _tiles(x, kernels.TILE):
         states = slice(c0 // span, -(-c1 // span))
         state = part[r, states].squeeze(1), first[r, states].squeeze(1), label[r]
-        kernels.tile_fwd(x[r, c0:c1], None, target[r], c0, head, want, *state)
+        kernels.tile_fwd(x[r, c0:c1], None, target[r], c0, head.rows(r), want, *state)
     return part, first, label
 
 
@@ -457,12 +466,16 @@ def _token_bwd(
     rows: str,
 ) -> None:
     """The gradient of the logits into out; logits None: over the logits themselves."""
-    coef = torch.stack(_coef(dlogp, dlse, dentropy, logp, entropy, m, l, label_slope))
-    kernels, head = _choose.rows(rows), Head(scale, softcap, inv_temperature)
+    coef = _coef(dlogp, dlse, dentropy, logp, entropy, m, l, label_slope)
+    _token_gradient(out, logits, coef, target, Head(scale, softcap, inv_temperature), rows)
+
+
+def _token_gradient(out: Tensor, logits: Tensor | None, coef: Coef, target: Tensor, head: Head, rows: str) -> None:
+    coef, kernels = torch.stack(coef), _choose.rows(rows)
     to, source = _unit_stride(out), None if logits is None else _unit_stride(logits)
     for r, c0, c1 in _tiles(to, kernels.TILE):
         tile = None if source is None else source[r, c0:c1]
-        kernels.tile_bwd(to[r, c0:c1], tile, None, None, None, target[r], coef[:, r].contiguous(), c0, head)
+        kernels.tile_bwd(to[r, c0:c1], tile, None, None, None, target[r], coef[:, r].contiguous(), c0, head.rows(r))
     if to is not out:
         out.copy_(to)
 

@@ -1002,7 +1002,7 @@ REFUSALS = {
     ),
     "compact": (lambda: call(compact="never"), ValueError, "compact must be .* got 'never'"),
     "invariant": (lambda: call(batch_invariant=True, backend="native"), ValueError, "batch_invariant=True runs on"),
-    "group": (lambda: call(group=object()), ValueError, "group must be None"),
+    "group": (lambda: call(group=object()), TypeError, "group must be None or a torch.distributed.ProcessGroup"),
     "backend": (lambda: call(backend="cuda"), ValueError, "backend must be .* got 'cuda'"),
     "float64 native": (
         lambda: call(H.double(), WEIGHT.double(), backend="native"),

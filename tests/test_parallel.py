@@ -298,6 +298,39 @@ def test_16_bytes_a_row_forward_and_dx_backward(hidden_grad, masked):
         assert backward == BACK[hidden_grad]
 
 
+@pytest.mark.parametrize("hidden_grad", ("all_reduce", "reduce_scatter"))
+def test_dx_is_on_its_way_while_dw_is_computed(hidden_grad, monkeypatch):
+    """The last product of dW comes after the collective has begun."""
+    events, product = threading.local(), _chunked.product
+
+    def noted(a, b, out, accumulate=False):
+        events.seen.append("product")
+        product(a, b, out, accumulate)
+
+    monkeypatch.setattr(_chunked, "product", noted)
+    c = case(CUTS[2][0])
+
+    def order(group):
+        events.seen = []
+        hidden = c.hidden.chunk(2)[torch.distributed.get_rank(group)] if hidden_grad == "reduce_scatter" else c.hidden
+        hidden, weight = (
+            hidden.clone().requires_grad_(),
+            piece(c, torch.distributed.get_rank(group))[0].requires_grad_(),
+        )
+        out = fk.linear_logprobs(
+            hidden, weight, c.labels, group=group, vocab_start=c.shards[torch.distributed.get_rank(group)][0],
+            vocab_size=V, hidden_grad=hidden_grad,
+        )  # fmt: skip
+        with ranks.Traffic() as traffic:
+            traffic.note = lambda name, inputs: events.seen.append(name)
+            out.logp.sum().backward()
+        return events.seen
+
+    for seen in ranks.threads(2, order):
+        assert seen[-1] == "product" and seen.count("product") >= 2, seen
+        assert any("reduce" in name for name in seen[:-1])
+
+
 def test_further_outputs_travel_with_the_same_collective():
     c = case(CUTS[2][0])
     for forward, _ in ranks.threads(2, counted, c, {"hidden_grad": "none", "outputs": ALL}):
@@ -491,7 +524,7 @@ def test_a_label_that_no_rank_or_two_ranks_hold_is_an_error_on_all_ranks():
 def test_arguments_are_refused_by_name():
     s = samples.linear(4, 10, 8)
     refused = [
-        (dict(hidden_grad="sum"), ValueError, "hidden_grad must be one of"),
+        (dict(hidden_grad="sum"), ValueError, "hidden_grad must be None or one of"),
         (dict(hidden_grad="all_reduce"), ValueError, "hidden_grad must be 'none' without a group"),
         (dict(vocab_start=5), ValueError, "vocab_start must be None or 0 without a group"),
         (dict(vocab_size=11), ValueError, "vocab_size must be at most 10"),

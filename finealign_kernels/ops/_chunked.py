@@ -154,14 +154,15 @@ def bwd(
     rows_name,
     e_columns=0,
     again=None,
-    shard=False,
+    shard=None,
 ):
     """dhidden, dweight, dbias, None where not needed.
 
     coef: formulas.Coef, (N,) each in float32 (float64); curved: there is an upstream gradient of the entropy.
     e_columns: columns under one maximum of E, 0 for a chunk's. again: how a layer whose products are not the library's
     writes dZ of rows without E, again(dz, start, stop, index, target, coef, c0, c1).
-    shard: weight is a part of the head; dhidden, a part of the sum, is not rounded to hidden's dtype.
+    shard: weight is a part of the head; dhidden, a part of the sum, is not rounded to hidden's dtype. It is called with
+    it as soon as it is complete, before the last product of dW.
     """
     rows_of, tile = _choose.rows(rows_name), tile_of(hidden.device.type)
     vocab, room, dtype, out_dtype = weight.shape[0], e_max.shape[0], compute_dtype(hidden), wide(hidden.dtype)
@@ -208,7 +209,8 @@ def bwd(
                     z = dz if z_buffer is None else z_buffer[: (j - i) * width].view(j - i, width)
                     product(x[i:j], wc.t(), z)
                     rows_of.tile_bwd(dz, None if z is dz else z, None, None, b, *side, head.rows(slice(i, j)))
-            grads.add(block, x, wc, start, stop)
+            last = c1 == vocab and stop == rows.count
+            grads.add(block, x, wc, start, stop, shard if last else None, rows.index)
         grads.close()
     return grads.result(rows.index, shard)
 
@@ -226,7 +228,7 @@ class Gradients:
     def __init__(self, needs, rows: int, hidden, weight, dtype: torch.dtype, columns: int, direct: bool = False):
         """direct: a chunk's dW is one product, which sums in float32 and rounds once, in the weight's dtype."""
         need_x, need_w, need_b = needs
-        self.hidden = hidden
+        self.hidden, self.handed = hidden, False
         self.dx = hidden.new_zeros(rows, hidden.shape[1], dtype=dtype) if need_x else None
         self.dw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if need_w else None
         self.db = weight.new_zeros(weight.shape[0], dtype=dtype) if need_b else None
@@ -241,9 +243,12 @@ class Gradients:
             if empty:
                 self.slice.zero_()
 
-    def add(self, dz: Tensor, x: Tensor, w: Tensor, start: int, stop: int) -> None:
+    def add(self, dz: Tensor, x: Tensor, w: Tensor, start: int, stop: int, shard=None, index=None) -> None:
+        """A block of rows. shard: dX is complete with it, and handed over."""
         if self.dx is not None:
             product(dz, w, self.dx[start:stop], accumulate=True)
+            if shard is not None:
+                self.hand_over(index, shard)
         if self.dw is not None:
             product(dz.t(), x[start:stop], self.slice, accumulate=start > 0)
         if self.db is not None:
@@ -254,12 +259,20 @@ class Gradients:
         if self.sums is not None:
             self.dw[self.span] = self.slice
 
-    def result(self, index: Tensor | None, shard: bool = False) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def hand_over(self, index: Tensor | None, shard) -> None:
+        """dX in the places of all rows, to who sums it over ranks."""
+        if index is not None:
+            self.dx = self.dx.new_zeros(self.hidden.shape).index_copy_(0, index, self.dx)
+        self.handed = True
+        shard(self.dx)
+
+    def result(self, index: Tensor | None, shard=None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if shard is not None and self.dx is not None and not self.handed:
+            self.hand_over(index, shard)
         dx = self.dx
-        if dx is not None:
+        if dx is not None and shard is None:
             dx = dx if index is None else dx.new_zeros(self.hidden.shape).index_copy_(0, index, dx)
-            if not shard:
-                dx = dx.to(self.hidden.dtype)
+            dx = dx.to(self.hidden.dtype)
         return dx, self.dw, self.db
 
 

@@ -70,7 +70,7 @@ def fwd(hidden, weight, bias, target, head, want, workspace, on_device, _, stati
     return (*found, e, e_max)
 
 
-def bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, on_device, _, shard=False):
+def bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, on_device, _, shard=None):
     """dhidden, dweight, dbias, None where not needed. Arguments as of _chunked.bwd."""
     kernels, tile = _choose.fused(), tile_of(hidden, head)
     if on_device:

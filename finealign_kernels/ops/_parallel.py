@@ -165,12 +165,25 @@ def all_gather(x: Tensor, group) -> Tensor:
     return out.view(ranks, *x.shape)
 
 
-def reduce_scatter(x: Tensor, group) -> Tensor:
-    """This rank's rows of the sum over ranks of x (ranks·n, D)."""
-    out = x.new_empty(x.shape[0] // dist.get_world_size(group), *x.shape[1:])
-    reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    reduce(out, x.contiguous(), group=group)
-    return out
+class Summing:
+    """Takes this rank's part of dX, sums what hidden_grad asks for while other work goes on, in float32 (float64)."""
+
+    def __init__(self, shard: Shard):
+        self.shard, self.out, self.work = shard, None, None
+
+    def __call__(self, dx: Tensor) -> None:
+        self.out, group = dx, self.shard.group
+        if self.shard.hidden_grad == "all_reduce":
+            self.work = dist.all_reduce(dx, group=group, async_op=True)
+        elif self.shard.gathers:
+            self.out = dx.new_empty(dx.shape[0] // self.shard.ranks, *dx.shape[1:])  # this rank's rows of the sum
+            reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+            self.work = reduce(self.out, dx, group=group, async_op=True)
+
+    def result(self) -> Tensor:
+        if self.work is not None:
+            self.work.wait()
+        return self.out
 
 
 # ---- states of shards to rows --------------------------------------------------------------------------------------
@@ -285,25 +298,19 @@ class _Linear(torch.autograd.Function):
         needs = tuple(ctx.needs_input_grad[:3])
         with torch.no_grad():
             x = all_gather(hidden, shard.group).flatten(0, 1) if shard.gathers else hidden
-            coef = coefficients(dlogp, dlse, dentropy, *state)
+            coef, summing = coefficients(dlogp, dlse, dentropy, *state), Summing(shard)
             if shard.columns:
                 bwd, curved = _choose.layer(rows).bwd, dentropy is not None
-                grads = bwd(coef, curved, x, weight, bias, local, e, e_max, head, needs, on_device, rows, shard=True)
+                grads = bwd(coef, curved, x, weight, bias, local, e, e_max, head, needs, on_device, rows, shard=summing)
             else:
-                dx = x.new_zeros(x.shape, dtype=_chunked.wide(x.dtype))
-                grads = dx, *(None if b is None else torch.zeros_like(b) for b in (weight, bias))
-            dx = _summed(grads[0], shard).to(hidden.dtype) if needs[0] else None
+                if needs[0]:
+                    summing(x.new_zeros(x.shape, dtype=_chunked.wide(x.dtype)))
+                grads = None, *(None if b is None else torch.zeros_like(b) for b in (weight, bias))
+            dx = summing.result().to(hidden.dtype) if needs[0] else None
             grads = tuple(grad if need else None for grad, need in zip((dx, *grads[1:]), needs, strict=True))
         sources = (dlogp, dlse, dentropy, hidden, weight, bias)
         instead = "without a group, use backend='reference'"
         return *once("linear_logprobs", grads, sources, instead), *[None] * 8
-
-
-def _summed(dx: Tensor, shard: Shard) -> Tensor:
-    """This rank's part of dX to what hidden_grad asks for, summed over ranks in float32 (float64)."""
-    if shard.hidden_grad == "all_reduce":
-        dist.all_reduce(dx, group=shard.group)
-    return reduce_scatter(dx, shard.group) if shard.gathers else dx
 
 
 # ---- logits that exist ---------------------------------------------------------------------------------------------

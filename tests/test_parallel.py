@@ -2,7 +2,7 @@
 
 import threading
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType
 from typing import NamedTuple
 
 import pytest
@@ -200,23 +200,33 @@ def test_every_layer(small_tiles, backend, dtype, workspace, compact, usable):
     check_layer(c, dtype, {"backend": backend, "workspace": workspace, "compact": compact})
 
 
-@pytest.mark.parametrize("backend, workspace, compact", [("triton", 0, "host"), ("triton_fused", "full", "device")])
-def test_triton_layers(backend, workspace, compact, usable, monkeypatch):
-    """Triton's interpreter runs one program at a time, so its ranks come one after the other."""
-    usable("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    lock, layer = threading.Lock(), _choose.layer
+class Locked:
+    """A module whose functions run one at a time, as Triton's interpreter must."""
 
-    def locked(function):
+    lock = threading.RLock()
+
+    def __init__(self, module):
+        self.module = module
+
+    def __getattr__(self, name):
+        found = getattr(self.module, name)
+        if not isinstance(found, FunctionType):
+            return found
+
         def call(*args, **kwargs):
-            with lock:
-                return function(*args, **kwargs)
+            with self.lock:
+                return found(*args, **kwargs)
 
         return call
 
-    monkeypatch.setattr(
-        _choose, "layer", lambda name: SimpleNamespace(**{k: locked(getattr(layer(name), k)) for k in ("fwd", "bwd")})
-    )
+
+@pytest.mark.parametrize("backend, workspace, compact", [("triton", 0, "host"), ("triton_fused", "full", "device")])
+def test_triton_layers(backend, workspace, compact, usable, monkeypatch):
+    usable("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    rows, fused = _choose.rows, _choose.fused
+    monkeypatch.setattr(_choose, "rows", lambda name: Locked(rows(name)))
+    monkeypatch.setattr(_choose, "fused", lambda: Locked(fused()))
     c = case(CUTS[2][0])
     check_layer(c, torch.float32, {"backend": backend, "workspace": workspace, "compact": compact})
 

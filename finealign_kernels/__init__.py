@@ -1,8 +1,6 @@
 """Fused kernels and autograd functions for fine-grained LLM alignment."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING
-
+from . import feedback, integrations
 from .integrations.segment_rewards import SegmentRewardModel
 from .losses.contrastive import CONTRAST, ContrastiveLoss, contrastive_loss, dropout_views
 from .losses.nll import NLLLoss, nll_loss
@@ -50,9 +48,6 @@ from .rl.gae import GAE, discounted_returns, gae, kl_penalty
 from .rl.groups import decoupled_advantages, group_advantages, turn_advantages
 from .rl.rewards import SegmentEnds, SegmentRewards, segment_ends, segment_rewards, token_rewards
 from .rl.whitening import moments, whiten
-
-if TYPE_CHECKING:
-    from . import feedback, integrations
 
 __version__ = "0.1.0"
 
@@ -140,14 +135,3 @@ __all__ = [
     "whiten",
     "wpo_weights",
 ]
-
-
-def __getattr__(name: str):
-    """Imports the subpackages `feedback` and `integrations` at their first use."""
-    if name in ("feedback", "integrations"):
-        return import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

@@ -58,7 +58,6 @@ class Mutant(NamedTuple):
 MUTANTS = [
     # names that can be found
     Mutant("short forms hide their arguments", "losses/options.py", "*(p for p in passed if p.name not in hidden)", "", HOUSE),
-    Mutant("subpackages need an import", "__init__.py", 'name in ("feedback", "integrations")', "False", HOUSE),
     Mutant("numbers that float32 does not hold", "ops/_check.py", "abs(value) > LARGEST", "abs(value) > 1e300", LOGPROBS),
     Mutant("numpy's numbers are none", "ops/_check.py", "isinstance(value, (float, np.floating))", "isinstance(value, float)", MISTAKES),
     Mutant("a 2 in a mask", "ops/_check.py", "low < 0 or high > 1", "low < 0", MISTAKES),

@@ -87,6 +87,27 @@ def test_a_sparse_tensor_is_refused_by_name(name, key):
         call(name, **{key: CALLS[name][key].to_sparse()})
 
 
+SIZES = {
+    "no column": lambda x: x[:, :0] if x.shape == (4, 5) else x,
+    "one column": lambda x: x[:, :1] if x.shape == (4, 5) else x,
+    "no row": lambda x: x[:0] if x.shape in ((4, 5), (4,)) else x,
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", [name for name, call in CALLS.items() if name.endswith("_loss") or "ref_logp" in call])
+def test_empty_batches_have_finite_losses_and_gradients(name, size):
+    given = {k: SIZES[size](v) if isinstance(v, torch.Tensor) else v for k, v in CALLS[name].items()}
+    if "pair_weight" in given and size == "no row":
+        given["pair_weight"] = given["pair_weight"][:0]
+    leaves = {k: v.clone().requires_grad_() for k, v in given.items() if k in ("logp", "values")}
+    result = getattr(fk, name)(**given | leaves)
+    assert all(x.isfinite().all() for x in tensors(result))
+    if hasattr(result, "loss") and leaves:
+        result.loss.backward()
+        assert all(x.grad.isfinite().all() for x in leaves.values())
+
+
 @pytest.mark.parametrize("backend", ("auto", "torch", "reference"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16))
 def test_a_bias_of_any_strides_has_its_log_probs_and_gradients(dtype, backend):

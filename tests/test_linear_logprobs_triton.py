@@ -527,6 +527,17 @@ def test_a_row_that_holds_no_number_is_nan_and_alone(small_tiles, poison):
 
 
 @runs
+def test_labels_of_the_last_ragged_tile(small_tiles):
+    s = linear(8, 40, 16)
+    labels = torch.arange(32, 40, device=DEVICE)  # a tile holds 16 columns
+    out = fk.linear_logprobs(s.hidden, s.weight, labels, outputs=ALL, softcap=9.0, backend=FUSED)
+    exact = fk.linear_logprobs(
+        s.hidden.double(), s.weight.double(), labels, outputs=ALL, softcap=9.0, backend="reference"
+    )
+    assert_outputs(out, exact)
+
+
+@runs
 def test_ties_take_the_first(small_tiles):
     """Equal maxima in one tile, and in two."""
     weight = torch.zeros(40, 16, device=DEVICE)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..formulas import contrast as formula
-from ..ops._check import check_number, check_one_of, check_tensor, fail
+from ..ops._check import check_integer, check_number, check_one_of, check_tensor, fail
 from ..ops.contrast import info_nce
 from ..ops.sequence_loss import over_count
 from .reduce import check_denominator
@@ -84,7 +84,9 @@ def contrastive_loss(
     check_one_of("pairs", pairs, ("halves", "interleaved"))
     check_one_of("reduction", reduction, ("mean", "sum"))
     temperature = CONTRAST[name].temperature if temperature is None else temperature
-    check_number("temperature", temperature, positive=True)
+    temperature = check_number("temperature", temperature, positive=True)
+    if group is not None and not hasattr(group, "rank"):
+        fail("group", "be a process group or None", f"a {type(group).__name__}")
     check_tensor("first", first)
     if first.dim() != 2:
         fail("first", "have shape (N, D)", tuple(first.shape))
@@ -100,9 +102,8 @@ def contrastive_loss(
         keys = second if group is None else _Gather.apply(second, group, sizes, rank)
         total, losses, hits = info_nce(first, keys, temperature=temperature, start=sum(sizes[:rank]), mirrored=mirrored)
     else:
-        check_number("epsilon", epsilon, positive=True)
-        if not isinstance(iterations, int) or iterations < 1:
-            fail("iterations", "be a whole number of at least 1", repr(iterations))
+        epsilon = check_number("epsilon", epsilon, positive=True)
+        iterations = check_integer("iterations", iterations, "be a whole number of at least 1", least=1)
         check_tensor("prototypes", prototypes, dtypes=(first.dtype,), like=first)
         if prototypes.dim() != 2 or prototypes.shape[1] != first.shape[1] or not len(prototypes):
             fail("prototypes", f"have shape (K, {first.shape[1]})", tuple(prototypes.shape))

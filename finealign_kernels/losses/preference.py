@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops._check import check_bool, check_number, check_one_of, check_tensor, fail
+from ..ops._check import check_bool, check_number, check_one_of, check_plain, check_tensor, fail
 from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like
 from ..ops._once import once
 from ..ops.segments import segment_sum
@@ -295,7 +295,10 @@ def check_options(row: Row, beta, shift, scale, average, segment_ids):
 
 
 def number_or_tensor(name: str, value: float | Tensor) -> float | Tensor:
-    return value if isinstance(value, Tensor) else check_number(name, value)
+    if not isinstance(value, Tensor):
+        return check_number(name, value)
+    check_plain(name, value)
+    return value
 
 
 def _check_least(row: Row, shift: float | Tensor) -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..formulas import segments as formula
-from ..ops._check import check_number, check_one_of, check_tensor, fail, number, reads_values
+from ..ops._check import check_number, check_one_of, check_plain, check_tensor, fail, number, reads_values
 from ..ops._layout import Tokens, flatten_like
 from ..ops._once import once
 from ..ops.segments import segment_broadcast, segment_sum
@@ -169,6 +169,7 @@ def one_for_none(total: Tensor) -> Tensor:
 def check_denominator(denominator, name: str = "denominator"):
     """A number > 0, or a tensor with one element (a global count, say; 0 gives a loss of 0), not read on the host."""
     if isinstance(denominator, Tensor):
+        check_plain(name, denominator)
         if denominator.numel() != 1:
             fail(name, "hold one number", f"shape {tuple(denominator.shape)}")
         return denominator.detach().reshape(())

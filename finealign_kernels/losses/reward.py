@@ -16,7 +16,7 @@ from ..formulas import margin as formula
 from ..ops._check import check_flags, check_number, check_one_of, check_tensor, fail, reads_values
 from ..ops._layout import Tokens, TokenTensor
 from ..ops.sequence_loss import batch_loss, missing, sequence_loss
-from .pairs import RankedPairs, pick_scores, plain_pair, score_pairs
+from .pairs import PICKS, RankedPairs, pick_scores, plain_pair, score_pairs
 from .preference import FromScores
 from .reduce import plain_denominator, reduce, weigh
 from .table import Formula, Hyper, _check_formula, hyper_of
@@ -124,6 +124,7 @@ def reward_loss(
     """
     row = _row_of(name)
     hyper = hyper_of(name if isinstance(name, str) else "the row", row.hyper, hyper, reward_loss)
+    check_one_of("pick", pick, PICKS)
     scale, centering = check_number("scale", scale, positive=True), check_number("centering", centering, least=0)
     clamp = clamp if clamp is None else check_number("clamp", clamp, positive=True)
     if not isinstance(pairs, RankedPairs):

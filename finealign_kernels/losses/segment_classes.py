@@ -45,7 +45,7 @@ def segment_class_loss(
     found = token_logprobs(logits, labels, mask=mask, ignore_index=ignore_index, outputs=("is_top1",))
     judged = labels != ignore_index
     if mask is not None:
-        judged = judged & mask
+        judged = judged & (mask != 0)
     losses = -found.logp.reshape(-1)
     flat = judged.reshape(-1)
     loss = reduce(losses, reduction, denominator, flat)

@@ -49,6 +49,8 @@ def preference_strength(differences: Tensor | Iterable[Tensor]) -> Strength:
     """
     if isinstance(differences, Tensor) and differences.dim() != 2:
         fail("differences", "have shape (M, N)", tuple(differences.shape))
+    if not isinstance(differences, (Tensor, Iterable)) or isinstance(differences, str):
+        fail("differences", "be (M, N), or tensors (N,)", f"a {type(differences).__name__}", TypeError)
     count, first, dtype = 0, None, torch.float32
     for d in differences:
         name = f"differences[{count}]"

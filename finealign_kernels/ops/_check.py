@@ -13,6 +13,7 @@ from ._adapter import ADVICE, has_adapter, warn_of_adapter
 LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny  # of the numbers that float32 holds
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FLAGS = (torch.bool, torch.int64, torch.int32, torch.uint8)  # of a mask; integers in it are 0 and 1
+PLAIN = (Tensor, torch.nn.Parameter)
 PACKED = ("quant_state", "SCB")  # what a tensor of bitsandbytes, of 4 or 8 bits, is unpacked by
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
@@ -27,14 +28,30 @@ def fail(name: str, expected: str, got: object, kind: type[Exception] = ValueErr
 def check_tensor(name: str, x: object, *, dtypes=FLOATS, shape=None, like: Tensor | None = None) -> None:
     if not isinstance(x, Tensor):
         fail(name, "be a tensor", _describe(x), TypeError)
+    check_plain(name, x)
     if x.dtype not in dtypes:
         fail(name, f"have dtype {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}", x.dtype, TypeError)
-    if x.layout != torch.strided:
-        fail(name, "be a dense tensor", f"a tensor of layout {x.layout}", TypeError)
     if shape is not None and tuple(x.shape) != tuple(shape):
         fail(name, f"have shape {tuple(shape)}", tuple(x.shape))
     if like is not None and x.device != like.device:
         fail(name, f"be on {like.device}", x.device)
+
+
+def is_plain(x: object) -> bool:
+    return type(x) in PLAIN and x.layout is torch.strided
+
+
+def check_plain(name: str, x: Tensor) -> None:
+    """Refuses tensors whose values are elsewhere or in another form: DTensor, quantized, nested, sparse ones."""
+    if is_plain(x):
+        return
+    if hasattr(x, "placements") and hasattr(x, "full_tensor"):
+        expected = "be a plain tensor: its full_tensor(), or its to_local() where a rank has its own rows"
+        fail(name, expected, f"a {type(x).__name__}", TypeError)
+    if hasattr(type(x), "__tensor_flatten__"):
+        fail(name, "be a plain tensor", f"a {type(x).__name__}", TypeError)
+    if x.layout is not torch.strided:
+        fail(name, "be a dense tensor", f"a tensor of layout {x.layout}", TypeError)
 
 
 def number(value: object) -> int | float | None:
@@ -125,9 +142,9 @@ def check_head(name: str, x: object, empty: bool = False) -> None:
         fail(name, f"be the head's weight (V, D), not its module{hint}", type(x).__name__, TypeError)
     if isinstance(x, Tensor) and any(getattr(x, state, None) is not None for state in PACKED):
         fail(name, "hold the head's values (V, D), not packed ones: dequantize it", f"a packed {_kind(x)}", TypeError)
-    check_tensor(name, x)
     if hasattr(x, "placements") and hasattr(x, "full_tensor"):
         fail(name, "be a whole tensor (gather it: full_tensor(grad_placements=[Partial('avg')]))", "a sharded DTensor")
+    check_tensor(name, x)
     if x.device.type == "meta":
         fail(name, "hold values", "a meta tensor")
     if x.dim() != 2 or (x.numel() == 0 and not (empty and x.shape[1])):

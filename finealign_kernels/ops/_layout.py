@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._check import FLAGS, FLOATS, as_flags, check_tensor, fail, reads_values
+from ._check import FLAGS, FLOATS, as_flags, check_tensor, fail, is_plain, reads_values
 from ._once import refuse_transforms
 
 TokenTensor = Tensor | tuple[Tensor, Tensor]
@@ -101,8 +101,7 @@ def flatten(
 def whole_like(y: TokenTensor, tokens: Tokens, name: str, dtypes=FLOATS) -> Tensor:
     """Another tensor of the same batch, of the same shapes, as tokens.whole is: (N,), or (B, T)."""
     whole = tokens.whole
-    usual = isinstance(y, Tensor) and y.shape == whole.shape and y.dtype in dtypes and y.device == whole.device
-    usual = usual and y.layout == torch.strided
+    usual = is_plain(y) and y.shape == whole.shape and y.dtype in dtypes and y.device == whole.device
     return y if usual and len(tokens.shapes) == 1 else flatten_like(y, tokens, name, dtypes).view(whole.shape)
 
 

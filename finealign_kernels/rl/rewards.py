@@ -145,6 +145,8 @@ def segment_rewards(
     if not isinstance(rewards, Tensor):
         lists["rewards"] = rewards
     for name, value in lists.items():
+        if not isinstance(value, Sequence):
+            fail(name, "be a sequence", f"a {type(value).__name__}", TypeError)
         if isinstance(value, str) or len(value) != tokens.segments:
             found = "a string" if isinstance(value, str) else len(value)
             fail(name, f"hold one entry for each of the {tokens.segments} responses", found)

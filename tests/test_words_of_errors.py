@@ -162,7 +162,7 @@ def test_archs_and_cpu_of_a_build():
 
 def test_the_cpu_that_is_asked_for_exists():
     command = [sys.executable, "-c", "import finealign_kernels"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"FINEALIGN_CPU": "foo"})
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"FINEALIGN_CPU": "foo"}, cwd="/")
     assert done.returncode == 1 and "FINEALIGN_CPU must be one of baseline, avx2, avx512, got 'foo'" in done.stderr
 
 

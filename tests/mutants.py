@@ -72,6 +72,7 @@ MUTANTS = [
     Mutant("the entropy by this call's count beside the step's", "losses/policy.py", "        return denominator\n    if matters", "        return None\n    if matters", POLICY),
     Mutant("sharded tensors taken", "ops/_check.py", 'if hasattr(x, "placements") and hasattr(x, "full_tensor"):\n        expected', "if False:\n        expected", MISTAKES),
     Mutant("sharded tensors taken on the short way", "ops/_layout.py", "usual = is_plain(y)", "usual = isinstance(y, Tensor)", MISTAKES),
+    Mutant("soft targets of a loss of hard ones", "losses/pointwise.py", "        if len(soft):", "        if False:", SILENT),
     Mutant("unequal pairs taken", "ops/_layout.py", "shapes[0][0] != shapes[1][0]", "False", "tests/test_layout.py"),
     # a mask that keeps nothing
     Mutant("a mask that keeps nothing is silent", "ops/_warn.py", "    if many:", "    if False:", SILENT),

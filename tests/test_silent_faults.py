@@ -181,3 +181,16 @@ def test_the_warning_does_not_read_a_gpu(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert fk.adaptive_mask(torch.zeros(4, 5)).kept.item() == 0
+
+
+def test_soft_targets_of_a_loss_of_hard_ones_warn_once(monkeypatch):
+    monkeypatch.setattr("finealign_kernels.ops._warn._given", set())
+    x, soft = log_probs(), torch.tensor([0.8, 1.0, 0.0, 1.0])
+    with pytest.warns(UserWarning, match="target 0.8 counts as a negative"):
+        fk.ulma(x, x, soft)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fk.ulma(x, x, soft)  # once
+        monkeypatch.setattr("finealign_kernels.ops._warn._given", set())
+        fk.pdpo(x, x, soft, kind="soft")
+        fk.kto(x, x, KIND)

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..formulas import margin
 from ..ops._check import FLOATS, check_bool, check_number, check_one_of, check_tensor, fail, reads_values
 from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like
+from ..ops._warn import warn_once, warned
 from ..ops.sequence_loss import batch_loss, sequence_loss
 from .options import few_positions, short_form
 from .preference import (
@@ -115,6 +116,11 @@ def _targets(row: Row, target, tokens: Tokens) -> Tensor:
     if row.label == "soft" and reads_values(target) and not bool(((target >= 0) & (target <= 1)).all()):
         wrong = target[~((target >= 0) & (target <= 1))][0].item()
         fail("target", "lie in [0, 1] for a soft label", wrong)
+    if row.label == "class" and reads_values(target) and not warned("soft targets"):
+        soft = target[(target > 0) & (target < 1)]
+        if len(soft):
+            said = f"target {soft[0].item():g} counts as a negative: this loss takes 1 alone as a positive"
+            warn_once("soft targets", said)
     return target
 
 

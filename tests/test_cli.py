@@ -549,7 +549,10 @@ def test_a_closed_pipe_ends_quietly(long):
     reader, writer = os.pipe()
     os.close(reader)
     run = subprocess.run(
-        [sys.executable, "-c", code + "raise SystemExit(cli.main(['say']))"], stdout=writer, stderr=subprocess.PIPE
+        [sys.executable, "-c", code + "raise SystemExit(cli.main(['say']))"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        cwd="/",  # the installed package, not the checkout
     )
     os.close(writer)
     assert (run.returncode, run.stderr) == (1, b"")

@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 import finealign_kernels as fk
+from finealign_kernels.ops import _warn
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 KIND = torch.tensor([True, False, True, False])
@@ -194,3 +195,52 @@ def test_soft_targets_of_a_loss_of_hard_ones_warn_once(monkeypatch):
         monkeypatch.setattr("finealign_kernels.ops._warn._given", set())
         fk.pdpo(x, x, soft, kind="soft")
         fk.kto(x, x, KIND)
+
+
+# ---- numbers that look like a mistake are warned of, once ----------------------------------------------------------
+
+LOSSES = {
+    "nll_loss": lambda logp, **o: fk.nll_loss(logp, **o),
+    "preference_loss": lambda logp, **o: fk.preference_loss("dpo", logp, torch.zeros_like(logp), **o),
+    "pointwise_loss": lambda logp, **o: fk.pointwise_loss(
+        "kto", logp, torch.zeros_like(logp), target=torch.tensor([1.0, 0, 1, 0]), **o
+    ),
+    "policy_loss": lambda logp, **o: fk.policy_loss("ppo", logp, logp.detach(), torch.ones(4), **o),
+}
+
+
+@pytest.fixture
+def fresh_warnings(monkeypatch):
+    monkeypatch.setattr(_warn, "_given", set())
+    monkeypatch.setattr(_warn, "_looks", {})
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_tokens_that_look_like_a_mistake_are_warned_of_once(name, fresh_warnings):
+    def said(logp, **options):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            LOSSES[name](logp, **options)
+        return [str(w.message) for w in caught]
+
+    good, mask = -torch.rand(4, 5) - 0.1, torch.ones(4, 5, dtype=torch.bool)
+    mask[1:, 3:] = False
+    garbage = torch.where(mask, good, 7.0)
+    weight = torch.where(mask, 1.0, -1.0)
+    assert said(good) == said(garbage, mask=mask) == said(good, mask=mask, token_weight=weight) == []
+    (first,) = said(good + 2)
+    assert first.startswith(f"{name}: logp has") and said(good + 2) == []
+    padded = torch.where(mask, good, 0.0)
+    (second,) = said(padded)
+    assert "3 of 4 rows" in second and said(padded) == [] and said(padded, mask=mask) == []
+    (third,) = said(good, token_weight=torch.full((4, 5), -0.5))
+    assert "token_weight has -0.5" in third
+
+
+def test_tokens_are_looked_at_in_the_first_calls_alone(fresh_warnings):
+    good = -torch.rand(2, 3)
+    for _ in range(_warn.LOOKS):
+        fk.nll_loss(good)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fk.nll_loss(good + 2)  # what is not looked at costs no time

@@ -7,6 +7,7 @@ from torch import Tensor
 from ..formulas import margin
 from ..ops._check import fail
 from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like
+from ..ops._warn import warn_of_tokens
 from ..ops.sequence_loss import batch_loss, missing, sequence_loss
 from .reduce import (
     check_average,
@@ -55,6 +56,7 @@ def nll_loss(
     if reduction == "token" and (average is False and denominator is None or average == "segments"):
         fail("average", "be 'kept' or 'all' with reduction='token', which divides by tokens", repr(average))
     tokens = flatten(logp, mask, cu_seqlens, name="logp")
+    warn_of_tokens("nll_loss", tokens, token_weight)
     if reduction == "token":
         if denominator is None:
             denominator = _token_count(tokens, token_weight if average == "kept" else None)

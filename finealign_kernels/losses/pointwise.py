@@ -8,7 +8,7 @@ from torch import Tensor
 from ..formulas import margin
 from ..ops._check import FLOATS, check_bool, check_number, check_one_of, check_tensor, fail, reads_values
 from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like
-from ..ops._warn import warn_once, warned
+from ..ops._warn import warn_of_tokens, warn_once, warned
 from ..ops.sequence_loss import batch_loss, sequence_loss
 from .options import few_positions, short_form
 from .preference import (
@@ -88,6 +88,7 @@ def pointwise_loss(
     check_reference(name, row, ref_logp)
 
     tokens = flatten(logp, mask, cu_seqlens, name="logp")
+    warn_of_tokens("pointwise_loss", tokens, token_weight)
     target = _targets(row, target, tokens)
     shift, positive = flat_shift(shift, tokens.segments, tokens), target == 1
     options = dict(token_weight=token_weight, average=average, beta=beta, shift=shift, **hyper)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..formulas import divergence, surrogate
 from ..ops._check import check_bool, check_number, check_one_of, fail
 from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like, unflatten
+from ..ops._warn import warn_of_tokens
 from ..ops.policy_loss import Reduction, missing
 from ..ops.policy_loss import policy_loss as fused_policy_loss
 from ..ops.segments import segment_broadcast, segment_mean, segment_sum
@@ -255,6 +256,7 @@ def policy_loss(
         entropy_denominator = _entropy_count(reduction, *given, entropy_coef != 0)
 
     tokens = flatten(logp, mask, cu_seqlens, name="logp")
+    warn_of_tokens("policy_loss", tokens, token_weight)
     if row.whole:
         _check_whole(name, row, tokens, advantages, token_weight, reduction)
     terms = _Terms(

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..ops._check import check_bool, check_number, check_one_of, check_plain, check_tensor, fail
 from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like
 from ..ops._once import once
+from ..ops._warn import warn_of_tokens
 from ..ops.segments import segment_sum
 from ..ops.sequence_loss import batch_loss, over_count, sequence_loss
 from .options import few_positions, short_form
@@ -206,6 +207,7 @@ def preference_loss(
         fail("drop_empty", f"be False for {describe(name)}, which matches pairs across the batch", drop_empty)
 
     tokens = flatten(logp, mask, cu_seqlens, name="logp")
+    warn_of_tokens("preference_loss", tokens, token_weight)
     if tokens.segments % 2:
         fail("logp", "hold an even number of sequences, chosen and rejected", tokens.segments)
     if nll_weight:  # two gradients meet at the tokens: they are added before one of them is rounded to a half

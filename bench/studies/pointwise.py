@@ -78,8 +78,13 @@ STUDY = Study(
         Effect("score", "ulma", "pdpo", +1),
         Effect("score", "ulma", "dpo on pairs", +1),
         Effect("score", "pdpo_soft", "pdpo", +1),
+        Effect("best score", "ulma", "sft on positives", +1),
+        Effect("best score", "ulma", "pdpo", +1),
+        Effect("best score", "ulma", "dpo on pairs", +1),
+        Effect("best score", "pdpo_soft", "ulma", +1),
     ),
     ("kl", "score"),
-    "Scale: a model of 60 thousand parameters, one rate of learning and one β for all arms, labels by a known rule. A "
-    "person's labels are noisier; which loss is best there is left open.",
+    "`best score` is the best of a run, `score` its last. Scale: a model of 60 thousand parameters, one rate of "
+    "learning and one β for all arms, labels by a known rule. "
+    "People label with more noise: which loss is best there is open.",
 )

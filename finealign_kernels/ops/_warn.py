@@ -69,7 +69,7 @@ def warn_of_tokens(name: str, tokens, token_weight) -> None:
     parts = (
         token_weight if type(token_weight) in (tuple, list) else (getattr(token_weight, "token_weight", token_weight),)
     )
-    if all(isinstance(part, Tensor) for part in parts):
+    if parts and all(type(part) is Tensor and part.layout == torch.strided for part in parts):
         weight = torch.cat([part.detach().reshape(-1) for part in parts])
         if weight.shape != logp.shape:
             return  # the loss says so

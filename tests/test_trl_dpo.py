@@ -326,6 +326,7 @@ def of_two_ranks(rank, folder, port):
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
     where = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    where["OMP_NUM_THREADS"] = 1  # else accelerate asks for more threads, and those of a fork never start
     os.environ.update({key: str(value) for key, value in where.items()})
     config = dict(max_steps=3, per_device_train_batch_size=2)
     found = {}

@@ -18,6 +18,15 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
+@pytest.fixture
+def one_thread():
+    """Torch with one thread: sums have one order, and a fork may train."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def usable():
     """usable(name, device, dtype): the row backend's name, or a skip with the reason why it cannot run."""

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 import finealign_kernels as fk
-from finealign_kernels.ops import _warn
+from finealign_kernels.ops import _layout, _warn
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 KIND = torch.tensor([True, False, True, False])
@@ -212,7 +212,7 @@ LOSSES = {
 @pytest.fixture
 def fresh_warnings(monkeypatch):
     monkeypatch.setattr(_warn, "_given", set())
-    monkeypatch.setattr(_warn, "_looks", {})
+    monkeypatch.setattr(_layout, "_looks", {})
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -237,9 +237,23 @@ def test_tokens_that_look_like_a_mistake_are_warned_of_once(name, fresh_warnings
     assert "token_weight has -0.5" in third
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_weight_that_is_not_valid_is_left_to_the_refusal(name, fresh_warnings):
+    good = -torch.rand(4, 5)
+    for wrong in (
+        torch.ones(4, 5, device="meta"),
+        torch.ones(4, 5, dtype=torch.complex64),
+        torch.ones(4, 5).to_sparse(),
+    ):
+        with pytest.raises((TypeError, ValueError), match="^token_weight must"):
+            LOSSES[name](good, token_weight=wrong)
+    with pytest.warns(UserWarning, match="token_weight has -1"):
+        LOSSES[name](good, token_weight=torch.nn.Parameter(-torch.ones(4, 5)))
+
+
 def test_tokens_are_looked_at_in_the_first_calls_alone(fresh_warnings):
     good = -torch.rand(2, 3)
-    for _ in range(_warn.LOOKS):
+    for _ in range(_layout.LOOKS):
         fk.nll_loss(good)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -17,12 +17,7 @@ from finealign_kernels.integrations.transformers import model_logprobs
 BOUND = 1e-5  # relative, of an update
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_counts_of_a_worked_example():

@@ -39,11 +39,8 @@ STEPS = 5
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def stock_again_afterwards(one_thread):
     yield
-    torch.set_num_threads(before)
     assert utils._ChunkedLogProbFunction is Stock
 
 

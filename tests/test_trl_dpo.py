@@ -28,12 +28,7 @@ BOUND = 1e-5  # relative, of loss and gradient norm at every step
 STEPS = 5
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 TEMPLATE = (

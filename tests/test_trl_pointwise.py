@@ -15,13 +15,7 @@ from trl import KTOConfig, KTOTrainer  # noqa: E402
 
 from finealign_kernels.integrations.trl import PointwiseTrainer  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

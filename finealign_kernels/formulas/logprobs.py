@@ -201,6 +201,13 @@ class Coef(NamedTuple):
         return torch.stack(self[:3]).ne(0).any(0)
 
 
+def coefficients(dlogp, dlse, dentropy, logp, entropy, m, l, label_slope) -> Coef:
+    """Coef of upstream gradients (n,), None for one that is 0 everywhere, and of a row's state."""
+    zero = torch.zeros_like(m)
+    grads = (zero if d is None else d.to(m.dtype) for d in (dlogp, dlse, dentropy))
+    return Coef(*grads, m, l, entropy, logp, label_slope)
+
+
 def tile_gradient(
     src: Tensor, e_max: Tensor | None, bias: Tensor | None, target: Tensor, coef: Coef, col0: int, head: Head
 ) -> Tensor:

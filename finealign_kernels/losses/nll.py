@@ -6,8 +6,7 @@ from torch import Tensor
 
 from ..formulas import margin
 from ..ops._check import fail
-from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like
-from ..ops._warn import warn_of_tokens
+from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like, warn_of_tokens
 from ..ops.sequence_loss import batch_loss, missing, sequence_loss
 from .reduce import (
     check_average,

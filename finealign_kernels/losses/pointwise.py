@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..formulas import margin
 from ..ops._check import FLOATS, check_bool, check_number, check_one_of, check_tensor, fail, reads_values
-from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like
-from ..ops._warn import warn_of_tokens, warn_once, warned
+from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like, warn_of_tokens
+from ..ops._warn import warn_once, warned
 from ..ops.sequence_loss import batch_loss, sequence_loss
 from .options import few_positions, short_form
 from .preference import (

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ..formulas import divergence, surrogate
 from ..ops._check import check_bool, check_number, check_one_of, fail
-from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like, unflatten
-from ..ops._warn import warn_of_tokens
+from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like, unflatten, warn_of_tokens
 from ..ops.policy_loss import Reduction, missing
 from ..ops.policy_loss import policy_loss as fused_policy_loss
 from ..ops.segments import segment_broadcast, segment_mean, segment_sum

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from ..ops._check import check_bool, check_number, check_one_of, check_plain, check_tensor, fail
-from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like
+from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like, warn_of_tokens
 from ..ops._once import once
-from ..ops._warn import warn_of_tokens
 from ..ops.segments import segment_sum
 from ..ops.sequence_loss import batch_loss, over_count, sequence_loss
 from .options import few_positions, short_form

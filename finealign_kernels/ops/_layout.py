@@ -6,10 +6,14 @@ from torch import Tensor
 from . import _native
 from ._check import FLAGS, FLOATS, as_flags, check_tensor, fail, is_plain, reads_values
 from ._once import refuse_transforms
+from ._warn import warn_once
 
 TokenTensor = Tensor | tuple[Tensor, Tensor]
 INTEGERS = (torch.int32, torch.int64)
 MANY = 4096  # bounds from which on the native check is the faster one
+LOOKS = 64  # calls of each loss that look for mistakes in the values of its tokens; later calls save that time
+
+_looks: dict[str, int] = {}  # calls of each loss so far
 
 
 class Tokens:
@@ -96,6 +100,39 @@ def flatten(
     if mask is not None:
         tokens.whole_mask = as_flags("mask", whole_like(mask, tokens, "mask", FLAGS))
     return tokens
+
+
+def warn_of_tokens(name: str, tokens: Tokens, token_weight: TokenTensor | None) -> None:
+    """Warns once if the values of a loss's tokens look like a mistake; the first LOOKS calls of the loss `name` check.
+
+    It warns of log-probs above 0, of rows that end in zeros without a mask, and of negative weights. tokens holds logp;
+    token_weight is what the caller gave. A token_weight that is not valid is left to the loss, which refuses it.
+    """
+    if _looks.get(name, 0) >= LOOKS or not reads_values(tokens.whole) or not tokens.whole.numel():
+        return
+    _looks[name] = _looks.get(name, 0) + 1
+    logp, mask = tokens.x.detach(), tokens.mask
+    top = float((logp if mask is None else torch.where(mask, logp, -1)).max())
+    if top > 0.01:
+        said = f"{name}: logp has {top:.3g}; the logarithm of a probability is at most 0. Are these logits or rewards?"
+        warn_once(f"{name} logp", said)
+    if mask is None and tokens.ends is None and tokens.whole.shape[1] > 1:
+        padded = int((tokens.whole.detach()[:, -2:] == 0).all(1).sum())
+        if padded:
+            rows = len(tokens.whole)
+            said = f"{name}: {padded} of {rows} rows of logp end in zeros and there is no mask: are they padding?"
+            warn_once(f"{name} mask", said)
+    if token_weight is None:
+        return
+    parts = _parts("token_weight", token_weight)
+    if any(not is_plain(part) or part.dtype not in FLOATS or part.device != logp.device for part in parts):
+        return
+    weight = _cat([part.detach().reshape(-1) for part in parts])
+    if weight.shape == logp.shape:
+        lowest = float((weight if mask is None else torch.where(mask, weight, 0)).min())
+        if lowest < 0:
+            said = f"{name}: token_weight has {lowest:.3g}; a negative weight reverses the loss of its token"
+            warn_once(f"{name} token_weight", said)
 
 
 def whole_like(y: TokenTensor, tokens: Tokens, name: str, dtypes=FLOATS) -> Tensor:

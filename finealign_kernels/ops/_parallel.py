@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..formulas import logprobs as formula
-from ..formulas.logprobs import Coef
 from . import _choose, _chunked
 from ._check import fail, note_errors
 from ._once import once
@@ -243,11 +242,6 @@ def _without_lost(target: Tensor, lost: Tensor, owners: Tensor, shard: Shard) ->
     return target
 
 
-def coefficients(dlogp, dlse, dentropy, logp, entropy, m, l, label_slope) -> Coef:
-    grads = (torch.zeros_like(m) if d is None else d.to(m.dtype) for d in (dlogp, dlse, dentropy))
-    return Coef(*grads, m, l, entropy, logp, label_slope)
-
-
 # ---- the head ------------------------------------------------------------------------------------------------------
 
 
@@ -298,7 +292,7 @@ class _Linear(torch.autograd.Function):
         needs = tuple(ctx.needs_input_grad[:3])
         with torch.no_grad():
             x = all_gather(hidden, shard.group).flatten(0, 1) if shard.gathers else hidden
-            coef, summing = coefficients(dlogp, dlse, dentropy, *state), Summing(shard)
+            coef, summing = formula.coefficients(dlogp, dlse, dentropy, *state), Summing(shard)
             if shard.columns:
                 bwd, curved = _choose.layer(rows).bwd, dentropy is not None
                 grads = bwd(coef, curved, x, weight, bias, local, e, e_max, head, needs, on_device, rows, shard=summing)
@@ -351,7 +345,7 @@ class _Token(torch.autograd.Function):
             if ctx.columns:
                 source = None if ctx.inplace else logits[:, : ctx.columns]
                 out = grad[:, : ctx.columns]
-                coef = coefficients(dlogp, dlse, dentropy, *state)
+                coef = formula.coefficients(dlogp, dlse, dentropy, *state)
                 ctx.gradient(out, source, coef, local, *ctx.options)
             grad[:, ctx.columns :] = 0
             ctx.spent = ctx.inplace

@@ -356,12 +356,6 @@ def _(hidden, weight, bias, target, scale, softcap, inv_temperature, want, works
     return [*stats[:5], top1, *stats[5:], e, e_max]
 
 
-def _coef(dlogp, dlse, dentropy, logp, entropy, m, l, label_slope) -> Coef:
-    zero = torch.zeros_like(m)
-    grads = (zero if d is None else d.to(m.dtype) for d in (dlogp, dlse, dentropy))
-    return Coef(*grads, m, l, entropy, logp, label_slope)
-
-
 @torch.library.custom_op("finealign::linear_logprobs_bwd", mutates_args=())
 def _linear_bwd(
     dlogp: Tensor | None,
@@ -387,7 +381,7 @@ def _linear_bwd(
     need_weight: bool,
     need_bias: bool,
 ) -> list[Tensor]:
-    coef = _coef(dlogp, dlse, dentropy, logp, entropy, m, l, label_slope)
+    coef = formula.coefficients(dlogp, dlse, dentropy, logp, entropy, m, l, label_slope)
     needs = (need_hidden, need_weight, need_bias)
     head = Head(scale, softcap, inv_temperature)
     curved = dentropy is not None
@@ -466,7 +460,7 @@ def _token_bwd(
     rows: str,
 ) -> None:
     """The gradient of the logits into out; logits None: over the logits themselves."""
-    coef = _coef(dlogp, dlse, dentropy, logp, entropy, m, l, label_slope)
+    coef = formula.coefficients(dlogp, dlse, dentropy, logp, entropy, m, l, label_slope)
     _token_gradient(out, logits, coef, target, Head(scale, softcap, inv_temperature), rows)
 
 

@@ -124,14 +124,14 @@ size=("${first[@]}")
 step sweep_forward 90 python3 bench/sweep.py --kernel head_fwd_tma --dtype bfloat16 "${size[@]}" "${launches[@]}" \
   --json "$STATE/sweep_forward.json"
 
-tests gpu 120 tests/test_gpu.py "${marked[@]}" \
+tests gpu 120 tests/kernels/test_gpu.py "${marked[@]}" \
   -k "nothing_waits or graph_replays or queued_on or agrees or bits_repeat"
-tests head 90 tests/test_linear_logprobs_triton.py -k "shipped_tiles or agrees_with_float64 or within_eagers"
-tests rows 60 tests/test_row_logprobs_triton.py
-step tests_large 90 python3 -m pytest -q tests/test_gpu.py "${marked[@]}" -k past_two # one at a time: 60 GiB
+tests head 90 tests/kernels/test_linear_logprobs_triton.py -k "shipped_tiles or agrees_with_float64 or within_eagers"
+tests rows 60 tests/kernels/test_row_logprobs_triton.py
+step tests_large 90 python3 -m pytest -q tests/kernels/test_gpu.py "${marked[@]}" -k past_two # one at a time: 60 GiB
 if [ "$DEVICE" = cuda ] && command -v compute-sanitizer >/dev/null; then
   # an allocation each: inside of a cached block nothing is out of bounds
   step sanitizer 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 python3 -m pytest -q \
-    tests/test_gpu.py -k "sanitizer and cuda and (segment or gae or dpo or grpo or linear_logprobs)"
+    tests/kernels/test_gpu.py -k "sanitizer and cuda and (segment or gae or dpo or grpo or linear_logprobs)"
 fi
 exit "$open"

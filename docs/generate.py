@@ -1,6 +1,6 @@
 """`python docs/generate.py` writes the tables of the documentation and the picture from the code and bench/results.
 
-A table stands between <!-- name --> and <!-- /name --> on its page; tests/test_readme.py compares it with this one.
+A table stands between <!-- name --> and <!-- /name --> on its page; tests/house/test_readme.py compares it with this.
 """
 
 import json

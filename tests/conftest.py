@@ -10,7 +10,9 @@ import torch
 
 from finealign_kernels.ops import _choose
 
-sys.path.append(str(Path(__file__).parent))  # oracles, worked_examples
+HERE = Path(__file__).parent
+sys.path.append(str(HERE))  # oracles, ranks, worked_examples
+sys.path.extend(str(folder) for folder in HERE.iterdir() if folder.is_dir())  # what test files take from each other
 
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     runpy.run_path(str(Path(__file__).with_name("triton_interpreter.py")))["install"]()

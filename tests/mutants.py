@@ -14,35 +14,39 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-LOGPROBS, LOSSES, SEGMENTS = "tests/test_logprobs.py", "tests/test_losses.py", "tests/test_segments.py"
-LAUNCH, GPU = "tests/test_triton_launch.py", "tests/test_gpu.py"
-LAUNCHES = "tests/test_launches.py"
-TRITON, FEEDBACK = "tests/test_row_logprobs_triton.py", "tests/test_feedback.py"
-REWARDS, GROUPS, PIVOTS = "tests/test_rewards.py", "tests/test_groups.py", "tests/test_pivots.py"
+LOGPROBS, LOSSES, SEGMENTS = "tests/ops/test_logprobs.py", "tests/losses/test_losses.py", "tests/ops/test_segments.py"
+LAUNCH, GPU = "tests/kernels/test_triton_launch.py", "tests/kernels/test_gpu.py"
+LAUNCHES = "tests/kernels/test_launches.py"
+TRITON, FEEDBACK = "tests/kernels/test_row_logprobs_triton.py", "tests/feedback/test_feedback.py"
+REWARDS, GROUPS, PIVOTS = "tests/rl/test_rewards.py", "tests/rl/test_groups.py", "tests/losses/test_pivots.py"
 CUTS, POINTWISE, TABLE = (
-    "tests/test_feedback_segments.py",
-    "tests/test_losses_pointwise.py",
-    "tests/test_losses_table.py",
+    "tests/feedback/test_feedback_segments.py",
+    "tests/losses/test_losses_pointwise.py",
+    "tests/losses/test_losses_table.py",
 )
 TRL, SEQUENCE, POLICY, VALUE = (
-    "tests/test_trl.py",
-    "tests/test_sequence_loss.py",
-    "tests/test_policy.py",
-    "tests/test_value.py",
+    "tests/integrations/test_trl.py",
+    "tests/ops/test_sequence_loss.py",
+    "tests/losses/test_policy.py",
+    "tests/losses/test_value.py",
 )
-REWARD, STRENGTH, CONTRASTIVE = "tests/test_reward.py", "tests/test_strength.py", "tests/test_contrastive.py"
-METARM, SEGMENT_REWARDS = "tests/test_metarm.py", "tests/test_segment_rewards.py"
-TRL_REWARD = "tests/test_trl_reward.py"
-TRL_DPO, STEPS = "tests/test_trl_dpo.py", "tests/test_steps.py"
-ADAPTERS = "tests/test_rl_adapters.py"
-TRL_POINTWISE, TRL_GRPO = "tests/test_trl_pointwise.py", "tests/test_trl_grpo.py"
-FUSED_POLICY = "tests/test_policy_loss.py"
-SILENT = "tests/test_silent_faults.py"
-MISTAKES = "tests/test_ordinary_mistakes.py"
-DIVERGENCE, RETURNS, SCAN = "tests/test_divergence.py", "tests/test_returns.py", "tests/test_scan.py"
-ADVANTAGES, HEAD = "tests/test_advantages.py", "tests/test_linear_logprobs_triton.py"
-HOUSE = "tests/test_house.py"
-PARALLEL = "tests/test_parallel.py"
+REWARD, STRENGTH, CONTRASTIVE = (
+    "tests/losses/test_reward.py",
+    "tests/losses/test_strength.py",
+    "tests/losses/test_contrastive.py",
+)
+METARM, SEGMENT_REWARDS = "tests/losses/test_metarm.py", "tests/integrations/test_segment_rewards.py"
+TRL_REWARD = "tests/integrations/test_trl_reward.py"
+TRL_DPO, STEPS = "tests/integrations/test_trl_dpo.py", "tests/integrations/test_steps.py"
+ADAPTERS = "tests/integrations/test_rl_adapters.py"
+TRL_POINTWISE, TRL_GRPO = "tests/integrations/test_trl_pointwise.py", "tests/integrations/test_trl_grpo.py"
+FUSED_POLICY = "tests/ops/test_policy_loss.py"
+SILENT = "tests/mistakes/test_silent_faults.py"
+MISTAKES = "tests/mistakes/test_ordinary_mistakes.py"
+DIVERGENCE, RETURNS, SCAN = "tests/losses/test_divergence.py", "tests/rl/test_returns.py", "tests/ops/test_scan.py"
+ADVANTAGES, HEAD = "tests/rl/test_advantages.py", "tests/kernels/test_linear_logprobs_triton.py"
+HOUSE = "tests/house/test_house.py"
+PARALLEL = "tests/ops/test_parallel.py"
 FORMULA, CHUNKED, OP = "formulas/logprobs.py", "ops/_chunked.py", "ops/logprobs.py"
 ROWS, PREFERENCE, REDUCE = "csrc/cpu/row_kernels.h", "losses/preference.py", "losses/reduce.py"
 
@@ -73,28 +77,28 @@ MUTANTS = [
     Mutant("sharded tensors taken", "ops/_check.py", 'if hasattr(x, "placements") and hasattr(x, "full_tensor"):\n        expected', "if False:\n        expected", MISTAKES),
     Mutant("sharded tensors taken on the short way", "ops/_layout.py", "usual = is_plain(y)", "usual = isinstance(y, Tensor)", MISTAKES),
     Mutant("soft targets of a loss of hard ones", "losses/pointwise.py", "        if len(soft):", "        if False:", SILENT),
-    Mutant("unequal pairs taken", "ops/_layout.py", "shapes[0][0] != shapes[1][0]", "False", "tests/test_layout.py"),
+    Mutant("unequal pairs taken", "ops/_layout.py", "shapes[0][0] != shapes[1][0]", "False", "tests/ops/test_layout.py"),
     # a mask that keeps nothing
     Mutant("a mask that keeps nothing is silent", "ops/_warn.py", "    if many:", "    if False:", SILENT),
     Mutant("the kept fraction of all columns", "losses/pivots.py", "else tokens.mask.sum().clamp(min=1)", "else weight.numel()", SILENT),
     # a head with an adapter
-    Mutant("the base weight of a head with an adapter is silent", "ops/_adapter.py", "_is_active(wrapper):\n        warn", "False:\n        warn", "tests/test_adapter.py"),
-    Mutant("an adapter that is off is warned of", "ops/_adapter.py", 'not getattr(wrapper, "disable_adapters", False) and', "", "tests/test_adapter.py"),
+    Mutant("the base weight of a head with an adapter is silent", "ops/_adapter.py", "_is_active(wrapper):\n        warn", "False:\n        warn", "tests/ops/test_adapter.py"),
+    Mutant("an adapter that is off is warned of", "ops/_adapter.py", 'not getattr(wrapper, "disable_adapters", False) and', "", "tests/ops/test_adapter.py"),
     # words of errors
-    Mutant("a keyword that does not exist lists none", "losses/table.py", "if known else", "if False else", "tests/test_words_of_errors.py"),
-    Mutant("a mask handed over whole is a pair", "ops/_layout.py", "if name in x._fields:", "if False:", "tests/test_words_of_errors.py"),
-    Mutant("any value of FINEALIGN_CPU", "ops/_native.py", "not in (None, \"\", *CPU)", "is ...", "tests/test_words_of_errors.py"),
+    Mutant("a keyword that does not exist lists none", "losses/table.py", "if known else", "if False else", "tests/mistakes/test_words_of_errors.py"),
+    Mutant("a mask handed over whole is a pair", "ops/_layout.py", "if name in x._fields:", "if False:", "tests/mistakes/test_words_of_errors.py"),
+    Mutant("any value of FINEALIGN_CPU", "ops/_native.py", "not in (None, \"\", *CPU)", "is ...", "tests/mistakes/test_words_of_errors.py"),
     # tensors as they come
-    Mutant("a bias of other strides", "ops/logprobs.py", "(_chunked.wide(hidden.dtype)).contiguous()", "(_chunked.wide(hidden.dtype))", "tests/test_strange_tensors.py"),
+    Mutant("a bias of other strides", "ops/logprobs.py", "(_chunked.wide(hidden.dtype)).contiguous()", "(_chunked.wide(hidden.dtype))", "tests/mistakes/test_strange_tensors.py"),
     # ends of segments
     Mutant("indices into the response for columns", "rl/rewards.py", "if tokens.mask[place].all():", "if True:", REWARDS),
     Mutant("a response without tokens refuses its ends", "rl/rewards.py", "& (kept[stop] > kept[first])", "", REWARDS),
     Mutant("a maker that leaves indices", "rl/rewards.py", "[columns[i] if columns else 0 for i in found]", "found", REWARDS),
     # the demo
-    Mutant("the comparison trains with the weights, too", "demo/effect.py", "[_unweighted(batch) for batch in batches]", "batches", "tests/test_cli.py"),
-    Mutant("blue for less", "report/style.py", "--less: 214 74 60; --more: 47 118 200;", "--less: 47 118 200; --more: 214 74 60;", "tests/test_report.py"),
-    Mutant("noise of a head gradient divided by noise", "demo/heads.py", "of.dweight * NOISE / LIMIT", "0.0", "tests/test_cli.py"),
-    Mutant("a head gradient is held against everything", "demo/heads.py", "of.dweight * NOISE / LIMIT", "1e3 * of.dweight", "tests/test_cli.py"),
+    Mutant("the comparison trains with the weights, too", "demo/effect.py", "[_unweighted(batch) for batch in batches]", "batches", "tests/demo/test_cli.py"),
+    Mutant("blue for less", "report/style.py", "--less: 214 74 60; --more: 47 118 200;", "--less: 47 118 200; --more: 214 74 60;", "tests/demo/test_report.py"),
+    Mutant("noise of a head gradient divided by noise", "demo/heads.py", "of.dweight * NOISE / LIMIT", "0.0", "tests/demo/test_cli.py"),
+    Mutant("a head gradient is held against everything", "demo/heads.py", "of.dweight * NOISE / LIMIT", "1e3 * of.dweight", "tests/demo/test_cli.py"),
     # the mathematics of a row
     Mutant("sign of the label's gradient", FORMULA, "-g * torch.expm1(logp)", "g * torch.expm1(logp)", LOGPROBS),
     Mutant("label's gradient from p", FORMULA, "-g * torch.expm1(logp)", "g * (1 - logp.exp())", LOGPROBS),
@@ -148,18 +152,18 @@ MUTANTS = [
     Mutant("ranks: a label that two ranks hold counts twice", "ops/_parallel.py", "lost = (target >= 0) & (owners != 1)", "lost = (target >= 0) & (owners < 1)", PARALLEL),
     Mutant("ranks: the shard's dX overwritten by rows of another", "ops/_parallel.py", "reduce(self.out, dx, group=group, async_op=True)", "reduce(self.out, dx.roll(1, 0), group=group, async_op=True)", PARALLEL),
     Mutant("ranks: dX waits for dW", CHUNKED, "shard if last else None", "None", PARALLEL),
-    Mutant("ranks: each count of its own", "ops/ranks.py", "    dist.all_reduce(flat, group=group)", "    pass", "tests/test_over_ranks.py"),
-    Mutant("ranks: rows of the first rank for all", "ops/ranks.py", "first = sum(sizes[: dist.get_rank(group)])", "first = 0", "tests/test_over_ranks.py"),
-    Mutant("Megatron: dX of sequence parallelism summed twice", "integrations/megatron.py", '"reduce_scatter" if output_layer.sequence_parallel else "all_reduce"', '"all_reduce" if output_layer.sequence_parallel else "none"', "tests/test_megatron.py"),
-    Mutant("Megatron: labels not turned", "integrations/megatron.py", "labels.t().contiguous()", "labels.reshape(labels.shape[::-1])", "tests/test_megatron.py"),
-    Mutant("FSDP2: the head's gradient of this rank alone", "ops/_parallel.py", 'return x.full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)', "return x.full_tensor()", "tests/test_sharded_heads.py"),
+    Mutant("ranks: each count of its own", "ops/ranks.py", "    dist.all_reduce(flat, group=group)", "    pass", "tests/ops/test_over_ranks.py"),
+    Mutant("ranks: rows of the first rank for all", "ops/ranks.py", "first = sum(sizes[: dist.get_rank(group)])", "first = 0", "tests/ops/test_over_ranks.py"),
+    Mutant("Megatron: dX of sequence parallelism summed twice", "integrations/megatron.py", '"reduce_scatter" if output_layer.sequence_parallel else "all_reduce"', '"all_reduce" if output_layer.sequence_parallel else "none"', "tests/integrations/test_megatron.py"),
+    Mutant("Megatron: labels not turned", "integrations/megatron.py", "labels.t().contiguous()", "labels.reshape(labels.shape[::-1])", "tests/integrations/test_megatron.py"),
+    Mutant("FSDP2: the head's gradient of this rank alone", "ops/_parallel.py", 'return x.full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)', "return x.full_tensor()", "tests/ops/test_sharded_heads.py"),
     Mutant("FSDP2: TRL gathers its head itself", "integrations/trl.py", "        utils.DTensor = Elsewhere\n", "", TRL),
-    Mutant("DTensor heads begin at even places", "ops/_parallel.py", "start = min(dist.get_rank(group) * step, vocab)", "start = dist.get_rank(group) * (vocab // dist.get_world_size(group))", "tests/test_sharded_heads.py"),
-    Mutant("temperatures of other rows in backward", CHUNKED, "head = head.rows(rows.index)", "head = head.rows(None if rows.index is None else rows.index.flip(0))", "tests/test_temperatures.py"),
-    Mutant("the first temperature for all rows", FORMULA, "return t[:, None] if isinstance(t, Tensor) else t", "return t[:1, None] if isinstance(t, Tensor) else t", "tests/test_temperatures.py"),
+    Mutant("DTensor heads begin at even places", "ops/_parallel.py", "start = min(dist.get_rank(group) * step, vocab)", "start = dist.get_rank(group) * (vocab // dist.get_world_size(group))", "tests/ops/test_sharded_heads.py"),
+    Mutant("temperatures of other rows in backward", CHUNKED, "head = head.rows(rows.index)", "head = head.rows(None if rows.index is None else rows.index.flip(0))", "tests/ops/test_temperatures.py"),
+    Mutant("the first temperature for all rows", FORMULA, "return t[:, None] if isinstance(t, Tensor) else t", "return t[:1, None] if isinstance(t, Tensor) else t", "tests/ops/test_temperatures.py"),
     # two copies of the package in a process
-    Mutant("a second copy registers its ops too", "ops/_native.py", 'if _spec is not None and hasattr(torch.ops.finealign, "_cpu_state"):', "if False:", "tests/test_two_copies.py"),
-    Mutant("ops of another build are taken", "ops/_native.py", "filecmp.cmp(loaded, file, shallow=False)", "True", "tests/test_two_copies.py"),
+    Mutant("a second copy registers its ops too", "ops/_native.py", 'if _spec is not None and hasattr(torch.ops.finealign, "_cpu_state"):', "if False:", "tests/house/test_two_copies.py"),
+    Mutant("ops of another build are taken", "ops/_native.py", "filecmp.cmp(loaded, file, shallow=False)", "True", "tests/house/test_two_copies.py"),
     # the native row kernels
     Mutant("C++: sum includes the maximum", ROWS, "from = side ? first + 1 : 0", "from = side ? first : 0", LOGPROBS),
     Mutant("C++: maximum starts at 0", ROWS, "float m = -kInf;\n  *max_block", "float m = 0;\n  *max_block", LOGPROBS),
@@ -275,7 +279,7 @@ MUTANTS = [
     Mutant("C++: the rest of a segment lost", "csrc/cpu/segments.cpp", "total += chunk_sum(x + token, segments.mask ? segments.mask + token : nullptr, stop - token);", "", SEGMENTS),
     Mutant("C++: last token before the last", "csrc/cpu/segments.cpp", "int64_t i = stop - 1;", "int64_t i = stop - 2;", SEGMENTS),
     Mutant("U+FFFD of the text for a part of a character", "feedback/spans.py", " and not spelled(first, t + 1)", "", CUTS),
-    Mutant("a closed pipe is told by a traceback", "cli.py", "except BrokenPipeError:", "except ZeroDivisionError:", "tests/test_cli.py"),
+    Mutant("a closed pipe is told by a traceback", "cli.py", "except BrokenPipeError:", "except ZeroDivisionError:", "tests/demo/test_cli.py"),
     Mutant("a fault raised as much as praise", "feedback/spans.py", "((faults, -side), (praise, side))", "((faults, side), (praise, side))", FEEDBACK),
     Mutant("UTF-16 offsets taken as code points", "feedback/records.py", "units[: 2 * offset]", "units[: 4 * offset]", FEEDBACK),
     Mutant("a span's own text not compared", "feedback/records.py", "span.text == covered", "True", FEEDBACK),

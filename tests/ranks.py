@@ -7,10 +7,12 @@ import sys
 import torch
 
 
-def run(module: str, function: str, folder, ranks: int = 2) -> list:
-    """What `module.function(rank)` returns in each of the processes, in which torch.distributed is set up."""
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import ranks; ranks.enter(*sys.argv[2:])"
-    arguments = [sys.executable, "-c", code, os.path.dirname(__file__), module, function, str(folder), str(ranks)]
+def run(file: str, function: str, folder, ranks: int = 2) -> list:
+    """What `function(rank)` of the test file returns in each of the processes, in which torch.distributed is set up."""
+    code = "import sys; sys.path[:0] = sys.argv[1:3]; import ranks; ranks.enter(*sys.argv[3:])"
+    where, name = os.path.split(file)
+    arguments = [sys.executable, "-c", code, os.path.dirname(__file__), where]
+    arguments += [os.path.splitext(name)[0], function, str(folder), str(ranks)]
     options = dict(stderr=subprocess.PIPE, cwd=folder)  # not the checkout: an installed package would go untested
     started = [subprocess.Popen([*arguments, str(rank)], **options) for rank in range(ranks)]
     try:

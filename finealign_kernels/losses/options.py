@@ -1,7 +1,7 @@
 """Keyword arguments that the short forms (`dpo`, `kto`, ...) pass on to `preference_loss` and `pointwise_loss`.
 
 The typed dictionaries are for editors and type checkers, `short_form` is for `help` and `inspect.signature`. Adding an
-argument to a long form means adding its line here, too; `tests/test_house.py` compares the two.
+argument to a long form means adding its line here, too; `tests/house/test_house.py` compares the two.
 """
 
 import functools

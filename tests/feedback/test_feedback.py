@@ -11,7 +11,7 @@ import pytest
 import finealign_kernels.feedback as fb
 from finealign_kernels.feedback import Example, Preference, Response, Span, files, records
 
-QA_FEEDBACK = Path(__file__).resolve().parents[1] / "../shared/data/qa_feedback/dev_feedback.json"
+QA_FEEDBACK = Path(__file__).resolve().parents[2] / "../shared/data/qa_feedback/dev_feedback.json"
 
 # ---------------------------------------------------------------------------------------------------- records, files
 

@@ -15,7 +15,7 @@ import torch
 
 from finealign_kernels.testing import measure
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import cases  # noqa: E402
 import rivals  # noqa: E402
 import run  # noqa: E402
@@ -258,7 +258,7 @@ def test_trl_is_raced_where_datasets_is_missing():
     code += "sys.exit(run.main(sys.argv[1:]))"
     argv = ["head", "--size", "small", "--no-memory", "--rounds", "1", "--case", "dense", "--dtype", "float32"]
     command = [sys.executable, "-c", code, *argv, "--rival", "trl"]
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^trl +[\d.]+ ", done.stdout, re.M), done.stdout
@@ -567,7 +567,7 @@ def session(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "python3").write_text(STUB.replace("REAL", sys.executable))
     (folder / "python3").chmod(0o755)
-    script = Path(__file__).parents[1] / "bench/gpu_session.sh"
+    script = Path(__file__).parents[2] / "bench/gpu_session.sh"
 
     def call(**environment):
         calls = tmp_path / "calls"

@@ -197,7 +197,7 @@ def _whole(x):
 
 
 def test_sharded_parameters(tmp_path):
-    for found in ranks.run("test_metarm", "sharded", tmp_path):
+    for found in ranks.run(__file__, "sharded", tmp_path):
         assert found["whole"][0] and found["sharded"][0]
         for one, other in zip(found["whole"][1], found["sharded"][1], strict=True):
             assert_close(other, one, rtol=1e-5, atol=1e-7)

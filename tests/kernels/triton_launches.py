@@ -1,6 +1,6 @@
 """Launches as Triton binds, specialises and compiles them for a GPU that need not be there: nothing is run.
 
-    python tests/triton_launches.py sm_90    how many variants of each kernel few and many rows compile, as JSON
+    python tests/kernels/triton_launches.py sm_90    how many variants of each kernel few and many rows compile, as JSON
 
 A process of its own: elsewhere in the tests Triton interprets. What comes out of an op here is not its result.
 """

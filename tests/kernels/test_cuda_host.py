@@ -17,7 +17,7 @@ import torch
 
 from finealign_kernels.ops import _native
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CUDA = ROOT / "kernels" / "cuda"
 CXX = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
 NVCC = shutil.which("nvcc") or next(iter(map(str, Path("/usr/local").glob("cuda*/bin/nvcc"))), None)

@@ -1,6 +1,6 @@
 """Tensors as they may come: strides, garbage under the mask, gradients on constants, inference mode, sparse, meta.
 
-Every tensor argument of every public function, by the full calls of tests/test_ordinary_mistakes.py.
+Every tensor argument of every public function, by the full calls of tests/mistakes/test_ordinary_mistakes.py.
 """
 
 import runpy

@@ -11,7 +11,7 @@ import torch
 import finealign_kernels as fk
 from finealign_kernels.ops import _native
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 generator = torch.Generator().manual_seed(0)
 X, REF, SCORE = -torch.rand(4, 5, generator=generator), -torch.rand(4, 5), torch.randn(4, 5, generator=generator)
 MASK = torch.tensor([[True] * 5, [True] * 3 + [False] * 2, [True] * 4 + [False], [True] * 5])

@@ -132,7 +132,7 @@ def test_weights_of_tokens_fold_into_advantages(name, core):
 
 
 def test_the_entry_point_names_the_plugin():
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     declared = tomllib.loads((root / "pyproject.toml").read_text())["project"]["entry-points"]["verl.plugins"]
     assert declared == {"finealign": "finealign_kernels.integrations.verl_plugin"}
     found = importlib.metadata.EntryPoint("finealign", declared["finealign"], "verl.plugins")

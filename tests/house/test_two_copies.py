@@ -12,7 +12,7 @@ import pytest
 
 import finealign_kernels
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(finealign_kernels.__file__).parent
 LAYOUT = runpy.run_path(str(ROOT / "tools/hub_layout.py"))
 

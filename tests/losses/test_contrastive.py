@@ -219,7 +219,7 @@ def shares(rank):
 
 
 def test_ranks_share_one_loss(tmp_path):
-    parts = ranks.run("test_contrastive", "shares", tmp_path)
+    parts = ranks.run(__file__, "shares", tmp_path)
     assert len(parts[0]) == 6
     for key in parts[0]:
         _, name, kind = key

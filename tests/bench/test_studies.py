@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
 from studies import __main__ as studies  # noqa: E402
 from studies import fine_grained, pivots, reward, runs, world  # noqa: E402

@@ -117,7 +117,7 @@ def head(dtype: torch.dtype | None = None, **options) -> Op:
 
 def fused_head_missing(device: str) -> str | None:
     if device == "cpu":
-        return "interpreted: tests/test_linear_logprobs_triton.py"
+        return "interpreted: tests/kernels/test_linear_logprobs_triton.py"
     return _choose.fused_reason(torch.float32, _choose.arch(torch.empty(0, device=device)), _choose.backends())
 
 

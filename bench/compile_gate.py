@@ -217,9 +217,7 @@ class Spill(NamedTuple):
 
 # An odd head, whose width 16 does not divide or which is transposed, takes a pointer an element; on sm_90 those do not
 # fit beside 128 x 256 sums: such a head is slow there, and right. Others of sm_90 are copied by descriptors.
-# Softcap, bias, E and every statistic at once do not fit the registers of sm_80: 592 bytes a tile, to be mended.
 ALLOWED = {
-    ("linear_fwd bf16 full", "sm_80"): Spill(592),
     ("linear_fwd bf16 plain odd", "sm_90"): Spill(640, products=512),
     ("linear_fwd_tma bf16 plain", "sm_120"): Spill(products=32),  # under Triton 3.6
     ("linear_fwd_tma bf16 full", "sm_120"): Spill(products=32),

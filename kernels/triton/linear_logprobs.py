@@ -70,8 +70,12 @@ HALF = {
     "gfx942": Config(128, 128, 64, 8, 2, 16, 8),
     "interpreter": Config(64, 128, 64, 4, 1, 128, 8),
 }
-CAPPED = HALF | {"sm_90": Config(128, 128, 64, 8, 3, 32, 8)}
+CAPPED = HALF | {
+    "sm_80": Config(64, 128, 64, 8, 3, 16, 8),  # 128 rows spill 592 bytes, or 112 with 16 warps
+    "sm_90": Config(128, 128, 64, 8, 3, 32, 8),
+}
 PRODUCT = CAPPED | {  # of the products of a gradient: they have no slices
+    "sm_80": Config(128, 128, 64, 8, 3, 16, 8),
     "sm_120": Config(128, 128, 32, 8, 3, 16, 8),
     "gfx942": Config(128, 128, 32, 8, 2, 16, 8),
 }

@@ -39,6 +39,7 @@ from .losses.value import ValueLoss, value_loss
 from .losses.weights import ld_weights, wpo_weights
 from .metarm import MetaRM, difference_loss
 from .ops._check import check_errors
+from .ops.context import ContextShard
 from .ops.logprobs import LogProbs, linear_logprobs, token_logprobs
 from .ops.ranks import sum_over_ranks
 from .ops.scan import reverse_scan
@@ -55,6 +56,7 @@ __all__ = [
     "AdaptiveMask",
     "Advantages",
     "CONTRAST",
+    "ContextShard",
     "ContrastiveLoss",
     "GAE",
     "Hyper",

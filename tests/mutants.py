@@ -46,7 +46,7 @@ MISTAKES = "tests/mistakes/test_ordinary_mistakes.py"
 DIVERGENCE, RETURNS, SCAN = "tests/losses/test_divergence.py", "tests/rl/test_returns.py", "tests/ops/test_scan.py"
 ADVANTAGES, HEAD = "tests/rl/test_advantages.py", "tests/kernels/test_linear_logprobs_triton.py"
 HOUSE = "tests/house/test_house.py"
-PARALLEL = "tests/ops/test_parallel.py"
+PARALLEL, CONTEXT = "tests/ops/test_parallel.py", "tests/ops/test_context.py"
 FORMULA, CHUNKED, OP = "formulas/logprobs.py", "ops/_chunked.py", "ops/logprobs.py"
 ROWS, PREFERENCE, REDUCE = "csrc/cpu/row_kernels.h", "losses/preference.py", "losses/reduce.py"
 
@@ -78,6 +78,14 @@ MUTANTS = [
     Mutant("sharded tensors taken on the short way", "ops/_layout.py", "usual = is_plain(y)", "usual = isinstance(y, Tensor)", MISTAKES),
     Mutant("soft targets of a loss of hard ones", "losses/pointwise.py", "        if len(soft):", "        if False:", SILENT),
     Mutant("unequal pairs taken", "ops/_layout.py", "shapes[0][0] != shapes[1][0]", "False", "tests/ops/test_layout.py"),
+    # sequences over ranks
+    Mutant("the label at a chunk's end by this rank's tokens", "ops/context.py", "torch.where(mine, here, slot[after] if self.total else here)", "here", CONTEXT),
+    Mutant("labels over the end of a sequence", "ops/context.py", "torch.where(kept.view(-1, *[1] * (flat.dim() - 1)), after, fill)", "after", CONTEXT),
+    Mutant("zigzag that does not turn back", "ops/context.py", "torch.minimum(chunk, 2 * self.ranks - 1 - chunk)", "chunk % self.ranks", CONTEXT),
+    Mutant("chunks in the order of ranks", "ops/context.py", "got = got[shard._at(got, shard._back)]", "pass", CONTEXT),
+    Mutant("the gradient of another rank's tokens", "ops/context.py", "g.index_select(shard._dim, shard._at(g, shard.index))", "g.index_select(shard._dim, shard._at(g, shard._order[: len(shard.index)]))", CONTEXT),
+    Mutant("sums of sequences without the other ranks", "ops/context.py", "            whole += part", "            pass", CONTEXT),
+    Mutant("partial sums without a gradient", "ops/context.py", "return None, dtotal, None", "return None, None, None", CONTEXT),
     # a mask that keeps nothing
     Mutant("a mask that keeps nothing is silent", "ops/_warn.py", "    if many:", "    if False:", SILENT),
     Mutant("the kept fraction of all columns", "losses/pivots.py", "else tokens.mask.sum().clamp(min=1)", "else weight.numel()", SILENT),

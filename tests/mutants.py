@@ -39,6 +39,7 @@ METARM, SEGMENT_REWARDS = "tests/losses/test_metarm.py", "tests/integrations/tes
 TRL_REWARD = "tests/integrations/test_trl_reward.py"
 TRL_DPO, STEPS = "tests/integrations/test_trl_dpo.py", "tests/integrations/test_steps.py"
 ADAPTERS = "tests/integrations/test_rl_adapters.py"
+SEAMS = "tests/integrations/test_rl_seams.py"
 TRL_POINTWISE, TRL_GRPO = "tests/integrations/test_trl_pointwise.py", "tests/integrations/test_trl_grpo.py"
 FUSED_POLICY = "tests/ops/test_policy_loss.py"
 SILENT = "tests/mistakes/test_silent_faults.py"
@@ -224,6 +225,9 @@ MUTANTS = [
     Mutant("verl's global count of all ranks", "integrations/verl.py", "total / ranks", "total", ADAPTERS),
     Mutant("verl's dual clip forgotten", "integrations/verl.py", 'if name == "ppo" else {})', "if False else {})", ADAPTERS),
     Mutant("OpenRLHF's sampler correction dropped", "integrations/openrlhf.py", "sampler_weight=weight,", "sampler_weight=None,", ADAPTERS),
+    Mutant("slime's shares of the reducer dropped", "integrations/slime.py", "token_weight=_shares(of_policy, logp)", "token_weight=None", SEAMS),
+    Mutant("slime's sampler weights dropped", "integrations/slime.py", "sampler_weight=correction", "sampler_weight=None", SEAMS),
+    Mutant("slime's KL from the rewards left out", "integrations/slime.py", "reward - args.kl_coef * torch.cat(kl)", "reward", SEAMS),
     Mutant("a segment's last token left out", "integrations/_trl_grpo.py", "max(stop, last + 1)", "max(stop, last)", TRL_GRPO),
     Mutant("the advantages of another rank", "integrations/_trl_grpo.py", "self.accelerator.process_index * rows", "0", TRL_GRPO),
     Mutant("GSPO's ratio of the token", "integrations/_trl_grpo.py", "= logp - mean", "= logp - ratio", TRL_GRPO),

@@ -1,7 +1,11 @@
-"""verl's and OpenRLHF's own loss code, without what their packages pull in: ray, deepspeed, omegaconf, tensordict.
+"""The trainers' own loss code, without what their packages pull in: ray, deepspeed, megatron, omegaconf, tensordict.
 
-    pip install --no-deps --target DIR verl==0.9.1 openrlhf==0.11.2
+    pip install --no-deps --target DIR verl==0.9.1 openrlhf==0.11.2 skyrl==0.4.0
     FINEALIGN_ORACLES=DIR pytest
+
+What has no release goes into DIR from its repository: slime/ of THUDM/slime at 624b824a8 (0.3.1), src/prime_rl/ of
+PrimeIntellect-ai/prime-rl at 559b44772 (0.8.0), nemo_rl/ of NVIDIA-NeMo/RL at 7ea279abf. SkyRL wants Python 3.12: its
+files are read all the same.
 
 Each function returns the module, or raises ImportError with the reason; `oracle` skips a test with that reason.
 """
@@ -19,6 +23,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+FOREIGN = ("omegaconf", "tensordict", "deepspeed", "megatron", "ray", "loguru", "jaxtyping", "beartype")
+OURS = ("verl", "openrlhf", "slime", "skyrl", "prime_rl", "nemo_rl")
 
 
 @cache
@@ -65,6 +72,30 @@ def openrlhf_returns():
     return _method(path, "get_cumulative_returns")
 
 
+@cache
+def slime_loss():
+    """slime.backends.megatron_utils.loss, on one rank: loss_function, compute_advantages_and_returns, ..."""
+    root = _package("slime")
+    with _stand_ins("slime"), _uncompiled():
+        one_rank = dict(
+            get_context_parallel_world_size=1,
+            get_context_parallel_rank=0,
+            get_context_parallel_group=None,
+            get_data_parallel_world_size=1,
+            get_tensor_model_parallel_group=None,
+            is_pipeline_last_stage=True,
+        )
+        mpu = types.SimpleNamespace(**{name: lambda *_, value=value, **__: value for name, value in one_rank.items()})
+        _module("megatron").__path__ = []
+        _module("megatron.core", mpu=mpu).__path__ = []
+        for name in ("slime", "slime.utils", "slime.backends", "slime.backends.megatron_utils"):
+            _module(name).__path__ = [str(root.joinpath(*name.split(".")[1:]))]
+        _module("slime.utils.distributed_utils", distributed_masked_whiten=None)
+        _module("slime.utils.misc", load_function=_load)
+        _module("slime.utils.types", RolloutBatch=dict)
+        return importlib.import_module("slime.backends.megatron_utils.loss")
+
+
 def oracle(load):
     """What `load` returns; skips the test with its reason where it cannot."""
     try:
@@ -103,18 +134,34 @@ def _stand_ins(package: str):
         raise ImportError(f"{package} needs more than its loss code: {error}") from error
     finally:
         for name in set(sys.modules) - set(before):
-            if name.split(".")[0] in (package, "omegaconf", "tensordict", "deepspeed"):
+            if name.split(".")[0] in (package, *FOREIGN):
                 del sys.modules[name]
         sys.modules.update({n: m for n, m in before.items() if n.split(".")[0] == package})
 
 
 def _module(name: str, **attributes) -> types.ModuleType:
-    if name in sys.modules and not name.startswith(("verl", "openrlhf")):
+    if name in sys.modules and not name.startswith(OURS):
         return sys.modules[name]
     module = sys.modules[name] = types.ModuleType(name)
     module.__spec__ = importlib.util.spec_from_loader(name, loader=None)
     module.__dict__.update(attributes)
     return module
+
+
+@contextmanager
+def _uncompiled():
+    """torch.compile leaves functions as they stand."""
+    before, torch.compile = torch.compile, lambda *function, **_: function[0] if function else lambda f: f
+    try:
+        yield
+    finally:
+        torch.compile = before
+
+
+def _load(path: str):
+    """The function of a dotted path."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def _method(path: Path, name: str):

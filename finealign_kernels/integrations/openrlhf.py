@@ -16,7 +16,6 @@ DPOLoss(beta)`, `trainer.actor_loss_fn = PolicyLoss(...)`. Names of OpenRLHF and
 """
 
 import importlib
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from ..losses.reward import reward_loss
 from ..losses.sampler import sampler_weights
 from ..losses.value import value_loss
 from ..ops._check import check_one_of, fail, reads_values
+from ._versions import check_version
 
 VERSIONS = ("0.11",)  # of OpenRLHF, that the seam was read and tested with
 SEAMS = {  # module -> names in it that trainers read
@@ -43,12 +43,7 @@ def install(*modules: str) -> None:
 
     Raises  ImportError without OpenRLHF; RuntimeError for a version, or a module without the name, not known here.
     """
-    try:
-        found = version("openrlhf")
-    except PackageNotFoundError as error:
-        raise ImportError("openrlhf is not installed") from error
-    if ".".join(found.split(".")[:2]) not in VERSIONS:
-        fail("openrlhf", f"be of version {' or '.join(VERSIONS)}", found, RuntimeError)
+    check_version("openrlhf", VERSIONS)
     for path in modules or SEAMS:
         check_one_of("modules", path, tuple(SEAMS))
         module = importlib.import_module(path)

@@ -26,7 +26,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
@@ -35,6 +34,7 @@ from ..losses.policy import policy_loss
 from ..ops._check import check_tensor, fail, reads_values
 from ..rl.gae import gae
 from ..rl.whitening import whiten
+from ._versions import check_version
 
 VERSIONS = ("0.9",)  # of verl, that the seam was read and tested with
 CORE = "verl.trainer.ppo.core_algos"
@@ -57,22 +57,13 @@ def register(core=None) -> tuple[str, ...]:
 
     Raises  ImportError without verl; RuntimeError for a version that is not known here.
     """
-    check_version()
+    check_version("verl", VERSIONS)
     core = importlib.import_module(CORE) if core is None else core
     for name in LOSSES:
         core.register_policy_loss(f"finealign_{name}")(loss_of(name))
     if os.environ.get("FINEALIGN_VERL_GAE") == "1":
         core.compute_gae_advantage_return = gae_advantage_return
     return tuple(f"finealign_{name}" for name in LOSSES)
-
-
-def check_version() -> None:
-    try:
-        found = version("verl")
-    except PackageNotFoundError as error:
-        raise ImportError("verl is not installed") from error
-    if ".".join(found.split(".")[:2]) not in VERSIONS:
-        fail("verl", f"be of version {' or '.join(VERSIONS)}", found, RuntimeError)
 
 
 def register_when_imported() -> None:
@@ -82,7 +73,7 @@ def register_when_imported() -> None:
     then stops at the name of the loss.
     """
     try:
-        check_version()
+        check_version("verl", VERSIONS)
     except (ImportError, RuntimeError) as error:
         logger.error("finealign_kernels has registered no loss with verl: %s", error)
         return

@@ -13,7 +13,7 @@ import torch
 from torch.testing import assert_close
 
 import finealign_kernels as fk
-from finealign_kernels.integrations import openrlhf, verl
+from finealign_kernels.integrations import _versions, openrlhf, verl
 from finealign_kernels.testing import samples
 
 F64 = torch.float64
@@ -34,7 +34,7 @@ def core(monkeypatch):
     found = oracles.oracle(oracles.verl_core)
     monkeypatch.setattr(found, "POLICY_LOSS_REGISTRY", dict(found.POLICY_LOSS_REGISTRY))
     monkeypatch.setattr(found, "compute_gae_advantage_return", found.compute_gae_advantage_return)
-    monkeypatch.setattr(verl, "version", lambda name: "0.9.1")
+    monkeypatch.setattr(_versions, "version", lambda name: "0.9.1")
     return found
 
 
@@ -142,7 +142,7 @@ def test_the_entry_point_names_the_plugin():
 def test_losses_are_registered_when_verl_imports_its_own(monkeypatch):
     """As a plugin loads: before verl's losses are imported."""
     oracles.oracle(oracles.verl_core)
-    monkeypatch.setattr(verl, "version", lambda name: "0.9.1")
+    monkeypatch.setattr(_versions, "version", lambda name: "0.9.1")
     watching = len(sys.meta_path)
     verl.register_when_imported()
     assert len(sys.meta_path) == watching + 1
@@ -152,7 +152,7 @@ def test_losses_are_registered_when_verl_imports_its_own(monkeypatch):
 
 
 def test_an_unknown_verl_is_told_loudly(monkeypatch, caplog):
-    monkeypatch.setattr(verl, "version", lambda name: "0.8.0")
+    monkeypatch.setattr(_versions, "version", lambda name: "0.8.0")
     with caplog.at_level(logging.ERROR):
         verl.register_when_imported()
     assert "registered no loss with verl: verl must be of version 0.9, got 0.8.0" in caplog.text
@@ -260,7 +260,7 @@ def test_losses_of_pairs_are_openrlhfs():
 
 
 def test_classes_go_where_trainers_look(monkeypatch):
-    monkeypatch.setattr(openrlhf, "version", lambda name: "0.11.2")
+    monkeypatch.setattr(_versions, "version", lambda name: "0.11.2")
     for path, names in openrlhf.SEAMS.items():
         for parent in (path.rsplit(".", i)[0] for i in range(path.count("."), -1, -1)):
             if parent not in sys.modules:
@@ -273,7 +273,7 @@ def test_classes_go_where_trainers_look(monkeypatch):
     del sys.modules["openrlhf.trainer.rm_trainer"].LogExpLoss
     with pytest.raises(RuntimeError, match="openrlhf.trainer.rm_trainer must have LogExpLoss, got none"):
         openrlhf.install("openrlhf.trainer.rm_trainer")
-    monkeypatch.setattr(openrlhf, "version", lambda name: "0.12.0")
+    monkeypatch.setattr(_versions, "version", lambda name: "0.12.0")
     with pytest.raises(RuntimeError, match="openrlhf must be of version 0.11, got 0.12.0"):
         openrlhf.install()
 

@@ -79,6 +79,9 @@ MUTANTS = [
     Mutant("sharded tensors taken on the short way", "ops/_layout.py", "usual = is_plain(y)", "usual = isinstance(y, Tensor)", MISTAKES),
     Mutant("soft targets of a loss of hard ones", "losses/pointwise.py", "        if len(soft):", "        if False:", SILENT),
     Mutant("unequal pairs taken", "ops/_layout.py", "shapes[0][0] != shapes[1][0]", "False", "tests/ops/test_layout.py"),
+    # groups and heads over ranks
+    Mutant("turns of this rank's responses alone", "rl/groups.py", "(wide,), own = rows_of_all(process_group, wide)", "own = slice(None); counts = cu_turns.diff()", "tests/ops/test_over_ranks.py"),
+    Mutant("columns of sharded logits counted from 0", "ops/_parallel.py", "min(dist.get_rank(group) * step, vocab)", "0", "tests/ops/test_sharded_heads.py"),
     # sequences over ranks
     Mutant("the label at a chunk's end by this rank's tokens", "ops/context.py", "torch.where(mine, here, slot[after] if self.total else here)", "here", CONTEXT),
     Mutant("labels over the end of a sequence", "ops/context.py", "torch.where(kept.view(-1, *[1] * (flat.dim() - 1)), after, fill)", "after", CONTEXT),
@@ -167,7 +170,7 @@ MUTANTS = [
     Mutant("Megatron: labels not turned", "integrations/megatron.py", "labels.t().contiguous()", "labels.reshape(labels.shape[::-1])", "tests/integrations/test_megatron.py"),
     Mutant("FSDP2: the head's gradient of this rank alone", "ops/_parallel.py", 'return x.full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)', "return x.full_tensor()", "tests/ops/test_sharded_heads.py"),
     Mutant("FSDP2: TRL gathers its head itself", "integrations/trl.py", "        utils.DTensor = Elsewhere\n", "", TRL),
-    Mutant("DTensor heads begin at even places", "ops/_parallel.py", "start = min(dist.get_rank(group) * step, vocab)", "start = dist.get_rank(group) * (vocab // dist.get_world_size(group))", "tests/ops/test_sharded_heads.py"),
+    Mutant("DTensor heads begin at even places", "ops/_parallel.py", "min(dist.get_rank(group) * step, vocab)", "dist.get_rank(group) * (vocab // dist.get_world_size(group))", "tests/ops/test_sharded_heads.py"),
     Mutant("temperatures of other rows in backward", CHUNKED, "head = head.rows(rows.index)", "head = head.rows(None if rows.index is None else rows.index.flip(0))", "tests/ops/test_temperatures.py"),
     Mutant("the first temperature for all rows", FORMULA, "return t[:, None] if isinstance(t, Tensor) else t", "return t[:1, None] if isinstance(t, Tensor) else t", "tests/ops/test_temperatures.py"),
     # two copies of the package in a process

@@ -100,27 +100,47 @@ def whole_or_shard(weight, bias, group, vocab_start, hidden_grad):
     """
     if not is_dtensor(weight):
         return weight, bias, group, vocab_start
-    from torch.distributed.tensor import Partial, Shard
+    from torch.distributed.tensor import Partial
 
-    for name, value in (("group", group), ("vocab_start", vocab_start)):
-        if value is not None:
-            fail(name, "be None for a DTensor head, which says it itself", f"{value!r}")
-    mesh = weight.device_mesh
+    _refuse_group("head", group, vocab_start)
     if hidden_grad is None:
         parts = [whole(x) for x in (weight, bias)]
         return *parts, None, None
-    cut = [i for i, p in enumerate(weight.placements) if type(p) is Shard and p.dim == 0]
-    if len(cut) != 1 or not all(p.is_replicate() for i, p in enumerate(weight.placements) if i not in cut):
-        fail("weight", "be sharded over the vocabulary on one dimension of its mesh", f"{weight.placements}")
-    sums = [p if i in cut else Partial("avg") for i, p in enumerate(weight.placements)]
-    group, vocab, local = mesh.get_group(cut[0]), weight.shape[0], weight.to_local(grad_placements=sums)
-    step = -(-vocab // dist.get_world_size(group))  # as torch.chunk cuts
-    start = min(dist.get_rank(group) * step, vocab)
+    cut, group, start = _cut("weight", weight, 0)
+    sums = [p if i == cut else Partial("avg") for i, p in enumerate(weight.placements)]
+    local = weight.to_local(grad_placements=sums)
     if is_dtensor(bias):
         bias = bias.to_local(grad_placements=sums)
     elif bias is not None:
         bias = bias[start : start + local.shape[0]]
     return local, bias, group, start
+
+
+def logits_or_shard(logits, group, vocab_start):
+    """logits, group, vocab_start of logits that are a DTensor sharded over the vocabulary; else what was given."""
+    if not is_dtensor(logits) or logits.dim() == 0:
+        return logits, group, vocab_start
+    _refuse_group("of logits", group, vocab_start)
+    _, group, start = _cut("logits", logits, logits.dim() - 1)
+    return logits.to_local(), group, start
+
+
+def _refuse_group(what: str, group, vocab_start) -> None:
+    for name, value in (("group", group), ("vocab_start", vocab_start)):
+        if value is not None:
+            fail(name, f"be None for a DTensor {what}, which says it itself", f"{value!r}")
+
+
+def _cut(name: str, x, dim: int) -> tuple[int, object, int]:
+    """The dimension of its mesh over which a DTensor's vocabulary, dim, is cut, its group and this rank's first id."""
+    from torch.distributed.tensor import Shard
+
+    cut = [i for i, p in enumerate(x.placements) if type(p) is Shard and p.dim % x.dim() == dim]
+    if len(cut) != 1 or not all(p.is_replicate() for i, p in enumerate(x.placements) if i not in cut):
+        fail(name, "be sharded over the vocabulary on one dimension of its mesh", f"{x.placements}")
+    group, vocab = x.device_mesh.get_group(cut[0]), x.shape[dim]
+    step = -(-vocab // dist.get_world_size(group))  # as torch.chunk cuts
+    return cut[0], group, min(dist.get_rank(group) * step, vocab)
 
 
 def is_dtensor(x: object) -> bool:

@@ -192,12 +192,14 @@ def token_logprobs(
     logits            (..., V) float, row n predicts labels[n]; rows that are masked out may hold NaN
     inplace_backward  True writes the gradient over the logits: no second (N, V) tensor, and a second backward raises
     group             the vocabulary is split over ranks: logits (..., V_local) are this rank's columns, and so is their
-                      gradient
+                      gradient. A DTensor of logits that is sharded over the vocabulary (a tensor-parallel head that
+                      keeps its output so) brings its own group; labels are plain tensors, the same on all its ranks
     the others        as in linear_logprobs
 
     Returns LogProbs, each (...), float32 (float64 for float64 logits), differentiable once in logits.
     Raises  as linear_logprobs. Source: the selective log-softmax, differentiated by hand in formulas/logprobs.py.
     """
+    logits, group, vocab_start = _parallel.logits_or_shard(logits, group, vocab_start)
     check_tensor("logits", logits)
     if logits.dim() < 1 or (logits.shape[-1] == 0 and group is None):
         fail("logits", "have shape (..., V) with V >= 1", tuple(logits.shape))

@@ -99,6 +99,7 @@ def turn_advantages(
     *,
     kind: str = "return_to_go",
     baseline: str = "leave_one_out",
+    process_group=None,
 ) -> Tensor:
     """A_ik of turn (or segment) k of response i, from the turns of the other responses to the same prompt.
 
@@ -114,6 +115,7 @@ def turn_advantages(
     rewards   (M,) float, the turns of response 0 first, in order
     cu_turns  (S + 1,) int32 or int64: the turns of response s are cu_turns[s] to cu_turns[s + 1]
     groups    as in group_advantages: how many responses in a row share a prompt, or (S,) int
+    process_group  as in group_advantages: ranks over which the responses are spread, each with all turns of its own
 
     Returns   (M,) float32 (float64 for float64), detached. Each token of a turn gets its turn's:
               token_rewards(turns._replace(reward=A, weight=1.0), mask=mask, placement="all", on_empty="drop")
@@ -126,8 +128,12 @@ def turn_advantages(
     _check_one_of("baseline", baseline, BASELINES)
     wide = _rewards("rewards", rewards, 1)
     check_cu_seqlens(cu_turns, len(wide), wide, name="cu_turns", of="rewards")
-    keys = _keys(groups, wide, len(cu_turns) - 1)
-    return formula.turn_advantages(wide, cu_turns, keys, kind=kind, baseline=baseline).to(_result(rewards))
+    counts, keys, _ = _everywhere(cu_turns.long().diff(), groups, process_group)
+    own = slice(None)
+    if process_group is not None:
+        (wide,), own = rows_of_all(process_group, wide)
+        cu_turns = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return formula.turn_advantages(wide, cu_turns, keys, kind=kind, baseline=baseline)[own].to(_result(rewards))
 
 
 def _rewards(name: str, rewards: Tensor, dims: int) -> Tensor:
@@ -144,7 +150,7 @@ def _rewards(name: str, rewards: Tensor, dims: int) -> Tensor:
 
 
 def _everywhere(rows: Tensor, groups: int | Tensor, process_group) -> tuple[Tensor, Tensor, slice]:
-    """Rewards (S, ...) and keys (S,) of all ranks of a group, and which rows are this rank's; without one, its own."""
+    """Rows (S, ...) and keys (S,) of all ranks of a group, and which rows are this rank's; without one, its own."""
     if process_group is None:
         return rows, _keys(groups, rows), slice(None)
     _parallel.check_group(process_group, "process_group")

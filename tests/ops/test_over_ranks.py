@@ -108,6 +108,27 @@ def test_groups_split_over_ranks(count, kind):
     assert torch.equal(torch.cat([two for _, two in found]), exact)
 
 
+@pytest.mark.parametrize("count", PARTS)
+@pytest.mark.parametrize("kind", ("return_to_go", "outcome"))
+def test_turns_of_groups_split_over_ranks(count, kind):
+    """Responses of 0 to 3 turns, whole on their rank; of a rank without responses nothing is missing."""
+    turns = torch.tensor([2, 0, 3, 1, 2, 1, 3])
+    ends = torch.cat([torch.zeros(1, dtype=torch.long), turns.cumsum(0)])
+    keys = torch.tensor([11, 40, 11, 40, 11, 40, 7])
+    rewards = torch.randn(12, generator=torch.Generator().manual_seed(0))
+    rewards[4] = torch.nan
+
+    def step(group):
+        start, stop = PARTS[count][torch.distributed.get_rank(group)]
+        cu, own = ends[start : stop + 1] - ends[start], rewards[ends[start] : ends[stop]]
+        with ranks.Traffic() as traffic:
+            found = fk.turn_advantages(own, cu, keys[start:stop], kind=kind, process_group=group)
+        assert [name for name, _ in traffic.calls] == ["allgather"] * 4
+        return found
+
+    assert torch.equal(torch.cat(ranks.threads(count, step)), fk.turn_advantages(rewards, ends, keys, kind=kind))
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="x must hold a tensor"):
         fk.sum_over_ranks()
@@ -117,6 +138,8 @@ def test_refusals():
     def refused(group):
         with pytest.raises(ValueError, match=r"groups must be \(S,\) int with process_group"):
             fk.group_advantages(torch.ones(4), 2, process_group=group)
+        with pytest.raises(ValueError, match=r"groups must be \(S,\) int with process_group"):
+            fk.turn_advantages(torch.ones(4), torch.arange(5), 2, process_group=group)
         with pytest.raises(TypeError, match="group must be None or a torch.distributed.ProcessGroup"):
             fk.sum_over_ranks(torch.ones(1), group="dp")
         with pytest.raises(TypeError, match=r"x\[1\] must be a tensor"):

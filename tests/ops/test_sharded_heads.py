@@ -95,6 +95,38 @@ def test_a_plain_bias_is_cut_like_the_head():
     close(found[0][3] + found[1][3], db)
 
 
+def loss_parallel(group, columns):
+    """Logits of a tensor-parallel head that keeps its output sharded over the vocabulary: (2, N / 2, columns)."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    s, mesh = samples.linear(N, columns, D, seed=1), mesh_of(torch.distributed.get_world_size(group))
+    linear = torch.nn.Linear(D, columns)
+    with torch.no_grad():
+        linear.weight.copy_(s.weight)
+        linear.bias.copy_(torch.linspace(-1, 1, columns))
+    parallelize_module(linear, mesh, ColwiseParallel(output_layouts=Shard(-1), use_local_output=False))
+    hidden = s.hidden.view(2, N // 2, D).clone().requires_grad_()
+    out = fk.token_logprobs(linear(hidden), s.labels.view(2, -1), outputs=("entropy",))
+    (out.logp.sum() + 0.3 * out.entropy.sum()).backward()
+    logits = distribute_tensor(torch.zeros(N, columns), mesh, [Shard(1)])
+    with pytest.raises(ValueError, match="vocab_start must be None for a DTensor of logits"):
+        fk.token_logprobs(logits, s.labels, vocab_start=0)
+    with pytest.raises(ValueError, match="logits must be sharded over the vocabulary on one dimension of its mesh"):
+        fk.token_logprobs(distribute_tensor(torch.zeros(N, columns), mesh, [Shard(0)]), s.labels)
+    grads = linear.weight.grad.full_tensor(), linear.bias.grad.full_tensor()
+    return out.logp.detach().flatten(), hidden.grad.flatten(0, 1), *grads
+
+
+@pytest.mark.parametrize("count", (2, 4))
+def test_logits_sharded_over_the_vocabulary_bring_their_group(count):
+    """37 columns over 2 ranks, 19 and 18, and over 4, 10, 10, 10 and 7."""
+    exact = one_rank()
+    for rank in ranks.processes(count, loss_parallel, V):
+        for ours, theirs in zip(rank, exact, strict=True):
+            close(ours, theirs)
+
+
 def refusals(group):
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 

@@ -25,6 +25,7 @@ import pytest
 import torch
 
 FOREIGN = ("omegaconf", "tensordict", "deepspeed", "megatron", "ray", "loguru", "jaxtyping", "beartype")
+TYPES = ("Float", "Integer", "Int", "Bool")
 OURS = ("verl", "openrlhf", "slime", "skyrl", "prime_rl", "nemo_rl")
 
 
@@ -96,6 +97,62 @@ def slime_loss():
         return importlib.import_module("slime.backends.megatron_utils.loss")
 
 
+@cache
+def prime_rl_loss():
+    """prime_rl.trainer.rl.loss: LossInputs, setup_rl_loss_fn, compute_loss, ..."""
+    root = _package("prime_rl")
+    with _stand_ins("prime_rl"), _uncompiled():
+        _module("beartype", beartype=None)
+        _jaxtyping()
+        for name in ("prime_rl", "prime_rl.trainer", "prime_rl.trainer.rl"):
+            _module(name).__path__ = [str(root.joinpath(*name.split(".")[1:]))]
+        configs = ("CustomLossConfig", "DefaultLossConfig", "IPOLossConfig", "LossConfig")
+        made = {name: type(name, (types.SimpleNamespace,), {}) for name in configs}
+        _module("prime_rl.configs").__path__ = []
+        _module("prime_rl.configs.trainer", **made)
+        _module("prime_rl.utils").__path__ = []
+        _module("prime_rl.utils.utils", import_object=_load)
+        return importlib.import_module("prime_rl.trainer.rl.loss")
+
+
+@cache
+def nemo_rl_loss():
+    """nemo_rl.algorithms.loss.loss_functions: ClippedPGLossFn and its config."""
+    root = _package("nemo_rl")
+    with _stand_ins("nemo_rl"):
+        for name in ("nemo_rl", "nemo_rl.algorithms", "nemo_rl.algorithms.loss"):
+            _module(name).__path__ = [str(root.joinpath(*name.split(".")[1:]))]
+        cut = _functions(root / "algorithms" / "utils.py", ("calculate_kl", "masked_mean"))
+        _module("nemo_rl.algorithms.utils", **cut)
+        source = (root / "algorithms" / "loss" / "loss_functions.py").read_text()
+        for node in ast.parse(source).body:  # what its other losses want
+            module = node.module if isinstance(node, ast.ImportFrom) else ""
+            if module.startswith("nemo_rl") and not module.endswith(("algorithms.utils", "loss.interfaces")):
+                _module(module, **{name.name: _Any for name in node.names})
+        _module("nemo_rl.distributed.batched_data_dict", BatchedDataDict=_Any)
+        return importlib.import_module("nemo_rl.algorithms.loss.loss_functions")
+
+
+class _Any(dict):
+    """Stands for a class that appears in annotations."""
+
+
+@cache
+def skyrl_utils():
+    """skyrl.backends.skyrl_train.utils.ppo_utils, without Ray: its registries, losses and estimators."""
+    root = _package("skyrl")
+    with _stand_ins("skyrl"):
+        _module("omegaconf", DictConfig=type("DictConfig", (dict,), {}))
+        _module("ray", remote=lambda cls: cls, is_initialized=lambda: False)
+        _module("loguru", logger=types.SimpleNamespace(warning=print, info=print, error=print))
+        _jaxtyping()
+        packages = ("", ".backends", ".backends.skyrl_train", ".backends.skyrl_train.utils", ".train")
+        for name in packages:
+            _module(f"skyrl{name}").__path__ = [str(root.joinpath(*name.split(".")[1:]))]
+        _module("skyrl.train.config", AlgorithmConfig=type("AlgorithmConfig", (), {}))
+        return importlib.import_module("skyrl.backends.skyrl_train.utils.ppo_utils")
+
+
 def oracle(load):
     """What `load` returns; skips the test with its reason where it cannot."""
     try:
@@ -156,6 +213,23 @@ def _uncompiled():
         yield
     finally:
         torch.compile = before
+
+
+def _jaxtyping() -> None:
+    annotations = {name: type(name, (), {"__class_getitem__": classmethod(lambda *_: object)}) for name in TYPES}
+    _module("jaxtyping", jaxtyped=lambda **_: lambda function: function, **annotations)
+
+
+def _functions(path: Path, names: tuple[str, ...]) -> dict:
+    """Functions of a file that need nothing but torch."""
+    source, found = path.read_text(), {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef) and node.name in names:
+            code = "\n".join(source.splitlines()[node.lineno - 1 : node.end_lineno])
+            exec("from __future__ import annotations\n" + code, {"torch": torch}, found)
+    if not found.keys() >= set(names):
+        raise ImportError(f"{path.name} has not all of {names}: another version?")
+    return {name: found[name] for name in names}
 
 
 def _load(path: str):

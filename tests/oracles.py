@@ -48,6 +48,34 @@ def verl_core():
 
 
 @cache
+def verl_step():
+    """verl's ppo_loss, its forward of a transformers model with the fused head, and its head's module.
+
+    A batch is a dict here, already padded: what TensorDict and padding do to it is left out.
+    """
+    root, core = _package("verl"), verl_core()
+    batch = type("TensorDict", (dict,), {"select": lambda self, *_: self, "to_padded_tensor": lambda self: self})
+    with _stand_ins("verl"):
+        _module("tensordict", TensorDict=batch)
+        packages = ("", ".utils", ".utils.experimental", ".utils.dataset", ".workers", ".workers.utils", ".models")
+        for name in (*packages, ".models.transformers", ".trainer", ".trainer.ppo"):
+            _module(f"verl{name}").__path__ = [str(root.joinpath(*name.split(".")[1:]))]
+        sys.modules["verl.trainer.ppo.core_algos"] = core
+        sys.modules["verl.utils"].tensordict_utils = None
+        _module("verl.utils.dataset.dataset_utils", DatasetPadMode=None)
+        means = types.SimpleNamespace(SUM="sum", MEAN="mean")
+        kept = type("Metric", (), {"from_dict": staticmethod(lambda found, aggregation: found)})
+        _module("verl.utils.metric", AggregationType=means, Metric=kept)
+        kept.__new__ = lambda cls, value, aggregation: value
+        _module("verl.utils.torch_functional", masked_mean=None, masked_sum=None)
+        _module("verl.workers.config", ActorConfig=None, CriticConfig=None)
+        _module("verl.workers.utils.padding", no_padding_2_padding=lambda value, data: value)
+        names = ("workers.utils.losses", "models.transformers.dense_common", "utils.experimental.torch_functional")
+        modules = [importlib.import_module(f"verl.{name}") for name in names]
+        return types.SimpleNamespace(losses=modules[0], dense=modules[1], head=modules[2], batch=batch)
+
+
+@cache
 def openrlhf_loss():
     """openrlhf.models.loss: PolicyLoss, ValueLoss, aggregate_loss; its utils are `openrlhf_utils()`."""
     return _openrlhf("loss")

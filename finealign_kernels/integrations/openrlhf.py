@@ -13,6 +13,10 @@ DPOLoss(beta)`, `trainer.actor_loss_fn = PolicyLoss(...)`. Names of OpenRLHF and
     is_correction gating "ratio"          gate "ratio"; of a sequence "geometric"
     PairWiseLoss, LogExpLoss  "bradley_terry"; a margin counts in both, and nothing overflows
     DPOLoss                   "cdpo", or "ipo"
+    advantage estimator gae   `gae` with masked="zero", 0 where the mask is false
+
+OpenRLHF hands its losses no token weights: a weight w >= 0 goes into experience.advantages after they are normalised,
+by `integrations.verl.weigh_advantages`, exactly for "ppo" and "gspo_token".
 """
 
 import importlib
@@ -26,15 +30,18 @@ from ..losses.reward import reward_loss
 from ..losses.sampler import sampler_weights
 from ..losses.value import value_loss
 from ..ops._check import check_one_of, fail, reads_values
+from ..rl.gae import gae
 from ._versions import check_version
 
 VERSIONS = ("0.11",)  # of OpenRLHF, that the seam was read and tested with
+MAKER, METHODS = "RemoteExperienceMaker", ("get_advantages_and_returns",)  # a class that keeps the rest of its methods
 SEAMS = {  # module -> names in it that trainers read
     "openrlhf.models": ("PolicyLoss", "ValueLoss", "PairWiseLoss", "LogExpLoss", "DPOLoss"),
     "openrlhf.trainer.ray.ppo_actor": ("PolicyLoss",),
     "openrlhf.trainer.ray.ppo_critic": ("ValueLoss",),
     "openrlhf.trainer.rm_trainer": ("PairWiseLoss", "LogExpLoss"),
     "openrlhf.trainer.dpo_trainer": ("DPOLoss",),
+    "openrlhf.trainer.ppo_utils.experience_maker": (MAKER,),
 }
 
 
@@ -50,7 +57,11 @@ def install(*modules: str) -> None:
         for name in SEAMS[path]:
             if not hasattr(module, name):
                 fail(path, f"have {name}", "none", RuntimeError)
-            setattr(module, name, globals()[name])
+            place, wanted = (getattr(module, name), METHODS) if name == MAKER else (module, (name,))
+            for one in wanted:
+                if not hasattr(place, one):
+                    fail(f"{path}.{name}", f"have {one}", "none", RuntimeError)
+                setattr(place, one, globals()[one])
 
 
 def _counted(token_level: bool, dp_size: int, tokens, rows) -> dict:
@@ -151,6 +162,15 @@ def _of_rows(advantages: Tensor, mask: Tensor) -> Tensor:
     if reads_values(apart) and bool((apart > 1e-5 * (1 + mean.abs())[:, None]).any()):
         fail("advantages", "be the same for all tokens of a row with 'gspo' ('gspo_token' takes others)", "others")
     return mean
+
+
+@torch.no_grad()
+def get_advantages_and_returns(
+    maker, values: Tensor, rewards: Tensor, action_mask: Tensor | None, gamma: float, lambd: float
+) -> tuple[Tensor, Tensor]:
+    """OpenRLHF's method of its experience maker: advantages and returns, (B, T)."""
+    mask = torch.ones_like(values, dtype=torch.bool) if action_mask is None else action_mask.bool()
+    return tuple(gae(rewards, values, mask=mask, gamma=gamma, lam=lambd, masked="zero"))
 
 
 class ValueLoss(nn.Module):

@@ -15,9 +15,12 @@
 Clip ranges, loss_agg_mode, global counts, dp_size and rollout weights are read from where verl's own losses read them.
 verl hands its losses no token weights: a weight w >= 0 of a token goes into its advantage, see `weigh_advantages`.
 
-FINEALIGN_VERL_GAE=1 in the environment also puts `gae` and `whiten` in place of verl's loop over time; verl's registry
-of advantage estimators would hand over no values. It is the same function: 0 where the mask is false, not what is
-carried there.
+In the environment of verl's processes:
+
+FINEALIGN_VERL_GAE=1   `gae` and `whiten` in place of verl's loop over time; verl's registry of advantage estimators
+                       hands over no values. The same function: 0 where the mask is false, not what is carried there
+FINEALIGN_VERL_HEAD=1  `linear_logprobs` in place of the heads of verl's use_fused_kernels, backends torch and triton:
+                       float32 log-probs, which verl rounds to the logits' dtype
 """
 
 import importlib
@@ -28,16 +31,21 @@ import sys
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..losses.policy import policy_loss
-from ..ops._check import check_tensor, fail, reads_values
+from ..ops._check import check_one_of, check_tensor, fail, reads_values
+from ..ops.logprobs import linear_logprobs
 from ..rl.gae import gae
 from ..rl.whitening import whiten
 from ._versions import check_version
 
 VERSIONS = ("0.9",)  # of verl, that the seam was read and tested with
 CORE = "verl.trainer.ppo.core_algos"
+HEADS = {  # module -> what the fused forwards of verl's models take out of it at each call
+    "verl.utils.experimental.torch_functional": "FusedLinearForPPO",
+    "verl.utils.kernel.linear_cross_entropy": "linear_cross_entropy",
+}
 LOSSES = ("ppo", "gspo_token", "cispo", "sapo", "reinforce")
 MODES = {  # loss_agg_mode -> reduction, the global count that it is divided by
     "token-mean": ("token", "batch_num_tokens"),
@@ -66,6 +74,18 @@ def register(core=None) -> tuple[str, ...]:
     return tuple(f"finealign_{name}" for name in LOSSES)
 
 
+def patch_head(module) -> None:
+    """Puts the head of this library into a module of HEADS.
+
+    Raises  RuntimeError for a version of verl, or a module without the name, not known here.
+    """
+    check_version("verl", VERSIONS)
+    name = HEADS[module.__name__]
+    if not hasattr(module, name):
+        fail(module.__name__, f"have {name}", "none", RuntimeError)
+    setattr(module, name, globals()[name])
+
+
 def register_when_imported() -> None:
     """Registers as soon as verl imports its losses: what a plugin does, since verl is half imported when it loads them.
 
@@ -77,26 +97,34 @@ def register_when_imported() -> None:
     except (ImportError, RuntimeError) as error:
         logger.error("finealign_kernels has registered no loss with verl: %s", error)
         return
-    if CORE in sys.modules:
-        register(sys.modules[CORE])
-    else:
-        sys.meta_path.insert(0, _Watch())
+    actions = {CORE: register}
+    if os.environ.get("FINEALIGN_VERL_HEAD") == "1":
+        actions |= dict.fromkeys(HEADS, patch_head)
+    for name in [name for name in actions if name in sys.modules]:
+        actions.pop(name)(sys.modules[name])
+    if actions:
+        sys.meta_path.insert(0, _Watch(actions))
 
 
 class _Watch:
-    """Waits for one module to be imported, and takes itself away."""
+    """Waits for modules to be imported, and takes itself away after the last. What an action raises ends the import."""
+
+    def __init__(self, actions: dict[str, Callable]):
+        self.actions = actions
 
     def find_spec(self, name: str, path=None, target=None):
-        if name != CORE:
+        if name not in self.actions:
             return None
-        sys.meta_path.remove(self)
+        action = self.actions.pop(name)
+        if not self.actions:
+            sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         if spec is not None:
             run = spec.loader.exec_module
 
             def exec_module(module):
                 run(module)
-                register(module)
+                action(module)
 
             spec.loader.exec_module = exec_module
         return spec
@@ -159,6 +187,44 @@ def _options(name: str, config) -> dict:
     if name == "cispo":
         return {"low": 1 - low, "high": 1 + high}
     return {"low": low, "high": high} | ({"dual": config.get("clip_ratio_c", 3.0)} if name == "ppo" else {})
+
+
+class FusedLinearForPPO(nn.Module):
+    """verl's head by `linear_logprobs`: (log_probs, entropy) of labels, float32, in their shape."""
+
+    def __init__(self, chunk_size: int = 512, impl_backend: str = "torch"):
+        super().__init__()
+
+    def forward(
+        self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        labels = input_ids.long()
+        out = linear_logprobs(hidden_states, vocab_weights, labels, temperature=temperature, outputs=("entropy",))
+        return out.logp, out.entropy
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    reduction: str = "none",
+    dist_process_group=None,
+) -> tuple[Tensor, Tensor]:
+    """verl's kernel by `linear_logprobs`: (log_probs, entropy), flat; the vocabulary may be split over a group.
+
+    As there, the caller sums hidden's gradient over the group: gathered sequence-parallel states do.
+    """
+    check_one_of("reduction", reduction, ("none",))
+    out = linear_logprobs(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        labels.reshape(-1).long(),
+        temperature=temperature,
+        outputs=("entropy",),
+        group=dist_process_group,
+    )
+    return out.logp, out.entropy
 
 
 @torch.no_grad()

@@ -1,5 +1,12 @@
 """The entry point "verl.plugins": verl imports this module, and the losses of `verl` are registered with it."""
 
-from .verl import register_when_imported
+import logging
 
-register_when_imported()
+try:
+    from .verl import register_when_imported
+
+    register_when_imported()
+except Exception:
+    # verl keeps what a plugin raises to itself: it is said here
+    logging.getLogger(__name__).exception("finealign_kernels has registered no loss with verl")
+    raise

@@ -1,5 +1,6 @@
 """The adapters of verl and OpenRLHF against their own losses, by their own seams; both are found as oracles.py says."""
 
+import importlib
 import importlib.metadata
 import logging
 import sys
@@ -151,6 +152,102 @@ def test_losses_are_registered_when_verl_imports_its_own(monkeypatch):
     assert {f"finealign_{name}" for name in verl.LOSSES} <= core.POLICY_LOSS_REGISTRY.keys()
 
 
+@pytest.fixture
+def step(core, monkeypatch):
+    """verl's own step on a padded batch: its forward with the fused head, GAE, ppo_loss."""
+    found = oracles.oracle(oracles.verl_step)
+    monkeypatch.setattr(found.losses, "get_policy_loss_fn", core.get_policy_loss_fn)
+    monkeypatch.setattr(found.head, "FusedLinearForPPO", found.head.FusedLinearForPPO)
+    monkeypatch.setitem(sys.modules, found.head.__name__, found.head)
+    return found
+
+
+def one_step(step, core, loss_mode):
+    """Loss, metrics, advantages and the gradients of a small Llama, from token ids, through verl's functions."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_attention_heads=2, num_key_value_heads=2, vocab_size=61)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=2, **sizes))
+    ids, prompt = torch.randint(0, 61, (4, 12)), 3
+    mask = torch.ones(4, 9)
+    mask[0, 6:], mask[2, 3:5] = 0, 0  # padding, and the output of a tool
+    rewards, values, weight = torch.randn(4, 9) * mask, torch.randn(4, 9), torch.rand(4, 9) * 2
+    noise = 0.2 * torch.randn(2, 4, 9)
+
+    out = step.dense.forward_with_torch_backend(model, input_ids=ids, return_dict=True, temperature=0.8)
+    logp, entropy = (x[:, prompt - 1 : -1] for x in (out.log_probs, out.entropy))
+    advantages, returns = core.compute_gae_advantage_return(rewards, values, mask, 0.97, 0.9)
+
+    class Config(core.ActorConfig):
+        clip_ratio, clip_ratio_low, clip_ratio_high, loss_agg_mode, loss_scale_factor = (
+            0.1,
+            None,
+            0.15,
+            "token-mean",
+            None,
+        )
+        use_kl_loss, kl_loss_type, kl_loss_coef, entropy_coeff = True, "low_var_kl", 0.1, 0.02
+        global_batch_info, policy_loss = {}, {"loss_mode": loss_mode}
+
+        def get(self, key, default=None):
+            return default
+
+    data = step.batch(
+        response_mask=mask, old_log_probs=logp.detach() + noise[0], ref_log_prob=logp.detach() + noise[1],
+        advantages=verl.weigh_advantages(advantages, weight), dp_size=2, batch_num_tokens=70, global_batch_size=9,
+    )  # fmt: skip
+    loss, metrics = step.losses.ppo_loss(Config(), {"log_probs": logp, "entropy": entropy}, data)
+    loss.backward()
+    metrics = {key: float(torch.as_tensor(value).detach()) for key, value in metrics.items()}
+    return loss.detach(), metrics, (advantages * mask, returns * mask), [p.grad for p in model.parameters()]
+
+
+def test_a_step_through_verls_own_functions(core, step, monkeypatch):
+    """Head, GAE with values, token weights in the advantages and the loss: ours beside verl's, on one padded batch."""
+    stock = one_step(step, core, "vanilla")
+    for switch in ("FINEALIGN_VERL_GAE", "FINEALIGN_VERL_HEAD"):
+        monkeypatch.setenv(switch, "1")
+    verl.register(core)
+    verl.patch_head(step.head)
+    ours = one_step(step, core, "finealign_ppo")
+    assert step.head.FusedLinearForPPO is verl.FusedLinearForPPO and ours[1].keys() == stock[1].keys()
+    assert_close((ours[0], *ours[2:]), (stock[0], *stock[2:]), rtol=2e-4, atol=2e-6)
+    for key, value in stock[1].items():
+        assert ours[1][key] == pytest.approx(value, rel=2e-4, abs=1e-6), key
+
+
+def test_both_heads_of_verl(step, monkeypatch):
+    draw = torch.Generator().manual_seed(4)
+    hidden, weight = torch.randn(2, 5, 8, generator=draw), 0.3 * torch.randn(31, 8, generator=draw)
+    labels, push = torch.randint(0, 31, (2, 5), generator=draw), torch.randn(2, 2, 5, generator=draw)
+    found = []
+    heads = step.head.FusedLinearForPPO(), verl.FusedLinearForPPO(), verl.linear_cross_entropy
+    for head in heads:
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        logp, entropy = head(*leaves, labels.int(), 0.7)
+        assert logp.shape == (labels.shape if isinstance(head, torch.nn.Module) else (10,))
+        total = (logp.view(2, 5) * push[0] + entropy.view(2, 5) * push[1]).sum()
+        found.append((logp.detach().view(2, 5), entropy.detach().view(2, 5), *torch.autograd.grad(total, leaves)))
+    for other in found[1:]:
+        assert_close(other, found[0], rtol=2e-5, atol=2e-6)
+    monkeypatch.delattr(step.head, "FusedLinearForPPO")
+    with pytest.raises(RuntimeError, match="torch_functional must have FusedLinearForPPO, got none"):
+        verl.patch_head(step.head)
+
+
+def test_a_plugin_that_fails_says_so(monkeypatch, caplog):
+    """verl logs what a plugin raises at DEBUG, and nobody sees it."""
+
+    def fails():
+        raise OSError("no such kernel")
+
+    monkeypatch.setattr(verl, "register_when_imported", fails)
+    monkeypatch.delitem(sys.modules, "finealign_kernels.integrations.verl_plugin", raising=False)
+    with caplog.at_level(logging.ERROR), pytest.raises(OSError, match="no such kernel"):
+        importlib.import_module("finealign_kernels.integrations.verl_plugin")
+    assert "finealign_kernels has registered no loss with verl" in caplog.text and "no such kernel" in caplog.text
+
+
 def test_an_unknown_verl_is_told_loudly(monkeypatch, caplog):
     monkeypatch.setattr(_versions, "version", lambda name: "0.8.0")
     with caplog.at_level(logging.ERROR):
@@ -259,6 +356,14 @@ def test_losses_of_pairs_are_openrlhfs():
     assert openrlhf.LogExpLoss()(*far) == 1600 and module.LogExpLoss()(*far).isinf()
 
 
+def test_gae_is_openrlhfs():
+    theirs = oracles.oracle(oracles.openrlhf_gae)
+    given = BATCH.entropy, BATCH.dense, MASK, 0.97, 0.9
+    for one, other in zip(openrlhf.get_advantages_and_returns(None, *given), theirs(*given), strict=True):
+        assert_close(one[BATCH.mask], other[BATCH.mask])
+        assert not one[~BATCH.mask].any()
+
+
 def test_classes_go_where_trainers_look(monkeypatch):
     monkeypatch.setattr(_versions, "version", lambda name: "0.11.2")
     for path, names in openrlhf.SEAMS.items():
@@ -266,10 +371,15 @@ def test_classes_go_where_trainers_look(monkeypatch):
             if parent not in sys.modules:
                 monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
         for name in names:
-            setattr(sys.modules[path], name, object)
+            setattr(sys.modules[path], name, type(name, (), dict.fromkeys(openrlhf.METHODS)))
     openrlhf.install()
     for path, names in openrlhf.SEAMS.items():
-        assert all(getattr(sys.modules[path], name) is getattr(openrlhf, name) for name in names)
+        for name in names:
+            if name == openrlhf.MAKER:
+                made = getattr(sys.modules[path], name)
+                assert made.get_advantages_and_returns is openrlhf.get_advantages_and_returns
+            else:
+                assert getattr(sys.modules[path], name) is getattr(openrlhf, name)
     del sys.modules["openrlhf.trainer.rm_trainer"].LogExpLoss
     with pytest.raises(RuntimeError, match="openrlhf.trainer.rm_trainer must have LogExpLoss, got none"):
         openrlhf.install("openrlhf.trainer.rm_trainer")
@@ -287,5 +397,5 @@ def test_seams_are_openrlhfs():
     for path, names in openrlhf.SEAMS.items():
         file = root.joinpath(*path.split(".")[1:])
         source = (file.with_suffix(".py") if file.with_suffix(".py").exists() else file / "__init__.py").read_text()
-        for name in names:
+        for name in (*names, *(openrlhf.METHODS if openrlhf.MAKER in names else ())):
             assert name in source, (path, name)

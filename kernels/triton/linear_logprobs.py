@@ -79,7 +79,7 @@ PRODUCT = CAPPED | {  # of the products of a gradient: they have no slices
     "sm_120": Config(128, 128, 32, 8, 3, 16, 8),
     "gfx942": Config(128, 128, 32, 8, 2, 16, 8),
 }
-FLOAT = dict.fromkeys(HALF, Config(64, 64, 32, 4, 2, 16, 8)) | {"interpreter": Config(64, 128, 64, 4, 1, 128, 8)}
+FLOAT = dict.fromkeys(HALF, Config(64, 64, 32, 4, 2, 32, 8)) | {"interpreter": Config(64, 128, 64, 4, 1, 128, 8)}
 
 TMA = ("sm_90", "sm_100", "sm_120")  # GPUs that copy whole blocks by a descriptor
 
@@ -380,7 +380,9 @@ def linear_fwd_tma_kernel(
     tiles = tl.cdiv(vocab, BLOCK_N).to(tl.int64)
     row_tiles = tl.cdiv(live, BLOCK_M)
     last, step = (row_tiles * tiles).to(tl.int32), tl.num_programs(0)
-    for program in tl.range(tl.program_id(0), last, step, flatten=FLATTEN, warp_specialize=SPECIALIZE):
+    for program in tl.range(
+        tl.program_id(0), last, step, flatten=FLATTEN, warp_specialize=SPECIALIZE, disable_licm=True
+    ):
         row_tile, tile = _place(tl.cast(program, tl.int64), row_tiles, tiles, GROUP)
         row_start, column_start = (row_tile * BLOCK_M).to(tl.int32), (tile * BLOCK_N).to(tl.int32)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

@@ -209,23 +209,48 @@ def test_a_common_offset_cancels(small_tiles, dtype, workspace, compact):
 
 @runs
 @pytest.mark.parametrize("poison", [NAN, INF])
-@pytest.mark.parametrize("token", [0, 17, 39])  # of the first tile, of another, and of the last, ragged one
-def test_a_logit_that_is_no_number_spoils_its_row_alone(small_tiles, poison, token):
-    s = linear(6, 40, 16)
+@pytest.mark.parametrize(
+    "options", [{}, {"outputs": ALL}, {"outputs": ALL, "softcap": 9.0}], ids=("bare", "all", "capped")
+)
+@pytest.mark.parametrize("kept", (False, True))
+def test_a_logit_that_is_no_number_spoils_its_row_alone(small_tiles, poison, options, kept):
+    """One NaN or +inf a row, at both ends of tiles and slices and in the last tile, which is ragged; E kept or not."""
+    tokens = [0, 7, 8, 15, 16, 27, 31, 32, 39]
+    clean, rows = len(tokens), range(len(tokens))
+    s = linear(clean + 1, 40, 32)
     hidden, weight = s.hidden.clone(), s.weight.clone()
-    hidden[:, :2] = 0
-    options = dict(labels=s.labels, outputs=("entropy", "log_sum_sq_probs"), backend=FUSED)
-    clean = fk.linear_logprobs(hidden, weight, **options)
-    hidden[4, :2] = 10.0
-    weight[token, 0] = 3e38  # times 10 is +inf, and with as much taken from it a NaN
-    weight[token, 1] = -3e38 if poison is NAN else 0.0
-    out = fk.linear_logprobs(hidden, weight, **options)
-    assert (hidden[4] @ weight[token]).isnan() if poison is NAN else (hidden[4] @ weight[token]) == INF
-    others = [row for row in range(6) if row != 4]
+    # two columns a token: row i has NaN or +inf at its own token, -inf at those of other rows. Infinities, because a
+    # product that overflows is no NaN where it is added without being rounded.
+    weight[:, : 2 * clean], hidden[:, : 2 * clean] = 0.0, -1.0
+    for row, token in zip(rows, tokens, strict=True):
+        weight[token, 2 * row], weight[token, 2 * row + 1] = INF, INF
+        hidden[row, 2 * row] = 1.0
+        if poison is INF:
+            hidden[row, 2 * row + 1] = 1.0
+    labels = torch.full_like(s.labels, 20)
+    hidden.requires_grad_(kept)
+    out = fk.linear_logprobs(hidden, weight, labels, workspace="full", backend=FUSED, **options)
+    logits = hidden.detach() @ weight.t()
+    capped = poison is INF and "softcap" in options  # the softcap of infinity is a number
+    wrong = logits.isnan() if poison is NAN else (logits == INF) & (not capped)
+    assert wrong.sum(1).tolist() == [0 if capped else 1] * clean + [0]
+    spoilt = wrong.any(1)
+    truth = fk.linear_logprobs(hidden.double(), weight.double(), labels, backend="reference", **options)
+    for name in ("logp", "lse", *options.get("outputs", ())[:2]):
+        found, expected = getattr(out, name), getattr(truth, name)
+        assert torch.equal(found.isnan(), spoilt), name
+        assert_close(found[~spoilt].double(), expected[~spoilt], rtol=1e-5, atol=1e-5)
+
+
+@runs
+@pytest.mark.parametrize("token", [0, 17, 39])
+def test_a_weight_that_is_no_number_spoils_every_row(small_tiles, token):
+    s = linear(6, 40, 16)
+    weight = s.weight.clone()
+    weight[token, 3] = NAN
+    out = fk.linear_logprobs(s.hidden, weight, s.labels, outputs=("entropy", "log_sum_sq_probs"), backend=FUSED)
     for name in ("logp", "lse", "entropy", "log_sum_sq_probs"):
-        found, expected = getattr(out, name), getattr(clean, name)
-        assert found[4].isnan(), name
-        assert torch.equal(found[others], expected[others]), name
+        assert getattr(out, name).isnan().all(), name
 
 
 @runs

@@ -186,7 +186,14 @@ def _row_bwd(rows, launch, dtype: str, from_e: bool, full=True, aligned=True, e_
     signature |= dict.fromkeys((*strides, "col0", "columns", "spans"), "i32")
     signature |= dict.fromkeys(("scale", "softcap", "inv_temperature"), "fp32")
     absent = ("bias_ptr",) if from_e else ("e_max_ptr",) if full else ("e_max_ptr", "bias_ptr")
-    constexprs = {"CAPPED": full, "SCALED": full, "E_COLUMNS": e_columns, "SPAN": rows.SPAN, "BLOCK": block}
+    constexprs = {
+        "CAPPED": full,
+        "SCALED": full,
+        "SPREAD": full and not from_e,
+        "E_COLUMNS": e_columns,
+        "SPAN": rows.SPAN,
+        "BLOCK": block,
+    }
     constexprs |= dict.fromkeys(absent if full else (*absent, "index_ptr"))
     constexprs |= {"spans": 1} if launch[0] <= rows.SPAN else {}
     return Case(
@@ -324,7 +331,8 @@ def _head_bwd(head, target: str, dtype: str, capped: bool) -> Case:
     signature |= dict.fromkeys((*strides, *sizes), "i32") | dict.fromkeys(
         ("scale", "softcap", "inv_temperature"), "fp32"
     )
-    constexprs = {"x_stride_d": 1, "w_stride_d": 1, "CAPPED": capped, "SCALED": capped, **_blocks(tile, True)}
+    constexprs = {"x_stride_d": 1, "w_stride_d": 1, "CAPPED": capped, "SCALED": capped, "SPREAD": capped}
+    constexprs |= _blocks(tile, True)
     constexprs |= {} if capped else dict.fromkeys(("bias_ptr", "e_ptr", "place_ptr", "e_max_ptr", "counts_ptr"))
     return Case(
         f"linear_bwd {dtype} {'full' if capped else 'plain'} {tile.rows} x {tile.columns} x {tile.depth}",
@@ -363,7 +371,7 @@ def _combine(tiles: int, want: int) -> Case:
     from finealign_kernels.kernels import _combine as states
 
     signature = dict.fromkeys(("target_ptr", "index_ptr", "count_ptr", "first_ptr"), "*i64") | {"top1_ptr": "*i8"}
-    floats = ("part", "label", "logp", "lse", "entropy", "squares", "mean", "m", "l", "slope")
+    floats = ("part", "label", "logp", "lse", "entropy", "squares", "mean", "m", "l", "slope", "allowed")
     signature |= {f"{name}_ptr": "*fp32" for name in floats} | {"tiles": "i32"}
     constexprs = {"WANT": want, "BLOCK": tiles}
     options = {"num_warps": states.warps(tiles), **states.OPTIONS}

@@ -102,7 +102,7 @@ void row_tile_bwd(Tensor out, const std::optional<Tensor>& src, const std::optio
   const Tensor& from = src ? *src : out;
   check_tile(from, "src");
   const int64_t rows = out.size(0), columns = out.size(1);
-  STD_TORCH_CHECK(target.numel() == rows && coef.dim() == 2 && coef.size(0) == 8 && coef.size(1) == rows &&
+  STD_TORCH_CHECK(target.numel() == rows && coef.dim() == 2 && (coef.size(0) == 8 || coef.size(0) == 9) && coef.size(1) == rows &&
                       coef.is_contiguous() && from.size(1) == columns && (index || from.size(0) == rows) &&
                       (!index || index->numel() == rows) && (!e_max || e_max->numel() == rows) &&
                       (!bias || bias->numel() == columns),
@@ -111,7 +111,7 @@ void row_tile_bwd(Tensor out, const std::optional<Tensor>& src, const std::optio
                        dtype_of(from, "src"), from.stride(0), columns, col0,
                        index ? index->const_data_ptr<int64_t>() : nullptr, e_max ? e_max->const_data_ptr<float>() : nullptr,
                        make_head(bias, scale, softcap, inv_temperature), target.const_data_ptr<int64_t>(),
-                       coef.const_data_ptr<float>(), rows};
+                       coef.const_data_ptr<float>(), coef.size(0) == 9, rows};
   STD_TORCH_CHECK(op.out_dtype != DType::f64 && op.dtype != DType::f64, "row_tile_bwd: float64 has no native kernel");
   torch::stable::parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) { row_backward(op, begin, end); });
 }

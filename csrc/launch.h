@@ -66,7 +66,8 @@ struct RowBackward {
   const float* e_max;    // (rows,) m of this tile
   Head head;
   const int64_t* target;  // (rows,)
-  const float* coef;      // (8, rows): dlogp, dlse, dentropy, m, log1p(R), entropy, logp, label's 1 - tanh²
+  const float* coef;      // (8, rows): dlogp, dlse, dentropy, m, log1p(R), entropy, logp, label's 1 - tanh²;
+  bool spread;            // or (9, rows): and the gradient of every z that is not banned
   int64_t rows;
 };
 

@@ -48,6 +48,7 @@ DIVERGENCE, RETURNS, SCAN = "tests/losses/test_divergence.py", "tests/rl/test_re
 ADVANTAGES, HEAD = "tests/rl/test_advantages.py", "tests/kernels/test_linear_logprobs_triton.py"
 HOUSE = "tests/house/test_house.py"
 PARALLEL, CONTEXT = "tests/ops/test_parallel.py", "tests/ops/test_context.py"
+SMOOTHING = "tests/ops/test_label_smoothing.py"
 FORMULA, CHUNKED, OP = "formulas/logprobs.py", "ops/_chunked.py", "ops/logprobs.py"
 ROWS, PREFERENCE, REDUCE = "csrc/cpu/row_kernels.h", "losses/preference.py", "losses/reduce.py"
 
@@ -111,6 +112,15 @@ MUTANTS = [
     Mutant("blue for less", "report/style.py", "--less: 214 74 60; --more: 47 118 200;", "--less: 47 118 200; --more: 214 74 60;", "tests/demo/test_report.py"),
     Mutant("noise of a head gradient divided by noise", "demo/heads.py", "of.dweight * NOISE / LIMIT", "0.0", "tests/demo/test_cli.py"),
     Mutant("a head gradient is held against everything", "demo/heads.py", "of.dweight * NOISE / LIMIT", "1e3 * of.dweight", "tests/demo/test_cli.py"),
+    # label smoothing
+    Mutant("smoothing: spread over banned tokens too", FORMULA, "spread = torch.where(z == -torch.inf, 0, coef.spread[:, None])", "spread = coef.spread[:, None]", SMOOTHING),
+    Mutant("smoothing: none at the label", FORMULA, "dz_label if coef.spread is None else dz_label + coef.spread[:, None]", "dz_label", SMOOTHING),
+    Mutant("smoothing: over all of the vocabulary", FORMULA, "dmean.to(m.dtype) / allowed, 0)", "dmean.to(m.dtype) / 203, 0)", SMOOTHING),
+    Mutant("smoothing: rows with the mean's gradient alone are dropped", FORMULA, "active | (self.spread != 0)", "active", SMOOTHING),
+    Mutant("smoothing: rows come from E, which does not know it", CHUNKED, "[] if coef.spread is None else [coef.spread != 0]", "[]", SMOOTHING),
+    Mutant("smoothing: native kernel over banned tokens", ROWS, "select(z == -kInf, F{}, all(c.spread))", "all(c.spread)", SMOOTHING),
+    Mutant("smoothing: native kernel without the label", ROWS, "  dz += c.spread;\n", "", SMOOTHING),
+    Mutant("smoothing: weights of label and vocabulary changed places", "losses/nll.py", "(1 - epsilon) * wide.x + epsilon * mean", "epsilon * wide.x + (1 - epsilon) * mean", SMOOTHING),
     # the mathematics of a row
     Mutant("sign of the label's gradient", FORMULA, "-g * torch.expm1(logp)", "g * torch.expm1(logp)", LOGPROBS),
     Mutant("label's gradient from p", FORMULA, "-g * torch.expm1(logp)", "g * (1 - logp.exp())", LOGPROBS),
@@ -145,7 +155,7 @@ MUTANTS = [
     Mutant("no active row leaves dW unwritten", CHUNKED, "self.slice.zero_()", "pass", LOGPROBS),
     Mutant("dW for a frozen head", OP, "ctx.needs_input_grad[:3]", "(True, True, False)", LOGPROBS),
     Mutant("E kept under no_grad", OP, "keep = torch.is_grad_enabled() and any", "keep = any", LOGPROBS),
-    Mutant("gradients of lse ignored", OP, "formula.coefficients(dlogp, dlse, dentropy, logp, entropy, m, l, label_slope)\n    needs", "formula.coefficients(dlogp, None, dentropy, logp, entropy, m, l, label_slope)\n    needs", LOGPROBS),
+    Mutant("gradients of lse ignored", OP, "formula.coefficients(dlogp, dlse, dentropy, dmean, logp, entropy, m, l, label_slope, allowed)\n    needs", "formula.coefficients(dlogp, None, dentropy, dmean, logp, entropy, m, l, label_slope, allowed)\n    needs", LOGPROBS),
     Mutant("logits overwritten in backward", OP, "grad = logits if ctx.inplace else torch", "grad = logits if True else torch", LOGPROBS),
     Mutant("a packed head for a head of another shape", "ops/_check.py", "isinstance(x, Tensor) and any(getattr", "False and any(getattr", LOGPROBS),
     Mutant("the base weight of an adapter advised", "ops/_adapter.py", "merge the adapter, leave", "merge the adapter or pass its base weight, leave", LOGPROBS),
@@ -158,7 +168,7 @@ MUTANTS = [
     Mutant("ranks: dX of this rank alone", "ops/_parallel.py", "self.work = dist.all_reduce(dx, group=group, async_op=True)", "pass", PARALLEL),
     Mutant("ranks: dX rounded before the sum", CHUNKED, "        self.handed = True\n", "        self.handed = True\n        self.dx = self.dx.to(self.hidden.dtype).to(self.dx.dtype)\n", PARALLEL),
     Mutant("ranks: first upstream gradient for all rows", FORMULA, "zero if d is None else d.to(m.dtype) for", "zero if d is None else d[:1].expand_as(m).to(m.dtype) for", PARALLEL),
-    Mutant("ranks: temperature after the softmax", "ops/_parallel.py", "found = exchange(state, target, want, top, shard)\n        logp, lse, entropy, squares, mean, top1, m, l, label_slope = found", "found = exchange(state, target, want, top, shard)\n        logp, lse, entropy, squares, mean, top1, m, l, label_slope = found\n        logp = logp * head.inv_temperature", PARALLEL),
+    Mutant("ranks: temperature after the softmax", "ops/_parallel.py", "        logp, lse, entropy, squares, mean, top1, m, l, label_slope, allowed = found\n        ctx.save_for_backward(hidden", "        logp, lse, entropy, squares, mean, top1, m, l, label_slope, allowed = found\n        logp = logp * head.inv_temperature\n        ctx.save_for_backward(hidden", PARALLEL),
     Mutant("ranks: combined from this rank on", "ops/_parallel.py", "all_gather(wire, shard.group)).permute", "all_gather(wire, shard.group).roll(-dist.get_rank(shard.group), 0)).permute", PARALLEL),
     Mutant("ranks: no collective where all is masked", "ops/_parallel.py", "        found = exchange(state, target, want, top, shard)\n", "        found = exchange(state, target, want, top, shard) if bool((target >= 0).any()) else formula.combine(state.part[:, None], state.first[:, None], state.label, target, want)\n", PARALLEL),
     Mutant("ranks: a label that two ranks hold counts twice", "ops/_parallel.py", "lost = (target >= 0) & (owners != 1)", "lost = (target >= 0) & (owners < 1)", PARALLEL),

@@ -321,11 +321,11 @@ inline void forward_rows(const RowForward& op, int64_t begin, int64_t end) {
 // ---- backward ------------------------------------------------------------------------------------------------------
 
 struct Coef {
-  float g, k, h, m, l, entropy, logp, label_slope;
+  float g, k, h, m, l, entropy, logp, label_slope, spread;
 };
 
-// One row. From logits x, or from e = exp(z - e_max) of its tile.
-template <typename S, typename O, bool kFromE, bool kEntropyGrad, bool kSoftcap>
+// One row. From logits x, or from e = exp(z - e_max) of its tile; with a spread, which e does not know, from x alone.
+template <typename S, typename O, bool kFromE, bool kEntropyGrad, bool kSoftcap, bool kSpread = false>
 inline void backward_row(const typename S::T* src, typename O::T* out, int64_t columns, const Transform& transform,
                          float e_max, const Coef& c) {
   const Head& head = transform.head;
@@ -336,7 +336,7 @@ inline void backward_row(const typename S::T* src, typename O::T* out, int64_t c
   for (int64_t j = 0; j < columns; j += W) {
     const int n = columns - j < W ? static_cast<int>(columns - j) : W;
     const F v = n == W ? S::load(src + j) : load_tail<S>(src + j, n, 0.0f);
-    F p, d = F{}, curve = all(1.0f);
+    F p, d = F{}, curve = all(1.0f), spread = F{};
     if (kFromE) {
       p = v * scale_e;
       if (kEntropyGrad || kSoftcap) {
@@ -351,16 +351,25 @@ inline void backward_row(const typename S::T* src, typename O::T* out, int64_t c
         const F b = !head.bias ? F{} : n == W ? f32::load(head.bias + j) : load_tail<f32>(head.bias + j, n, 0.0f);
         z = transform.logit(v, b, &curve);
       }
+      if (kSpread) spread = select(z == -kInf, F{}, all(c.spread));
       d = (z - c.m) - c.l;
       p = exp_(d);
     }
     F dz = p * keep;
     if (kEntropyGrad) dz -= c.h * p * (d + c.entropy);
+    if (kSpread) dz = select(p == 0.0f, F{}, dz) + spread;
     if (kSoftcap) dz *= curve;
     dz *= slope;
-    if (kEntropyGrad || kSoftcap) dz = select(p == 0.0f, F{}, dz);
+    if ((kEntropyGrad || kSoftcap) && !kSpread) dz = select(p == 0.0f, F{}, dz);
     n == W ? O::store(out + j, dz) : store_tail<O>(out + j, n, dz);
   }
+}
+
+template <typename S, typename O>
+inline void backward_spread(const typename S::T* src, typename O::T* out, int64_t columns, const Transform& transform,
+                            const Coef& c) {
+  if (transform.head.softcap != 0) backward_row<S, O, false, true, true, true>(src, out, columns, transform, 0.0f, c);
+  else backward_row<S, O, false, true, false, true>(src, out, columns, transform, 0.0f, c);
 }
 
 inline float label_slope(const RowBackward& op, const Coef& c) {
@@ -368,6 +377,7 @@ inline float label_slope(const RowBackward& op, const Coef& c) {
   const float p = ::expf(c.logp);
   float dz = -c.g * ::expm1f(c.logp) + c.k * p;
   if (c.h != 0) dz -= c.h * p * (c.logp + c.entropy);
+  dz += c.spread;
   return dz * c.label_slope * op.head.scale * op.head.inv_temperature;
 }
 
@@ -378,8 +388,9 @@ inline void backward_rows(const RowBackward& op, int64_t begin, int64_t end) {
     typename O::T* out = static_cast<typename O::T*>(op.out) + row * op.out_stride;
     const float* at = op.coef + row;
     const Coef c{at[0],           at[op.rows],     at[2 * op.rows], at[3 * op.rows],
-                 at[4 * op.rows], at[5 * op.rows], at[6 * op.rows], at[7 * op.rows]};
-    if (op.target[row] == kSkip || (c.g == 0 && c.k == 0 && c.h == 0)) {
+                 at[4 * op.rows], at[5 * op.rows], at[6 * op.rows], at[7 * op.rows],
+                 op.spread ? at[8 * op.rows] : 0.0f};
+    if (op.target[row] == kSkip || (c.g == 0 && c.k == 0 && c.h == 0 && c.spread == 0)) {
       __builtin_memset(out, 0, sizeof(typename O::T) * op.columns);
       continue;
     }
@@ -387,7 +398,8 @@ inline void backward_rows(const RowBackward& op, int64_t begin, int64_t end) {
     const typename S::T* src = static_cast<const typename S::T*>(op.src) + from * op.row_stride;
     const float e_max = kFromE ? op.e_max[row] : 0.0f;
     const bool softcap = op.head.softcap != 0;
-    if (c.h != 0 && softcap) backward_row<S, O, kFromE, true, true>(src, out, op.columns, transform, e_max, c);
+    if (!kFromE && c.spread != 0) backward_spread<S, O>(src, out, op.columns, transform, c);
+    else if (c.h != 0 && softcap) backward_row<S, O, kFromE, true, true>(src, out, op.columns, transform, e_max, c);
     else if (c.h != 0) backward_row<S, O, kFromE, true, false>(src, out, op.columns, transform, e_max, c);
     else if (softcap) backward_row<S, O, kFromE, false, true>(src, out, op.columns, transform, e_max, c);
     else backward_row<S, O, kFromE, false, false>(src, out, op.columns, transform, e_max, c);

@@ -49,6 +49,7 @@ class Rows(NamedTuple):
     m: Tensor  # the maximum
     l: Tensor  # log1p(R) = lse - m
     label_slope: Tensor  # 1 - tanh²(y / c) at the label; 1 without softcap
+    allowed: Tensor  # number of tokens that are not banned, where the mean is wanted; else 0
 
 
 def logits(x: Tensor, bias: Tensor | None, head: Head) -> Tensor:
@@ -87,11 +88,12 @@ def reference(x: Tensor, bias: Tensor | None, target: Tensor, head: Head) -> Row
         lse=lse,
         entropy=-(p * safe).sum(-1),
         log_sum_sq_probs=torch.logsumexp(2 * logp_all.detach(), -1),
-        mean_logits=torch.where(allowed, z, 0).detach().sum(-1) / allowed.sum(-1),
+        mean_logits=torch.where(allowed, z, 0).sum(-1) / allowed.sum(-1),
         is_top1=first_argmax(z.detach()) == target,
         m=m,
         l=lse.detach() - m,
         label_slope=slope(x.detach(), bias, head).gather(1, label)[:, 0],
+        allowed=allowed.sum(-1).to(z.dtype),
     )
     return settle(rows, target)
 
@@ -173,7 +175,7 @@ def combine(part: Tensor, first: Tensor, label: Tensor, target: Tensor, want: in
         log_sum_sq = q.log1p() - 2 * l
     if want & MEAN:
         mean = total / count
-    rows = Rows((label[:, 0] - m) - l, m + l, entropy, log_sum_sq, mean, top == target, m, l, label[:, 1])
+    rows = Rows((label[:, 0] - m) - l, m + l, entropy, log_sum_sq, mean, top == target, m, l, label[:, 1], count)
     return settle(rows, target)
 
 
@@ -195,17 +197,24 @@ class Coef(NamedTuple):
     entropy: Tensor
     logp: Tensor
     label_slope: Tensor
+    spread: Tensor | None = None  # upstream gradient of the mean of z, over the number of tokens that are not banned
 
     def active(self) -> Tensor:
         """Rows with a gradient. A NaN is one."""
-        return torch.stack(self[:3]).ne(0).any(0)
+        active = torch.stack(self[:3]).ne(0).any(0)
+        return active if self.spread is None else active | (self.spread != 0)
+
+    def stacked(self) -> Tensor:
+        """(8, n), or (9, n) with a spread: what a row kernel takes."""
+        return torch.stack([x for x in self if x is not None])
 
 
-def coefficients(dlogp, dlse, dentropy, logp, entropy, m, l, label_slope) -> Coef:
+def coefficients(dlogp, dlse, dentropy, dmean, logp, entropy, m, l, label_slope, allowed) -> Coef:
     """Coef of upstream gradients (n,), None for one that is 0 everywhere, and of a row's state."""
     zero = torch.zeros_like(m)
     grads = (zero if d is None else d.to(m.dtype) for d in (dlogp, dlse, dentropy))
-    return Coef(*grads, m, l, entropy, logp, label_slope)
+    spread = None if dmean is None else torch.where(allowed != 0, dmean.to(m.dtype) / allowed, 0)
+    return Coef(*grads, m, l, entropy, logp, label_slope, spread)
 
 
 def tile_gradient(
@@ -213,13 +222,20 @@ def tile_gradient(
 ) -> Tensor:
     """dL/dx of one tile (n, C), from raw products src, or from src = exp(z - e_max) where e_max (n,) is given.
 
-    dz_v = p_v (k - g) - h p_v (log p_v + H) for all v but the label;  g, k, h: upstream of logp, lse, H
-    dz_label = -g expm1(logp) + k p - h p (logp + H): never from e, and 0 for a banned label
+    dz_v = p_v (k - g) - h p_v (log p_v + H) + u for all v but the label, 0 for a banned token
+    dz_label = -g expm1(logp) + k p - h p (logp + H) + u: never from e, and 0 for a banned label
     dx = dz (1 - tanh²(y/c)) scale / temperature
+
+    g, k, h: upstream of logp, lse, H;  u: of the mean of z, over the number of tokens that are not banned. Rows with a
+    u come from src alone: where e is 0 the token may be banned or not.
     """
-    g, k, h, m, l, entropy, logp, label_slope = (x[:, None] for x in coef)
+    g, k, h, m, l, entropy, logp, label_slope = (x[:, None] for x in coef[:8])
+    spread = 0
     if e_max is None:
-        logp_all = (logits(src, bias, head) - m) - l
+        z = logits(src, bias, head)
+        if coef.spread is not None:
+            spread = torch.where(z == -torch.inf, 0, coef.spread[:, None])
+        logp_all = (z - m) - l
         p, curve = logp_all.exp(), slope(src, bias, head)
     else:
         shift = e_max[:, None] - m - l
@@ -232,9 +248,11 @@ def tile_gradient(
     here = (target >= 0) & (local >= 0) & (local < src.shape[1])
     p_label = logp.exp()
     curved = torch.where(h != 0, h * p_label * (logp + entropy), 0)
-    dz_label = torch.where(logp == -torch.inf, 0, -g * torch.expm1(logp) + k * p_label - curved)
+    dz_label = -g * torch.expm1(logp) + k * p_label - curved
+    dz_label = dz_label if coef.spread is None else dz_label + coef.spread[:, None]
+    dz_label = torch.where(logp == -torch.inf, 0, dz_label)
     is_label = (torch.arange(src.shape[1], device=src.device) == local[:, None]) & here[:, None]
-    dz = torch.where(is_label, dz_label, torch.where(live | p.isnan(), dz, 0))
+    dz = torch.where(is_label, dz_label, torch.where(live | p.isnan(), dz, 0) + spread)
     if head.softcap:
         dz = torch.where(dz == 0, 0, dz * torch.where(is_label, label_slope, curve))
     dx = dz * (head.scale * head.heat)

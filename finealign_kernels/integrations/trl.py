@@ -152,8 +152,9 @@ class Patch:
                 outputs=[name for name in outputs if name != "log_probs"],
                 **self._options,
             )
-        rest = (None if x is None else x.float() for x in found[2:5])
-        return Outputs(found.logp.float(), *rest, found.is_top1)
+        entropy, squares, mean = (None if x is None else x.float() for x in found[2:5])
+        mean = None if mean is None else mean.detach()  # a figure of TRL's logs
+        return Outputs(found.logp.float(), entropy, squares, mean, found.is_top1)
 
 
 def _regathered(utils, weight: Tensor, bias: Tensor | None, head: Tensor):

@@ -168,14 +168,14 @@ def bwd(
     vocab, room, dtype, out_dtype = weight.shape[0], e_max.shape[0], compute_dtype(hidden), wide(hidden.dtype)
     read = target != formula.SKIP
     active = read & coef.active()
-    recompute = near_uniform(coef, bias, vocab) if curved and e.dtype != out_dtype else None
+    recompute = unfit_for_e(coef, curved and e.dtype != out_dtype, bias, vocab)
     if on_device:  # every row; which of them must be recomputed is not known here
         rows = Active(None, None, hidden.shape[0], room if recompute is None else 0)
     else:
         rows = active_rows(active, read, room, recompute)
     head = head.rows(rows.index)
     x = operand(hidden, dtype, rows.index, active if on_device else None)
-    at, coef = rows.take(target), torch.stack(coef) if rows.index is None else torch.stack(coef)[:, rows.index]
+    at, coef = rows.take(target), coef.stacked() if rows.index is None else coef.stacked()[:, rows.index]
     tops = e_max if rows.place is None else e_max[rows.place]
     tops = tops if e_columns else tops.t().contiguous()
 
@@ -312,6 +312,17 @@ def active_rows(active: Tensor, read: Tensor, room: int, recompute: Tensor | Non
         return Active(None, None, n, stored)
     place = (read.cumsum(0) if rank is None else rank)[index[:stored]] - 1
     return Active(index[:count], place, count, stored)
+
+
+def unfit_for_e(coef: formula.Coef, rounded: bool, bias: Tensor | None, vocab: int) -> Tensor | None:
+    """Rows (N,) that must be computed again though their E was kept, None for none.
+
+    rounded: E has half the digits, and the entropy a gradient. A gradient of mean_logits is the same for all tokens
+    that are not banned, also for those whose E is 0.
+    """
+    flags = [near_uniform(coef, bias, vocab)] if rounded else []
+    flags += [] if coef.spread is None else [coef.spread != 0]
+    return None if not flags else flags[0] if len(flags) == 1 else flags[0] | flags[1]
 
 
 def near_uniform(coef: formula.Coef, bias: Tensor | None, vocab: int) -> Tensor:

@@ -64,7 +64,7 @@ def fwd(hidden, weight, bias, target, head, want, workspace, on_device, _, stati
         if rows.index is not None:
             found = (x.new_zeros(n_all, *x.shape[1:]).index_copy_(0, rows.index, x) for x in found)
         return (*found, e, e_max)
-    floats = [part.new_zeros(n_all) for _ in range(8)]
+    floats = [part.new_zeros(n_all) for _ in range(9)]
     found = formula.Rows(*floats[:5], torch.zeros(n_all, dtype=torch.bool, device=hidden.device), *floats[5:])
     kernels.combine(part, first, label, target, rows, want, found)
     return (*found, e, e_max)
@@ -109,11 +109,12 @@ def _bounded_bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, nee
     active = read & coef.active()
     place = read.cumsum(0) - 1  # E has the rows that were read
     from_e = active & (place < room)
-    if curved and e.dtype != torch.float32:
-        from_e &= ~_chunked.near_uniform(coef, bias, vocab)
+    again = _chunked.unfit_for_e(coef, curved and e.dtype != torch.float32, bias, vocab)
+    if again is not None:
+        from_e &= ~again
     index = _chunked.front(active, from_e)
     counts = torch.stack([from_e.sum(), active.sum()])
-    at, place, coef = target[index], place[index], torch.stack([c[index] for c in coef])
+    at, place, coef = target[index], place[index], coef.stacked()[:, index]
 
     chunks, blocks = _chunked.spans(vocab, area.columns), _chunked.spans(n, area.rows)
     columns = min(vocab, area.columns)

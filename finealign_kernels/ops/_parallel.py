@@ -298,21 +298,21 @@ class _Linear(torch.autograd.Function):
             state = empty_state(x.shape[0], _chunked.wide(x.dtype), x.device)
             e, e_max = x.new_empty(0), x.new_empty(0, 0)
         found = exchange(state, target, want, top, shard)
-        logp, lse, entropy, squares, mean, top1, m, l, label_slope = found
-        ctx.save_for_backward(hidden, weight, bias, local, logp, entropy, m, l, label_slope, e, e_max)
+        logp, lse, entropy, squares, mean, top1, m, l, label_slope, allowed = found
+        ctx.save_for_backward(hidden, weight, bias, local, logp, entropy, m, l, label_slope, allowed, e, e_max)
         ctx.options = head, on_device, rows, shard
-        ctx.mark_non_differentiable(squares, mean, top1)
+        ctx.mark_non_differentiable(squares, top1)
         ctx.set_materialize_grads(False)
         return logp, lse, entropy, squares, mean, top1
 
     @staticmethod
-    def backward(ctx, dlogp, dlse, dentropy, *_):
+    def backward(ctx, dlogp, dlse, dentropy, _, dmean, *__):
         hidden, weight, bias, local, *state, e, e_max = ctx.saved_tensors
         head, on_device, rows, shard = ctx.options
         needs = tuple(ctx.needs_input_grad[:3])
         with torch.no_grad():
             x = all_gather(hidden, shard.group).flatten(0, 1) if shard.gathers else hidden
-            coef, summing = formula.coefficients(dlogp, dlse, dentropy, *state), Summing(shard)
+            coef, summing = formula.coefficients(dlogp, dlse, dentropy, dmean, *state), Summing(shard)
             if shard.columns:
                 bwd, curved = _choose.layer(rows).bwd, dentropy is not None
                 grads = bwd(coef, curved, x, weight, bias, local, e, e_max, head, needs, on_device, rows, shard=summing)
@@ -322,7 +322,7 @@ class _Linear(torch.autograd.Function):
                 grads = None, *(None if b is None else torch.zeros_like(b) for b in (weight, bias))
             dx = summing.result().to(hidden.dtype) if needs[0] else None
             grads = tuple(grad if need else None for grad, need in zip((dx, *grads[1:]), needs, strict=True))
-        sources = (dlogp, dlse, dentropy, hidden, weight, bias)
+        sources = (dlogp, dlse, dentropy, dmean, hidden, weight, bias)
         instead = "without a group, use backend='reference'"
         return *once("linear_logprobs", grads, sources, instead), *[None] * 8
 
@@ -345,16 +345,17 @@ class _Token(torch.autograd.Function):
             state = formula.State(*formula.merge(part, first, want), label)
         else:
             state = empty_state(x.shape[0], _chunked.wide(x.dtype), x.device)
-        logp, lse, entropy, squares, mean, top1, m, l, label_slope = exchange(state, target, want, top, shard)
-        ctx.save_for_backward(logits, local, logp, entropy, m, l, label_slope)
+        found = exchange(state, target, want, top, shard)
+        logp, lse, entropy, squares, mean, top1, m, l, label_slope, allowed = found
+        ctx.save_for_backward(logits, local, logp, entropy, m, l, label_slope, allowed)
         ctx.options, ctx.gradient = (head, rows), gradient
         ctx.columns, ctx.inplace, ctx.spent = shard.columns, inplace, False
-        ctx.mark_non_differentiable(squares, mean, top1)
+        ctx.mark_non_differentiable(squares, top1)
         ctx.set_materialize_grads(False)
         return logp, lse, entropy, squares, mean, top1
 
     @staticmethod
-    def backward(ctx, dlogp, dlse, dentropy, *_):
+    def backward(ctx, dlogp, dlse, dentropy, _, dmean, *__):
         if ctx.spent:
             raise RuntimeError(
                 "token_logprobs: inplace_backward=True wrote the gradient over the logits; backward runs once"
@@ -365,9 +366,9 @@ class _Token(torch.autograd.Function):
             if ctx.columns:
                 source = None if ctx.inplace else logits[:, : ctx.columns]
                 out = grad[:, : ctx.columns]
-                coef = formula.coefficients(dlogp, dlse, dentropy, *state)
+                coef = formula.coefficients(dlogp, dlse, dentropy, dmean, *state)
                 ctx.gradient(out, source, coef, local, *ctx.options)
             grad[:, ctx.columns :] = 0
             ctx.spent = ctx.inplace
-        (grad,) = once("token_logprobs", (grad,), (dlogp, dlse, dentropy, logits))
+        (grad,) = once("token_logprobs", (grad,), (dlogp, dlse, dentropy, dmean, logits))
         return grad, *[None] * 9

@@ -36,8 +36,15 @@ class LogProbs(NamedTuple):
     lse: Tensor  # log Σ e^z; differentiable
     entropy: Tensor | None  # lse - Σ p z; differentiable
     log_sum_sq_probs: Tensor | None  # log Σ p²
-    mean_logits: Tensor | None  # mean of z over the tokens that are not banned
+    mean_logits: Tensor | None  # mean of z over the tokens that are not banned; differentiable
     is_top1: Tensor | None  # bool: the label is the first argmax
+
+    @property
+    def mean_logp(self) -> Tensor:
+        """Mean log-probability of the tokens that are not banned, mean_logits - lse: what label smoothing pulls to."""
+        if self.mean_logits is None:
+            fail("outputs", "hold 'mean_logits' for mean_logp", "outputs without it")
+        return self.mean_logits - self.lse
 
 
 def linear_logprobs(
@@ -75,7 +82,8 @@ def linear_logprobs(
                  and gradients that arrive at its outputs are ignored
     temperature, softcap > 0; logit_scale finite. temperature may be a tensor in the shape of labels, a constant, one
                  number a row: by torch's row operations, not by the native or Triton ones
-    outputs      further outputs to compute: "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"
+    outputs      further outputs to compute: "entropy", "log_sum_sq_probs", "mean_logits", "is_top1". A row with a
+                 gradient of mean_logits is computed twice, whatever workspace is
     workspace    memory budget, in bytes, for the softmax numerators that are saved for backward; rows that fit are not
                  computed twice. A number, 0, "full" (all rows), or "auto": as many bytes as weight has. It depends on
                  the arguments alone, never on free memory. Nothing is saved where a float32 bias with a gradient is
@@ -234,21 +242,21 @@ class _LinearLogprobs(torch.autograd.Function):
         out = torch.ops.finealign.linear_logprobs_fwd(
             hidden, weight, bias, target, *head, want, workspace, on_device, static, rows
         )
-        logp, lse, entropy, squares, mean, top1, m, l, label_slope, e, e_max = out
-        ctx.save_for_backward(hidden, weight, bias, target, logp, entropy, m, l, label_slope, e, e_max)
+        logp, lse, entropy, squares, mean, top1, m, l, label_slope, allowed, e, e_max = out
+        ctx.save_for_backward(hidden, weight, bias, target, logp, entropy, m, l, label_slope, allowed, e, e_max)
         ctx.options = (*head, on_device, rows)
-        ctx.mark_non_differentiable(squares, mean, top1)
+        ctx.mark_non_differentiable(squares, top1)
         ctx.set_materialize_grads(False)
         return logp, lse, entropy, squares, mean, top1
 
     @staticmethod
-    def backward(ctx, dlogp, dlse, dentropy, *_):
+    def backward(ctx, dlogp, dlse, dentropy, _, dmean, *__):
         saved = ctx.saved_tensors
         needs = [bool(need) for need in ctx.needs_input_grad[:3]]
         with torch.no_grad():
-            grads = torch.ops.finealign.linear_logprobs_bwd(dlogp, dlse, dentropy, *saved, *ctx.options, *needs)
+            grads = torch.ops.finealign.linear_logprobs_bwd(dlogp, dlse, dentropy, dmean, *saved, *ctx.options, *needs)
         grads = tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
-        sources = (dlogp, dlse, dentropy, *saved[:3])
+        sources = (dlogp, dlse, dentropy, dmean, *saved[:3])
         return *once("linear_logprobs", grads, sources), None, None, None, None, None, None
 
 
@@ -256,16 +264,16 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target, head, want, inplace, rows):
         out = torch.ops.finealign.token_logprobs_fwd(logits, target, *head, want, rows)
-        logp, lse, entropy, squares, mean, top1, m, l, label_slope = out
-        ctx.save_for_backward(logits, target, logp, entropy, m, l, label_slope)
+        logp, lse, entropy, squares, mean, top1, m, l, label_slope, allowed = out
+        ctx.save_for_backward(logits, target, logp, entropy, m, l, label_slope, allowed)
         ctx.options = (*head, rows)
         ctx.inplace, ctx.spent = inplace, False
-        ctx.mark_non_differentiable(squares, mean, top1)
+        ctx.mark_non_differentiable(squares, top1)
         ctx.set_materialize_grads(False)
         return logp, lse, entropy, squares, mean, top1
 
     @staticmethod
-    def backward(ctx, dlogp, dlse, dentropy, *_):
+    def backward(ctx, dlogp, dlse, dentropy, _, dmean, *__):
         if ctx.spent:
             raise RuntimeError(
                 "token_logprobs: inplace_backward=True wrote the gradient over the logits; backward runs once"
@@ -275,9 +283,9 @@ class _TokenLogprobs(torch.autograd.Function):
             logits, *state = saved
             grad = logits if ctx.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
             source = None if ctx.inplace else logits
-            torch.ops.finealign.token_logprobs_bwd(grad, source, dlogp, dlse, dentropy, *state, *ctx.options)
+            torch.ops.finealign.token_logprobs_bwd(grad, source, dlogp, dlse, dentropy, dmean, *state, *ctx.options)
             ctx.spent = ctx.inplace
-        (grad,) = once("token_logprobs", (grad,), (dlogp, dlse, dentropy, saved[0]))
+        (grad,) = once("token_logprobs", (grad,), (dlogp, dlse, dentropy, dmean, saved[0]))
         return grad, None, None, None, None, None
 
 
@@ -351,7 +359,7 @@ def _(hidden, weight, bias, target, scale, softcap, inv_temperature, want, works
         room = _chunked.kept_rows(n, vocab, hidden.dtype, workspace)
     else:
         room = torch.library.get_ctx().new_dynamic_size()
-    stats = [hidden.new_empty(n, dtype=_chunked.wide(hidden.dtype)) for _ in range(8)]
+    stats = [hidden.new_empty(n, dtype=_chunked.wide(hidden.dtype)) for _ in range(9)]
     top1 = hidden.new_empty(n, dtype=torch.bool)
     e = hidden.new_empty(room * vocab)
     e_max = hidden.new_empty((room, maxima), dtype=_chunked.wide(hidden.dtype))
@@ -363,6 +371,7 @@ def _linear_bwd(
     dlogp: Tensor | None,
     dlse: Tensor | None,
     dentropy: Tensor | None,
+    dmean: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -372,6 +381,7 @@ def _linear_bwd(
     m: Tensor,
     l: Tensor,
     label_slope: Tensor,
+    allowed: Tensor,
     e: Tensor,
     e_max: Tensor,
     scale: float,
@@ -383,7 +393,7 @@ def _linear_bwd(
     need_weight: bool,
     need_bias: bool,
 ) -> list[Tensor]:
-    coef = formula.coefficients(dlogp, dlse, dentropy, logp, entropy, m, l, label_slope)
+    coef = formula.coefficients(dlogp, dlse, dentropy, dmean, logp, entropy, m, l, label_slope, allowed)
     needs = (need_hidden, need_weight, need_bias)
     head = Head(scale, softcap, inv_temperature)
     curved = dentropy is not None
@@ -393,7 +403,7 @@ def _linear_bwd(
 
 
 @_linear_bwd.register_fake
-def _(dlogp, dlse, dentropy, hidden, weight, bias, target, *rest):
+def _(dlogp, dlse, dentropy, dmean, hidden, weight, bias, target, *rest):
     need_hidden, need_weight, need_bias = rest[-3:]
     dhidden = hidden.new_empty(hidden.shape) if need_hidden else hidden.new_empty(0)
     dweight = weight.new_empty(weight.shape) if need_weight else hidden.new_empty(0)
@@ -439,7 +449,7 @@ def _token_states(logits: Tensor, target: Tensor, head: Head, want: int, rows: s
 
 @_token_fwd.register_fake
 def _(logits, target, scale, softcap, inv_temperature, want, rows):
-    stats = [logits.new_empty(logits.shape[0], dtype=_chunked.wide(logits.dtype)) for _ in range(8)]
+    stats = [logits.new_empty(logits.shape[0], dtype=_chunked.wide(logits.dtype)) for _ in range(9)]
     return [*stats[:5], logits.new_empty(logits.shape[0], dtype=torch.bool), *stats[5:]]
 
 
@@ -450,24 +460,26 @@ def _token_bwd(
     dlogp: Tensor | None,
     dlse: Tensor | None,
     dentropy: Tensor | None,
+    dmean: Tensor | None,
     target: Tensor,
     logp: Tensor,
     entropy: Tensor,
     m: Tensor,
     l: Tensor,
     label_slope: Tensor,
+    allowed: Tensor,
     scale: float,
     softcap: float,
     inv_temperature: float,
     rows: str,
 ) -> None:
     """The gradient of the logits into out; logits None: over the logits themselves."""
-    coef = formula.coefficients(dlogp, dlse, dentropy, logp, entropy, m, l, label_slope)
+    coef = formula.coefficients(dlogp, dlse, dentropy, dmean, logp, entropy, m, l, label_slope, allowed)
     _token_gradient(out, logits, coef, target, Head(scale, softcap, inv_temperature), rows)
 
 
 def _token_gradient(out: Tensor, logits: Tensor | None, coef: Coef, target: Tensor, head: Head, rows: str) -> None:
-    coef, kernels = torch.stack(coef), _choose.rows(rows)
+    coef, kernels = coef.stacked(), _choose.rows(rows)
     to, source = _unit_stride(out), None if logits is None else _unit_stride(logits)
     for r, c0, c1 in _tiles(to, kernels.TILE):
         tile = None if source is None else source[r, c0:c1]

@@ -31,6 +31,7 @@ def combine_kernel(
     m_ptr,
     l_ptr,
     slope_ptr,
+    allowed_ptr,
     tiles,
     WANT: tl.constexpr,
     BLOCK: tl.constexpr,  # at least `tiles`
@@ -61,7 +62,7 @@ def combine_kernel(
         r = tl.where(tl.abs(m) == float("inf"), float("nan"), r)
         l = log1p(r)
         zero = tl.full((), 0, tl.float32)
-        entropy, squares, mean = zero, zero, zero
+        entropy, squares, mean, allowed = zero, zero, zero, zero
         if ENTROPY & WANT:
             t_tile = tl.load(part + 2, mask=here, other=0.0)
             t_sum = tl.sum(tl.where(w > 0, (t_tile + d * one) * w, 0.0), axis=0)
@@ -72,7 +73,8 @@ def combine_kernel(
             squares = log1p(q) - 2.0 * l
         if MEAN & WANT:
             total = tl.sum(tl.load(part + 4, mask=here, other=0.0), axis=0)
-            mean = total / tl.sum(tl.load(part + 5, mask=here, other=0.0), axis=0)
+            allowed = tl.sum(tl.load(part + 5, mask=here, other=0.0), axis=0)
+            mean = total / allowed
         _settle(logp_ptr + at, (tl.load(label_ptr + row * 2) - m) - l, target)
         _settle(lse_ptr + at, m + l, target)
         _settle(entropy_ptr + at, entropy, target)
@@ -81,6 +83,7 @@ def combine_kernel(
         _settle(m_ptr + at, m, target)
         _settle(l_ptr + at, l, target)
         _settle(slope_ptr + at, tl.load(label_ptr + row * 2 + 1), target)
+        _settle(allowed_ptr + at, allowed, target)
         first = tl.load(first_ptr + row * tiles + t, mask=here & holds, other=INT_MAX)
         tl.store(top1_ptr + at, (tl.min(first, axis=0) == target).to(tl.int8))
 

@@ -399,8 +399,8 @@ def linear_fwd_tma_kernel(
 
 @triton.jit
 def _store_gradient(
-    acc, start, columns, out_rows, e_rows, top, is_live, from_e, a, b, curved, m, bias_ptr, scale, softcap,
-    inv_temperature, CAPPED: tl.constexpr, SCALED: tl.constexpr, SLICE: tl.constexpr,
+    acc, start, columns, out_rows, e_rows, top, is_live, from_e, a, b, curved, spread, m, bias_ptr, scale, softcap,
+    inv_temperature, CAPPED: tl.constexpr, SCALED: tl.constexpr, SPREAD: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """dL/dx of a tile, behind out_rows, as if no token were the label, from its products, or from exp(z - top) behind
     e_rows where from_e."""
@@ -408,12 +408,12 @@ def _store_gradient(
         left, right = _halves(acc)
         half: tl.constexpr = acc.shape[1] // 2
         _store_gradient(
-            left, start, columns, out_rows, e_rows, top, is_live, from_e, a, b, curved, m, bias_ptr, scale, softcap,
-            inv_temperature, CAPPED, SCALED, SLICE,
+            left, start, columns, out_rows, e_rows, top, is_live, from_e, a, b, curved, spread, m, bias_ptr, scale,
+            softcap, inv_temperature, CAPPED, SCALED, SPREAD, SLICE,
         )  # fmt: skip
         _store_gradient(
-            right, start + half, columns, out_rows, e_rows, top, is_live, from_e, a, b, curved, m, bias_ptr, scale,
-            softcap, inv_temperature, CAPPED, SCALED, SLICE,
+            right, start + half, columns, out_rows, e_rows, top, is_live, from_e, a, b, curved, spread, m, bias_ptr,
+            scale, softcap, inv_temperature, CAPPED, SCALED, SPREAD, SLICE,
         )  # fmt: skip
     else:
         cols = start + tl.arange(0, acc.shape[1])
@@ -437,6 +437,8 @@ def _store_gradient(
             if e_rows is not None and not CAPPED:
                 log_e = tl.where(by_e, log_of_e(e), log_e)
             dx = sloped(e, log_e, a[:, None], b[:, None], True)
+        if SPREAD:  # 0 in rows that come from e
+            dx += tl.where(y == float("-inf"), 0.0, spread[:, None])
         if CAPPED:
             dx = tl.where(dx == 0, 0.0, dx * slope)
         tl.store(out_rows[:, None] + cols[None, :], dx.to(out_rows.dtype.element_ty), mask=inside)
@@ -464,7 +466,7 @@ def linear_bwd_kernel(
     bias_ptr,  # (columns,) or None
     index_ptr,  # (height,) where a row's x is, or None: 0, 1, ...
     target_ptr,  # (height,)
-    coef_ptr,  # (8, height)
+    coef_ptr,  # (8, height), or (9, height) with SPREAD: a gradient of every z that is not banned, 0 in rows from e
     coef_stride,
     e_ptr,  # (room, columns) or None
     place_ptr,  # (height,) where a row's e is
@@ -483,6 +485,7 @@ def linear_bwd_kernel(
     inv_temperature,
     CAPPED: tl.constexpr,
     SCALED: tl.constexpr,
+    SPREAD: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -528,12 +531,17 @@ def linear_bwd_kernel(
         shift = tl.where(from_e, (top - m) - l, -l)
         a, b = slopes(g, k, h, shift, entropy, factor)
         curved = tl.max((h != 0).to(tl.int32), axis=0) > 0
+        spread = tl.zeros((BLOCK_M,), tl.float32)
+        if SPREAD:
+            spread = tl.load(coef + 8 * step)
         _store_gradient(
-            acc, (tile * BLOCK_N).to(tl.int32), columns, out_rows, e_rows, top, is_live, from_e, a, b, curved, m,
-            bias_ptr, scale, softcap, inv_temperature, CAPPED, SCALED, SLICE,
+            acc, (tile * BLOCK_N).to(tl.int32), columns, out_rows, e_rows, top, is_live, from_e, a, b, curved,
+            spread * factor, m, bias_ptr, scale, softcap, inv_temperature, CAPPED, SCALED, SPREAD, SLICE,
         )  # fmt: skip
         # the label's comes neither from e nor from its slope: a rounded one would weigh on the largest gradient
         dx = label_gradient(g, k, h, logp, entropy)
+        if SPREAD:
+            dx = tl.where(logp == float("-inf"), dx, dx + spread)
         if CAPPED:
             dx = tl.where(dx == 0, 0.0, dx * label_slope)
         if SCALED:
@@ -690,7 +698,7 @@ class Block(NamedTuple):
 
     start: int
     target: Tensor  # (height,)
-    coef: Tensor  # (8, height), stride 1
+    coef: Tensor  # (8, height), stride 1; (9, height) where the mean of z has a gradient
     index: Tensor | None = None  # (height,) where a row's x is; None: 0, 1, ...
     place: Tensor | None = None  # (height,) where a row's e is
     counts: Tensor | None = None  # on the device: rows from e, rows; None: none from e, all rows
@@ -710,7 +718,7 @@ def linear_bwd(out, hidden, weight, bias, block: Block, e, e_max, col0, head, ti
             out, out.stride(0), hidden, *hidden.stride(), weight, *weight.stride(), bias, block.index, block.target,
             block.coef, block.coef.stride(0), e, block.place, e_max, 0 if e_max is None else e_max.stride(0),
             block.counts, 0, block.start + height, block.start, height, col0, columns, depth, *head_arguments(head),
-            **_launch(tile, depth),
+            SPREAD=len(block.coef) == 9, **_launch(tile, depth),
         )  # fmt: skip
 
 

@@ -223,28 +223,31 @@ def row_fwd_kernel(
 
 @triton.jit
 def _store_gradients(
-    out_ptr, src_ptr, e_max_ptr, bias_ptr, columns, g, k, h, m, l, entropy, top, scale, softcap, inv_temperature,
-    CAPPED: tl.constexpr, SCALED: tl.constexpr, E_COLUMNS: tl.constexpr, BLOCK: tl.constexpr, CURVED: tl.constexpr,
+    out_ptr, src_ptr, e_max_ptr, bias_ptr, columns, g, k, h, m, l, entropy, spread, top, scale, softcap,
+    inv_temperature, CAPPED: tl.constexpr, SCALED: tl.constexpr, E_COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    CURVED: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
-    """dL/dx of a span, as if no token were the label. Without CURVED no entropy has a gradient: h is 0."""
+    """dL/dx of a span, as if no token were the label. Without CURVED no entropy has a gradient: h is 0. Without SPREAD
+    no mean of z has one.
+    """
     whole = tl.multiple_of(columns - columns % BLOCK, BLOCK)
     for start in range(0, whole, BLOCK):
         _store_gradient(
-            start, out_ptr, src_ptr, e_max_ptr, bias_ptr, columns, g, k, h, m, l, entropy, top, scale, softcap,
-            inv_temperature, CAPPED, SCALED, E_COLUMNS, BLOCK, CURVED, True,
+            start, out_ptr, src_ptr, e_max_ptr, bias_ptr, columns, g, k, h, m, l, entropy, spread, top, scale, softcap,
+            inv_temperature, CAPPED, SCALED, E_COLUMNS, BLOCK, CURVED, SPREAD, True,
         )  # fmt: skip
     if whole < columns:
         _store_gradient(
-            whole, out_ptr, src_ptr, e_max_ptr, bias_ptr, columns, g, k, h, m, l, entropy, top, scale, softcap,
-            inv_temperature, CAPPED, SCALED, E_COLUMNS, BLOCK, CURVED, False,
+            whole, out_ptr, src_ptr, e_max_ptr, bias_ptr, columns, g, k, h, m, l, entropy, spread, top, scale, softcap,
+            inv_temperature, CAPPED, SCALED, E_COLUMNS, BLOCK, CURVED, SPREAD, False,
         )  # fmt: skip
 
 
 @triton.jit
 def _store_gradient(
-    start, out_ptr, src_ptr, e_max_ptr, bias_ptr, columns, g, k, h, m, l, entropy, top, scale, softcap,
+    start, out_ptr, src_ptr, e_max_ptr, bias_ptr, columns, g, k, h, m, l, entropy, spread, top, scale, softcap,
     inv_temperature, CAPPED: tl.constexpr, SCALED: tl.constexpr, E_COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
-    CURVED: tl.constexpr, WHOLE: tl.constexpr,
+    CURVED: tl.constexpr, SPREAD: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """_store_gradients of one block."""
     cols = start + tl.arange(0, BLOCK)
@@ -277,6 +280,8 @@ def _store_gradient(
         factor = scale * inv_temperature
     a, b = slopes(g, k, h, shift, entropy, factor)
     dx = sloped(e, log_e, a, b, CURVED)
+    if SPREAD and e_max_ptr is None:
+        dx += tl.where(y == float("-inf"), 0.0, spread * factor)
     if CAPPED:
         if e_max_ptr is None:
             slope = tanh_slope(y / softcap)
@@ -304,7 +309,7 @@ def row_bwd_kernel(
     e_max_stride,
     bias_ptr,  # (columns,) or None
     target_ptr,  # (n,)
-    coef_ptr,  # (8, n)
+    coef_ptr,  # (8, n), or (9, n) with SPREAD: a gradient of every z that is not banned; rows with one have no e_max
     coef_stride,
     col0,
     columns,
@@ -314,6 +319,7 @@ def row_bwd_kernel(
     inv_temperature,
     CAPPED: tl.constexpr,
     SCALED: tl.constexpr,
+    SPREAD: tl.constexpr,
     E_COLUMNS: tl.constexpr,  # columns under one maximum of e; 0: a span, or all of them
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -325,7 +331,10 @@ def row_bwd_kernel(
     step = coef_stride.to(tl.int64)
     g, k, h = tl.load(coef_ptr), tl.load(coef_ptr + step), tl.load(coef_ptr + 2 * step)
     out_ptr += row * out_stride + begin
-    if (target == SKIP) | ((g == 0) & (k == 0) & (h == 0)):
+    spread = 0.0
+    if SPREAD:
+        spread = tl.load(coef_ptr + 8 * step)
+    if (target == SKIP) | ((g == 0) & (k == 0) & (h == 0) & (spread == 0)):
         for start in range(0, columns, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             tl.store(out_ptr + cols, tl.zeros((BLOCK,), out_ptr.dtype.element_ty), mask=cols < columns)
@@ -347,16 +356,18 @@ def row_bwd_kernel(
                 top = tl.load(e_max_ptr)
         if h != 0:  # a NaN is a gradient
             _store_gradients(
-                out_ptr, src_ptr, e_max_ptr, bias_ptr, columns, g, k, h, m, l, entropy, top, scale, softcap,
-                inv_temperature, CAPPED, SCALED, E_COLUMNS, BLOCK, True,
+                out_ptr, src_ptr, e_max_ptr, bias_ptr, columns, g, k, h, m, l, entropy, spread, top, scale,
+                softcap, inv_temperature, CAPPED, SCALED, E_COLUMNS, BLOCK, True, SPREAD,
             )  # fmt: skip
         else:
             _store_gradients(
-                out_ptr, src_ptr, e_max_ptr, bias_ptr, columns, g, k, 0.0, m, l, entropy, top, scale, softcap,
-                inv_temperature, CAPPED, SCALED, E_COLUMNS, BLOCK, False,
+                out_ptr, src_ptr, e_max_ptr, bias_ptr, columns, g, k, 0.0, m, l, entropy, spread, top, scale,
+                softcap, inv_temperature, CAPPED, SCALED, E_COLUMNS, BLOCK, False, SPREAD,
             )  # fmt: skip
         # the label's comes neither from e nor from its slope: a rounded one would weigh on the largest gradient
         dx = label_gradient(g, k, h, logp, entropy)
+        if SPREAD:
+            dx = tl.where(logp == float("-inf"), dx, dx + spread)
         if CAPPED:
             dx = tl.where(dx == 0, 0.0, dx * tl.load(coef_ptr + 7 * step))
         if SCALED:
@@ -410,13 +421,13 @@ def tile_bwd(out, src, index, e_max, bias, target, coef: Tensor, col0, head, e_c
         row_bwd_kernel[(n * spans,)](
             out, out.stride(0), src, src.stride(0), index, e_max, 0 if e_max is None else e_max.stride(0),
             bias, target, coef, coef.stride(0), col0, columns, spans, *head_arguments(head),
-            E_COLUMNS=e_columns, **_launch(columns),
+            SPREAD=len(coef) == 9, E_COLUMNS=e_columns, **_launch(columns),
         )  # fmt: skip
 
 
 def combine(part, first, label, target, want) -> formula.Rows:
     """formula.combine of float32 states on a GPU, in one launch."""
-    floats = [part.new_empty(len(part)) for _ in range(8)]
+    floats = [part.new_empty(len(part)) for _ in range(9)]
     top1 = torch.empty(len(part), dtype=torch.bool, device=part.device)
     found = formula.Rows(*floats[:5], top1, *floats[5:])
     combine_into(found, part, first, label, target, want)

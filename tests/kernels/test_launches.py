@@ -63,7 +63,7 @@ def watch(monkeypatch):
         return launch
 
     def states(part, first, label, target, want):
-        floats = [part.new_empty(len(part)) for _ in range(8)]
+        floats = [part.new_empty(len(part)) for _ in range(9)]
         return formula.Rows(*floats[:5], torch.empty(len(part), dtype=torch.bool), *floats[5:])
 
     rows = SimpleNamespace(

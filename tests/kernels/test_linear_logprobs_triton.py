@@ -42,7 +42,10 @@ def linear(n, v, d, dtype=torch.float32, **options):
 
 def loss_of(out, upstream):
     outputs = [x for x in (out.logp, out.lse, out.entropy) if x is not None]
-    return sum((x * u.to(x.dtype)).sum() for x, u in zip(outputs, upstream, strict=False))
+    loss = sum((x * u.to(x.dtype)).sum() for x, u in zip(outputs, upstream, strict=False))
+    if out.mean_logits is None:
+        return loss
+    return loss + (out.mean_logits * upstream[1].to(out.lse.dtype))[::3].sum()  # those rows do not use E
 
 
 def assert_outputs(actual, expected, tolerance=3e-6):
@@ -661,9 +664,9 @@ def test_opcheck(small_tiles, workspace, on_device):
     head, ops, checks = (1.0, 0.0, 1.0), torch.ops.finealign, ("test_schema", "test_faketensor")
     args = (s.hidden, s.weight, None, s.labels, *head, formula.ENTROPY, workspace, on_device, True, FUSED)
     torch.library.opcheck(ops.linear_logprobs_fwd.default, args, test_utils=checks)
-    logp, lse, entropy, _, _, _, m, l, label_slope, e, e_max = ops.linear_logprobs_fwd(*args)
-    state = (s.labels, logp, entropy, m, l, label_slope, e, e_max, *head, on_device, FUSED, True, True, False)
-    args = (*s.upstream, s.hidden, s.weight, None, *state)
+    logp, lse, entropy, _, _, _, m, l, label_slope, allowed, e, e_max = ops.linear_logprobs_fwd(*args)
+    state = (s.labels, logp, entropy, m, l, label_slope, allowed, e, e_max, *head, on_device, FUSED, True, True, False)
+    args = (*s.upstream, s.upstream[0], s.hidden, s.weight, None, *state)
     torch.library.opcheck(ops.linear_logprobs_bwd.default, args, test_utils=checks)
 
 

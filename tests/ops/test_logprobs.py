@@ -561,7 +561,7 @@ def run_layer(s, compact, workspace, budget_rows="torch", **options):
         out = _chunked.fwd(
             s.hidden, s.weight, None, target, head, formula.ENTROPY, workspace, compact == "device", budget_rows
         )
-        logp, lse, entropy, _, _, _, m, l, label_slope, e, e_max = out
+        logp, lse, entropy, _, _, _, m, l, label_slope, _, e, e_max = out
         coef = formula.Coef(*s.upstream, m, l, entropy, logp, label_slope)
         _chunked.bwd(
             coef,
@@ -802,14 +802,14 @@ def test_opcheck(name, workspace, usable):
     args = (s.hidden, s.weight, None, s.labels, *head, formula.ENTROPY, workspace, True, False, name)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.linear_logprobs_fwd.default, args, test_utils=checks)
-    logp, lse, entropy, _, _, _, m, l, label_slope, e, e_max = ops.linear_logprobs_fwd(*args)
-    state = (s.labels, logp, entropy, m, l, label_slope, e, e_max, *head, True, name, True, True, False)
+    logp, lse, entropy, _, _, _, m, l, label_slope, allowed, e, e_max = ops.linear_logprobs_fwd(*args)
+    state = (s.labels, logp, entropy, m, l, label_slope, allowed, e, e_max, *head, True, name, True, True, False)
     torch.library.opcheck(
-        ops.linear_logprobs_bwd.default, (*s.upstream, s.hidden, s.weight, None, *state), test_utils=checks
+        ops.linear_logprobs_bwd.default, (*s.upstream, None, s.hidden, s.weight, None, *state), test_utils=checks
     )
     logits = s.hidden @ s.weight.t()
     torch.library.opcheck(ops.token_logprobs_fwd.default, (logits, s.labels, *head, 7, name), test_utils=checks)
-    token = (*s.upstream, s.labels, logp, entropy, m, l, label_slope, *head, name)
+    token = (*s.upstream, s.upstream[0], s.labels, logp, entropy, m, l, label_slope, allowed, *head, name)
     torch.library.opcheck(ops.token_logprobs_bwd.default, (torch.empty_like(logits), logits, *token), test_utils=checks)
     torch.library.opcheck(ops.token_logprobs_bwd.default, (logits, None, *token), test_utils=checks)
 

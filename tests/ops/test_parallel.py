@@ -83,6 +83,8 @@ def case(shards, dtype=torch.float32, *, labels="all", spread="ordinary", **opti
 def loss_of(out, upstream):
     dlogp, dlse, dentropy = upstream.to(out.logp.dtype)
     loss = (out.logp * dlogp).sum() + (out.lse * dlse).sum()
+    if out.mean_logits is not None:  # not in every row: those with a gradient of the mean do not use E
+        loss = loss + (out.mean_logits * dlse)[::3].sum()
     return loss if out.entropy is None else loss + (out.entropy * dentropy).sum()
 
 

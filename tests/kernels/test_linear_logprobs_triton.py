@@ -823,7 +823,7 @@ def test_backward_stops_at_the_count(small_tiles, start, stored, live, softcap):
     e[torch.arange(N), s.labels] = 0.25  # the label's gradient does not come from e, nor its slope
     e[order[kept:]] = NAN
     counts = torch.tensor([stored, live], device=DEVICE)
-    ordered = torch.stack([c[order] for c in coef]).float()
+    ordered = coef.stacked()[:, order].float()
     block = kernels.Block(start, s.labels[order], ordered, order, order, counts)
     out, check = guarded(N * CHUNK.columns, torch.float32)
     dz = out.view(N, CHUNK.columns)

@@ -162,7 +162,7 @@ MUTANTS = [
     Mutant("label check off", "ops/_check.py", "flat != flat.clamp(0, vocab - 1)", "flat > vocab", LOGPROBS),
     Mutant("autocast reaches the products", OP, "with torch.autocast(device, enabled=False):", "if True:", LOGPROBS),
     # the vocabulary split over ranks
-    Mutant("ranks: non-owners have no gradient", "ops/_parallel.py", "coef = formula.coefficients(dlogp, dlse, dentropy, *state)", "coef = formula.coefficients(*(None if d is None else d * (local < 2**29) for d in (dlogp, dlse, dentropy)), *state)", PARALLEL),
+    Mutant("ranks: non-owners have no gradient", "ops/_parallel.py", "coef = formula.coefficients(dlogp, dlse, dentropy, dmean, *state)", "coef = formula.coefficients(*(None if d is None else d * (local < 2**29) for d in (dlogp, dlse, dentropy)), dmean, *state)", PARALLEL),
     Mutant("ranks: log TP added to lse", "ops/_parallel.py", "return formula.combine(part, first, torch.stack", "part = part.repeat_interleave(shard.ranks, 1); first = first.repeat_interleave(shard.ranks, 1)\n    return formula.combine(part, first, torch.stack", PARALLEL),
     Mutant("ranks: padding counted", "ops/_parallel.py", "else min(columns, max(vocab_size - start, 0))", "else columns", PARALLEL),
     Mutant("ranks: dX of this rank alone", "ops/_parallel.py", "self.work = dist.all_reduce(dx, group=group, async_op=True)", "pass", PARALLEL),

@@ -405,7 +405,7 @@ MUTANTS = [
     Mutant("fused head: no slope at the label", "kernels/linear_logprobs.py", "tl.where(dx == 0, 0.0, dx * label_slope)", "dx", HEAD),
     Mutant("fused head: products again by the library", "ops/_fused.py", "again=again", "again=None", HEAD),
     Mutant("fused head: every block overwrites dW", "ops/_fused.py", "add=block.start > 0", "add=False", HEAD),
-    Mutant("fused head: near-uniform rows from E", "ops/_fused.py", "from_e &= ~_chunked.near_uniform(coef, bias, vocab)", "pass", HEAD),
+    Mutant("fused head: near-uniform rows from E", "ops/_fused.py", "        from_e &= ~again\n", "        pass\n", HEAD),
     Mutant("fused head: a count read on the host", "ops/_fused.py", "return Order(read.shape[0], _chunked.front(read, read), read.sum())", "return Order(read.shape[0], _chunked.front(read, read), torch.tensor(int(read.sum())))", HEAD),
     Mutant("fused head: a step past the width", "kernels/linear_logprobs.py", "x = tl.load(x_rows + ks.to(tl.int64) * x_stride_d, mask=ks < depth, other=0.0)", "x = tl.load(x_rows + ks.to(tl.int64) * x_stride_d)", HEAD),
     Mutant("fused head: a maximum that starts at 0", "kernels/linear_logprobs.py", 'tl.where(top == top, top, float("-inf"))', "tl.maximum(top, 0.0)", HEAD),

@@ -345,8 +345,8 @@ class _Token(torch.autograd.Function):
             state = formula.State(*formula.merge(part, first, want), label)
         else:
             state = empty_state(x.shape[0], _chunked.wide(x.dtype), x.device)
-        found = exchange(state, target, want, top, shard)
-        logp, lse, entropy, squares, mean, top1, m, l, label_slope, allowed = found
+        statistics = exchange(state, target, want, top, shard)
+        logp, lse, entropy, squares, mean, top1, m, l, label_slope, allowed = statistics
         ctx.save_for_backward(logits, local, logp, entropy, m, l, label_slope, allowed)
         ctx.options, ctx.gradient = (head, rows), gradient
         ctx.columns, ctx.inplace, ctx.spent = shard.columns, inplace, False

@@ -48,7 +48,7 @@ DIVERGENCE, RETURNS, SCAN = "tests/losses/test_divergence.py", "tests/rl/test_re
 ADVANTAGES, HEAD = "tests/rl/test_advantages.py", "tests/kernels/test_linear_logprobs_triton.py"
 HOUSE = "tests/house/test_house.py"
 PARALLEL, CONTEXT = "tests/ops/test_parallel.py", "tests/ops/test_context.py"
-SMOOTHING = "tests/ops/test_label_smoothing.py"
+SMOOTHING, SUPPORT = "tests/ops/test_label_smoothing.py", "tests/ops/test_support.py"
 FORMULA, CHUNKED, OP = "formulas/logprobs.py", "ops/_chunked.py", "ops/logprobs.py"
 ROWS, PREFERENCE, REDUCE = "csrc/cpu/row_kernels.h", "losses/preference.py", "losses/reduce.py"
 
@@ -95,7 +95,7 @@ MUTANTS = [
     Mutant("a mask that keeps nothing is silent", "ops/_warn.py", "    if many:", "    if False:", SILENT),
     Mutant("the kept fraction of all columns", "losses/pivots.py", "else tokens.mask.sum().clamp(min=1)", "else weight.numel()", SILENT),
     # a head with an adapter
-    Mutant("the base weight of a head with an adapter is silent", "ops/_adapter.py", "_is_active(wrapper):\n        warn", "False:\n        warn", "tests/ops/test_adapter.py"),
+    Mutant("the base weight of a head with an adapter is silent", "ops/_adapter.py", "wrapper is None or not _is_active(wrapper)", "True", "tests/ops/test_adapter.py"),
     Mutant("an adapter that is off is warned of", "ops/_adapter.py", 'not getattr(wrapper, "disable_adapters", False) and', "", "tests/ops/test_adapter.py"),
     # words of errors
     Mutant("a keyword that does not exist lists none", "losses/table.py", "if known else", "if False else", "tests/mistakes/test_words_of_errors.py"),
@@ -112,6 +112,14 @@ MUTANTS = [
     Mutant("blue for less", "report/style.py", "--less: 214 74 60; --more: 47 118 200;", "--less: 47 118 200; --more: 214 74 60;", "tests/demo/test_report.py"),
     Mutant("noise of a head gradient divided by noise", "demo/heads.py", "of.dweight * NOISE / LIMIT", "0.0", "tests/demo/test_cli.py"),
     Mutant("a head gradient is held against everything", "demo/heads.py", "of.dweight * NOISE / LIMIT", "1e3 * of.dweight", "tests/demo/test_cli.py"),
+    Mutant("an adapter's base weight trains after the warning", "ops/_adapter.py", 'if warned("adapter") and not trains:', 'if warned("adapter"):', "tests/ops/test_adapter.py"),
+    # the vocabulary that a sampler kept
+    Mutant("support: ids counted from the tile's start", FORMULA, "local = support.long() - col0", "local = support.long()", SUPPORT),
+    Mutant("support: backward forgets it", CHUNKED, "                    ban(z, head.rows(slice(i, j)), c0)\n", "", SUPPORT),
+    Mutant("support: rows that were read are not picked", FORMULA, "None if self.support is None else self.support[at]", "None if self.support is None else self.support[: len(self.support[at])]", SUPPORT),
+    Mutant("support: ranks count ids from 0", "ops/_parallel.py", "head._replace(support=head.support - self.start)", "head", SUPPORT),
+    Mutant("support: a label outside passes", "ops/_check.py", "lost = (target >= 0) & (ids != target[:, None]).all(-1)", "lost = (target >= 0) & (ids.shape[-1] == 0)", SUPPORT),
+    Mutant("support: gradient in place forgets it", OP, "            _chunked.ban(to[r, c0:c1], head.rows(r), c0)\n", "            pass\n", SUPPORT),
     # label smoothing
     Mutant("smoothing: spread over banned tokens too", FORMULA, "spread = torch.where(z == -torch.inf, 0, coef.spread[:, None])", "spread = coef.spread[:, None]", SMOOTHING),
     Mutant("smoothing: none at the label", FORMULA, "dz_label if coef.spread is None else dz_label + coef.spread[:, None]", "dz_label", SMOOTHING),

@@ -24,11 +24,25 @@ class Head(NamedTuple):
     scale: float = 1.0
     softcap: float = 0.0  # 0: none
     inv_temperature: float | Tensor = 1.0  # or (N,), of each row
+    support: Tensor | None = None  # (N, K) ids of the tokens that a row's softmax is over; None: all
+
+    @property
+    def numbers(self) -> tuple[float, float, float]:
+        """scale, softcap, 1 / temperature."""
+        return self[:3]
+
+    @property
+    def by_row(self) -> bool:
+        """Does it hold anything of each row."""
+        return isinstance(self.inv_temperature, Tensor) or self.support is not None
 
     def rows(self, at) -> "Head":
         """The head of some rows: a slice, or an index."""
-        by_row = isinstance(self.inv_temperature, Tensor) and at is not None
-        return self._replace(inv_temperature=self.inv_temperature[at]) if by_row else self
+        if at is None or not self.by_row:
+            return self
+        t = self.inv_temperature
+        support = None if self.support is None else self.support[at]
+        return self._replace(inv_temperature=t[at] if isinstance(t, Tensor) else t, support=support)
 
     @property
     def heat(self) -> float | Tensor:
@@ -50,6 +64,15 @@ class Rows(NamedTuple):
     l: Tensor  # log1p(R) = lse - m
     label_slope: Tensor  # 1 - tanh²(y / c) at the label; 1 without softcap
     allowed: Tensor  # number of tokens that are not banned, where the mean is wanted; else 0
+
+
+def outside(support: Tensor, col0: int, columns: int) -> Tensor:
+    """(n, columns) bool: which tokens of [col0, col0 + columns) are not in a row's support (n, K). Other ids, negative
+    ones say, are those of no token."""
+    local = support.long() - col0
+    local = torch.where((local >= 0) & (local < columns), local, columns)
+    found = torch.ones(support.shape[0], columns + 1, dtype=torch.bool, device=support.device)
+    return found.scatter_(1, local, False)[:, :columns]
 
 
 def logits(x: Tensor, bias: Tensor | None, head: Head) -> Tensor:
@@ -75,6 +98,8 @@ def reference(x: Tensor, bias: Tensor | None, target: Tensor, head: Head) -> Row
     """The definition, differentiable to any order. x (N, V) raw products; target (N,) label, SKIP or BAD."""
     read = (target != SKIP)[:, None]
     z = logits(torch.where(read, x, 0), bias, head)
+    if head.support is not None:
+        z = z.masked_fill(outside(head.support, 0, z.shape[-1]), -torch.inf)
     z = torch.where(z == -torch.inf, z.detach(), z)  # a banned token has no gradient, as a label neither
     label = target.clamp(min=0)[:, None]
     logp_all = torch.log_softmax(z, -1)

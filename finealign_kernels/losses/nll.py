@@ -63,7 +63,7 @@ def nll_loss(
     epsilon = check_number("label_smoothing", label_smoothing, least=0, most=1)
     tokens = flatten(logp, mask, cu_seqlens, name="logp")
     warn_of_tokens("nll_loss", tokens, token_weight)
-    if epsilon:
+    if epsilon or mean_logp is not None:
         tokens = _smoothed(tokens, epsilon, mean_logp)
     if reduction == "token":
         if denominator is None:
@@ -88,8 +88,10 @@ def _smoothed(tokens: Tokens, epsilon: float, mean_logp: TokenTensor | None) -> 
     if mean_logp is None:
         expected = "be given where label_smoothing > 0: mean_logp of linear_logprobs(..., outputs=('mean_logits',))"
         fail("mean_logp", expected, "None")
-    wide = tokens.widened()
-    mean = flatten_like(mean_logp, tokens, "mean_logp").to(wide.x.dtype)
+    mean, wide = flatten_like(mean_logp, tokens, "mean_logp"), tokens.widened()
+    if not epsilon:
+        return tokens
+    mean = mean.to(wide.x.dtype)
     return wide.with_x(mean if epsilon == 1 else (1 - epsilon) * wide.x + epsilon * mean)
 
 

@@ -21,26 +21,28 @@ def has_adapter(module: nn.Module) -> bool:
     return "base_layer" in module._modules or any(name.lower().startswith("lora") for name in names)
 
 
-def warn_of_adapter(weight: Tensor) -> None:
-    """A warning, once, that a weight is the base of a head whose adapter is active.
+def check_adapter(weight: Tensor, trains: bool) -> None:
+    """Refuses the base weight of a head whose adapter is active, where the call trains: log-probs and gradient are not
+    the model's. Without a gradient it may be meant, as a reference without the adapter: a warning, once.
 
     A tensor does not know its module. Where PEFT is imported, all modules are searched, once for a parameter.
     """
     if "peft" not in sys.modules or not isinstance(weight, nn.Parameter) or torch.compiler.is_compiling():
         return
-    if warned("adapter"):
+    if warned("adapter") and not trains:
         return
     known = _found.get(weight)
     if known is None or known[0] != weight.requires_grad:
         wrapper = _wrapper_of(weight)
         known = _found[weight] = (weight.requires_grad, None if wrapper is None else weakref.ref(wrapper))
     wrapper = None if known[1] is None else known[1]()
-    if wrapper is not None and _is_active(wrapper):
-        warn_once(
-            "adapter",
-            f"weight is the base weight of a {type(wrapper).__name__} whose adapter is active: the log-probs are not "
-            f"the model's and the adapter gets no gradient; {ADVICE}",
-        )
+    if wrapper is None or not _is_active(wrapper):
+        return
+    found = f"the base weight of a {type(wrapper).__name__} whose adapter is active"
+    wrong = "the log-probs are not the model's and the adapter gets no gradient"
+    if trains:
+        raise TypeError(f"weight must be all of the head, got {found}: {wrong}; {ADVICE}")
+    warn_once("adapter", f"weight is {found}: {wrong}; {ADVICE}")
 
 
 def _wrapper_of(weight: nn.Parameter) -> nn.Module | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..formulas.logprobs import BAD, SKIP
-from ._adapter import ADVICE, has_adapter, warn_of_adapter
+from ._adapter import ADVICE, has_adapter
 
 LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny  # of the numbers that float32 holds
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -150,7 +150,6 @@ def check_head(name: str, x: object, empty: bool = False) -> None:
     if x.dim() != 2 or (x.numel() == 0 and not (empty and x.shape[1])):
         hint = ": a ZeRO-3 shard? gather it first" if x.numel() == 0 else ""
         fail(name, "have shape (V, D), not empty", f"{tuple(x.shape)}{hint}")
-    warn_of_adapter(x)
 
 
 def check_head_options(temperature, softcap, logit_scale) -> None:
@@ -172,6 +171,34 @@ def inverse_temperature(temperature: float | Tensor, labels: Tensor, dtype: torc
     if reads_values(flat) and not bool(((flat > 0) & flat.isfinite()).all()):
         fail("temperature", "be finite and > 0 in every row", "one that is not")
     return 1 / flat
+
+
+def check_support(
+    support: Tensor | None, labels: Tensor, target: Tensor, logit_scale: float, vocab: int, defer: bool
+) -> tuple[Tensor | None, Tensor]:
+    """(N, K) or None, and targets (N,) with BAD for a label that is not in its row's support.
+
+    As labels are, they are checked at once on a CPU, where a wrong one raises IndexError; elsewhere its row is NaN.
+    """
+    if support is None:
+        return None, target
+    check_tensor("support", support, dtypes=(torch.int64, torch.int32), like=labels)
+    if support.dim() != labels.dim() + 1 or support.shape[:-1] != labels.shape:
+        fail("support", f"have shape {(*labels.shape, 'K')}, as labels has {tuple(labels.shape)}", tuple(support.shape))
+    if number(logit_scale) <= 0:
+        fail("logit_scale", "be > 0 with a support", logit_scale)
+    ids = support.reshape(target.shape[0], support.shape[-1])
+    lost = (target >= 0) & (ids != target[:, None]).all(-1)
+    at_once = os.environ.get("FINEALIGN_DEBUG") == "1" or (labels.device.type == "cpu" and not defer)
+    if at_once and not torch.compiler.is_compiling():
+        read = target != SKIP
+        if bool((wrong := read & (ids >= vocab).any(-1)).any()):
+            n = int(wrong.nonzero()[0])
+            raise IndexError(f"support must hold ids below {vocab}, got {int(ids[n].max())} in row {n}")
+        if bool(lost.any()):
+            n = int(lost.nonzero()[0])
+            raise IndexError(f"support must hold the label of its row, got row {n} without its label {int(target[n])}")
+    return ids, torch.where(lost, BAD, target)
 
 
 def check_outputs(outputs: object) -> tuple[str, ...]:
@@ -217,7 +244,8 @@ def check_errors() -> None:
         count = int(word)
         if count:
             word.zero_()
-            raise IndexError(f"{count} labels on {device} were outside [0, {vocab}); their rows are NaN")
+            where = f"outside [0, {vocab}), or of the support of their rows"
+            raise IndexError(f"{count} labels on {device} were {where}; those rows are NaN")
 
 
 def _kind(x: Tensor) -> str:

@@ -54,6 +54,12 @@ def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
+def ban(z: Tensor, head: formula.Head, col0: int) -> None:
+    """-inf for the products of a tile (n, C) whose tokens are not in the row's support."""
+    if head.support is not None:
+        z.masked_fill_(formula.outside(head.support, col0, z.shape[1]), -torch.inf)
+
+
 def operand(matrix: Tensor, dtype: torch.dtype, index: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
     """A matrix's rows in the GEMMs' dtype: those of an index, all, or all with 0 for those that are not kept."""
     if index is not None:
@@ -124,6 +130,7 @@ def fwd(hidden, weight, bias, target, head, want, workspace, on_device, rows_nam
             in_place = direct and here is not None
             z = here if in_place else buffer[: (stop - start) * (c1 - c0)].view(stop - start, c1 - c0)
             product(x[start:stop], wt, z)
+            ban(z, head.rows(slice(start, stop)), c0)
             side = dict(e=None if direct else here, in_place=in_place)
             state = part[start:stop, t], first[start:stop, t], label[start:stop]
             rows_of.tile_fwd(z, b, at[start:stop], c0, head.rows(slice(start, stop)), want, *state, **side)
@@ -168,7 +175,7 @@ def bwd(
     vocab, room, dtype, out_dtype = weight.shape[0], e_max.shape[0], compute_dtype(hidden), wide(hidden.dtype)
     read = target != formula.SKIP
     active = read & coef.active()
-    recompute = unfit_for_e(coef, curved and e.dtype != out_dtype, bias, vocab)
+    recompute = unfit_for_e(coef, curved and e.dtype != out_dtype, bias, vocab, head.support)
     if on_device:  # every row; which of them must be recomputed is not known here
         rows = Active(None, None, hidden.shape[0], room if recompute is None else 0)
     else:
@@ -208,6 +215,7 @@ def bwd(
                 else:
                     z = dz if z_buffer is None else z_buffer[: (j - i) * width].view(j - i, width)
                     product(x[i:j], wc.t(), z)
+                    ban(z, head.rows(slice(i, j)), c0)
                     rows_of.tile_bwd(dz, None if z is dz else z, None, None, b, *side, head.rows(slice(i, j)))
             last = c1 == vocab and stop == rows.count
             grads.add(block, x, wc, start, stop, shard if last else None, rows.index)
@@ -314,19 +322,23 @@ def active_rows(active: Tensor, read: Tensor, room: int, recompute: Tensor | Non
     return Active(index[:count], place, count, stored)
 
 
-def unfit_for_e(coef: formula.Coef, rounded: bool, bias: Tensor | None, vocab: int) -> Tensor | None:
+def unfit_for_e(coef: formula.Coef, rounded: bool, bias: Tensor | None, vocab: int, support=None) -> Tensor | None:
     """Rows (N,) that must be computed again though their E was kept, None for none.
 
     rounded: E has half the digits, and the entropy a gradient. A gradient of mean_logits is the same for all tokens
     that are not banned, also for those whose E is 0.
     """
-    flags = [near_uniform(coef, bias, vocab)] if rounded else []
+    flags = [near_uniform(coef, bias, vocab, support)] if rounded else []
     flags += [] if coef.spread is None else [coef.spread != 0]
     return None if not flags else flags[0] if len(flags) == 1 else flags[0] | flags[1]
 
 
-def near_uniform(coef: formula.Coef, bias: Tensor | None, vocab: int) -> Tensor:
+def near_uniform(coef: formula.Coef, bias: Tensor | None, vocab: int, support: Tensor | None = None) -> Tensor:
     """Rows (N,) whose entropy gradient half-precision E is not good for: log V - H < ½, where log p + H cancels."""
     banned = 0 if bias is None else (bias == -torch.inf).sum()
     tokens = torch.full_like(coef.entropy[:1], vocab) - banned  # filled there: a number made here would be copied
+    if support is not None:
+        ids = support.sort(-1).values  # one that is given twice counts once
+        new = (ids >= 0) & torch.cat([ids[:, :1] >= 0, ids[:, 1:] != ids[:, :-1]], 1)
+        tokens = torch.minimum(tokens, new.sum(-1))
     return (coef.dentropy != 0) & (tokens.log() - coef.entropy < 0.5)

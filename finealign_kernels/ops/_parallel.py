@@ -49,6 +49,10 @@ class Shard(NamedTuple):
         """Does each rank hand in its own rows of hidden."""
         return self.hidden_grad == "reduce_scatter"
 
+    def local_head(self, head: formula.Head) -> formula.Head:
+        """The head whose support is counted by this rank's columns."""
+        return head if head.support is None else head._replace(support=head.support - self.start)
+
     def local(self, target: Tensor) -> Tensor:
         """Targets by this rank's columns: SKIP and BAD stay, a label of another rank is FOREIGN."""
         here = (target >= self.start) & (target < self.start + self.columns)
@@ -289,7 +293,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, head, want, workspace, on_device, rows, top, shard):
         x = all_gather(hidden, shard.group).flatten(0, 1) if shard.gathers else hidden
-        local = shard.local(target)
+        local, head = shard.local(target), shard.local_head(head)
         if shard.columns:
             fwd = _choose.layer(rows).fwd
             *state, e, e_max = fwd(x, weight, bias, local, head, want, workspace, on_device, rows, shard=True)
@@ -339,7 +343,7 @@ def token(logits, target, head, want, inplace, rows, top: bool, shard: Shard, st
 class _Token(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target, head, want, inplace, rows, top, shard, states, gradient):
-        local, x = shard.local(target), logits[:, : shard.columns]
+        local, head, x = shard.local(target), shard.local_head(head), logits[:, : shard.columns]
         if shard.columns:
             part, first, label = states(x, local, head, want, rows)
             state = formula.State(*formula.merge(part, first, want), label)

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..formulas import logprobs as formula
 from ..formulas.logprobs import Coef, Head
 from . import _choose, _chunked, _parallel
+from ._adapter import check_adapter
 from ._check import (
     OUTPUTS,
     check_bool,
@@ -18,6 +19,7 @@ from ._check import (
     check_head_options,
     check_integer,
     check_outputs,
+    check_support,
     check_tensor,
     fail,
     inverse_temperature,
@@ -58,6 +60,7 @@ def linear_logprobs(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    support: Tensor | None = None,
     outputs: Iterable[str] = (),
     workspace: str | int = "auto",
     compact: str = "auto",
@@ -74,7 +77,8 @@ def linear_logprobs(
 
     hidden       (..., D) float; row n predicts labels[n]: the caller has already shifted
     weight       (V, D), same dtype and device as hidden (under autocast both are cast to its dtype). Of a head with an
-                 adapter (LoRA) it is the base weight alone: where PEFT's module can be found, a warning says so once
+                 adapter (LoRA) it is the base weight alone. Where PEFT's module can be found and its adapter is active,
+                 that is refused if hidden or weight has a gradient; if not, a warning says so once
     labels       (...) int32 or int64
     bias         (V,) float; -inf takes an id out of the vocabulary (padded heads)
     mask         (...) bool (or ints, 0 and 1): True where a row is computed. Where it is False, or the label is
@@ -82,6 +86,10 @@ def linear_logprobs(
                  and gradients that arrive at its outputs are ignored
     temperature, softcap > 0; logit_scale finite. temperature may be a tensor in the shape of labels, a constant, one
                  number a row: by torch's row operations, not by the native or Triton ones
+    support      (..., K) int32 or int64: ids of the tokens that the sampler kept in each row (top-k, top-p, min-p), so
+                 that a policy ratio is of two distributions over one set. Every output is of the softmax over these ids
+                 alone, and so is the gradient; a negative id fills a shorter row; order and repetition do not matter.
+                 The label must be one of them. None: all. Not by "triton_fused"; under a group all ids, on every rank
     outputs      further outputs to compute: "entropy", "log_sum_sq_probs", "mean_logits", "is_top1". A row with a
                  gradient of mean_logits is computed twice, whatever workspace is
     workspace    memory budget, in bytes, for the softmax numerators that are saved for backward; rows that fit are not
@@ -120,14 +128,15 @@ def linear_logprobs(
     Returns LogProbs, each (...). Differentiable once, in hidden, weight and bias; the gradient of an input comes back
     in its dtype, accumulated in float32. In backward, rows whose upstream gradient is exactly 0 are dropped before
     the products. Results repeat bit for bit.
-    Raises  TypeError, ValueError naming argument, expectation and finding; IndexError for a label outside [0, V) on a
-            CPU (elsewhere the row is NaN and check_errors() raises), or that not exactly one rank holds; RuntimeError
-            for a backend that cannot run here.
+    Raises  TypeError, ValueError naming argument, expectation and finding; IndexError for a label outside [0, V), or of
+            its row's support, on a CPU (elsewhere the row is NaN and check_errors() raises), or that not exactly one
+            rank holds; RuntimeError for a backend that cannot run here.
     Source: the order of operations is that of TRL's fused head; that logits need not be kept, arXiv:2411.09009.
     """
     weight, bias, group, vocab_start = _parallel.whole_or_shard(weight, bias, group, vocab_start, hidden_grad)
     check_head("weight", weight, empty=group is not None)
     check_tensor("hidden", hidden)
+    check_adapter(weight, trains=torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad))
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         fail("hidden", f"have shape (..., {weight.shape[1]}), as weight is {tuple(weight.shape)}", tuple(hidden.shape))
     if hidden.device != weight.device:
@@ -157,11 +166,18 @@ def linear_logprobs(
     heat = inverse_temperature(
         temperature, labels, _chunked.wide(hidden.dtype), _choose.FUSED if batch_invariant else backend
     )
-    head, by_row = Head(float(logit_scale), float(softcap or 0.0), heat), isinstance(heat, Tensor)
-    name = _choose.choose_head("torch" if by_row and backend == "auto" else backend, hidden, batch_invariant)
+    by_torch = isinstance(heat, Tensor) and backend == "auto"
+    name = _choose.choose_head("torch" if by_torch else backend, hidden, batch_invariant)
+    if support is not None and name == _choose.FUSED:
+        if backend == "auto" and not batch_invariant:
+            name = _choose.choose("auto", hidden)
+        else:
+            fail("support", f"be None with backend {name!r}, which batch_invariant=True needs", "a tensor")
 
     x = hidden.reshape(-1, hidden.shape[-1])
     target = targets(labels, mask, ignore_index, vocab, defer=compact == "device")
+    support, target = check_support(support, labels, target, logit_scale, vocab, defer=compact == "device")
+    head = Head(float(logit_scale), float(softcap or 0.0), heat, support)
     with torch.autocast(device, enabled=False):  # the operands have their dtype by now
         if name == "reference":
             _parallel.refuse_reference(shard)
@@ -170,7 +186,7 @@ def linear_logprobs(
             inputs = [t for t in (hidden, weight, bias) if t is not None]
             keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)  # unknown inside apply
             options = head, _want(outputs), budget if keep and not wider else 0, on_device, name
-            if by_row:
+            if head.by_row:
                 shard = shard or _parallel.alone(weight.shape[0])
             if shard is None:
                 found = _LinearLogprobs.apply(x, weight, bias, target, *options)
@@ -188,6 +204,7 @@ def token_logprobs(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    support: Tensor | None = None,
     outputs: Iterable[str] = (),
     inplace_backward: bool = False,
     group=None,
@@ -218,15 +235,16 @@ def token_logprobs(
     check_head_options(temperature, softcap, logit_scale)
     inplace_backward = check_bool("inplace_backward", inplace_backward)
     heat = inverse_temperature(temperature, labels, _chunked.wide(logits.dtype), backend)
-    head, by_row = Head(float(logit_scale), float(softcap or 0.0), heat), isinstance(heat, Tensor)
-    name = _choose.choose("torch" if by_row and backend == "auto" else backend, logits)
+    name = _choose.choose("torch" if isinstance(heat, Tensor) and backend == "auto" else backend, logits)
     x = logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
     vocab = logits.shape[-1] if shard is None else shard.bound
     target = targets(labels, mask, ignore_index, vocab, defer=False)
+    support, target = check_support(support, labels, target, logit_scale, vocab, defer=False)
+    head = Head(float(logit_scale), float(softcap or 0.0), heat, support)
     if name == "reference":
         _parallel.refuse_reference(shard)
         found = formula.reference(x.to(_chunked.wide(x.dtype)), None, target, head)
-    elif shard is None and not by_row:
+    elif shard is None and not head.by_row:
         found = _TokenLogprobs.apply(x, target, head, _want(outputs), inplace_backward, name)
     else:
         shard = shard or _parallel.alone(logits.shape[-1])
@@ -240,11 +258,11 @@ class _LinearLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, target, head, want, workspace, on_device, rows):
         static = torch.compiler.is_compiling()
         out = torch.ops.finealign.linear_logprobs_fwd(
-            hidden, weight, bias, target, *head, want, workspace, on_device, static, rows
+            hidden, weight, bias, target, *head.numbers, want, workspace, on_device, static, rows
         )
         logp, lse, entropy, squares, mean, top1, m, l, label_slope, allowed, e, e_max = out
         ctx.save_for_backward(hidden, weight, bias, target, logp, entropy, m, l, label_slope, allowed, e, e_max)
-        ctx.options = (*head, on_device, rows)
+        ctx.options = (*head.numbers, on_device, rows)
         ctx.mark_non_differentiable(squares, top1)
         ctx.set_materialize_grads(False)
         return logp, lse, entropy, squares, mean, top1
@@ -263,10 +281,10 @@ class _LinearLogprobs(torch.autograd.Function):
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target, head, want, inplace, rows):
-        out = torch.ops.finealign.token_logprobs_fwd(logits, target, *head, want, rows)
+        out = torch.ops.finealign.token_logprobs_fwd(logits, target, *head.numbers, want, rows)
         logp, lse, entropy, squares, mean, top1, m, l, label_slope, allowed = out
         ctx.save_for_backward(logits, target, logp, entropy, m, l, label_slope, allowed)
-        ctx.options = (*head, rows)
+        ctx.options = (*head.numbers, rows)
         ctx.inplace, ctx.spent = inplace, False
         ctx.mark_non_differentiable(squares, top1)
         ctx.set_materialize_grads(False)
@@ -418,6 +436,18 @@ def _tiles(logits: Tensor, tile) -> list[tuple[slice, int, int]]:
     return [(slice(r0, r1), c0, c1) for c0, c1 in _chunked.spans(vocab, width) for r0, r1 in _chunked.spans(n, height)]
 
 
+def _bounded(tile: tuple[int, int] | None, head: Head, vocab: int) -> tuple[int, int] | None:
+    """The tile, of bounded height where its logits are copied."""
+    return (_chunked.tile_of("cpu").rows, vocab) if tile is None and head.support is not None else tile
+
+
+def _banned(logits: Tensor, head: Head, col0: int) -> Tensor:
+    """A tile of logits, -inf outside of the rows' support."""
+    if head.support is None:
+        return logits
+    return logits.masked_fill(formula.outside(head.support, col0, logits.shape[1]), -torch.inf)
+
+
 def _unit_stride(logits: Tensor) -> Tensor:
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
@@ -440,10 +470,10 @@ def _token_states(logits: Tensor, target: Tensor, head: Head, want: int, rows: s
     part = torch.zeros(n, -(-vocab // span), formula.PARTS, dtype=dtype, device=x.device)
     first = torch.zeros(n, part.shape[1], dtype=torch.int64, device=x.device)
     label = torch.full((n, 2), torch.nan, dtype=dtype, device=x.device)
-    for r, c0, c1 in _tiles(x, kernels.TILE):
+    for r, c0, c1 in _tiles(x, _bounded(kernels.TILE, head, vocab)):
         states = slice(c0 // span, -(-c1 // span))
         state = part[r, states].squeeze(1), first[r, states].squeeze(1), label[r]
-        kernels.tile_fwd(x[r, c0:c1], None, target[r], c0, head.rows(r), want, *state)
+        kernels.tile_fwd(_banned(x[r, c0:c1], head.rows(r), c0), None, target[r], c0, head.rows(r), want, *state)
     return part, first, label
 
 
@@ -481,8 +511,10 @@ def _token_bwd(
 def _token_gradient(out: Tensor, logits: Tensor | None, coef: Coef, target: Tensor, head: Head, rows: str) -> None:
     coef, kernels = coef.stacked(), _choose.rows(rows)
     to, source = _unit_stride(out), None if logits is None else _unit_stride(logits)
-    for r, c0, c1 in _tiles(to, kernels.TILE):
-        tile = None if source is None else source[r, c0:c1]
+    for r, c0, c1 in _tiles(to, _bounded(kernels.TILE, head, to.shape[1])):
+        tile = None if source is None else _banned(source[r, c0:c1], head.rows(r), c0)
+        if source is None:
+            _chunked.ban(to[r, c0:c1], head.rows(r), c0)
         kernels.tile_bwd(to[r, c0:c1], tile, None, None, None, target[r], coef[:, r].contiguous(), c0, head.rows(r))
     if to is not out:
         out.copy_(to)

@@ -11,7 +11,7 @@ OPTIONS = {"enable_fp_fusion": False}
 
 def head_arguments(head) -> tuple:
     """scale, softcap, inv_temperature, CAPPED and SCALED of formulas.Head."""
-    scale, softcap, inv_temperature = head
+    scale, softcap, inv_temperature = head.numbers
     return scale, softcap, inv_temperature, bool(softcap), scale != 1 or inv_temperature != 1
 
 

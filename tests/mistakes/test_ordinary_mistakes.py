@@ -30,7 +30,7 @@ WITH_REF = LOGP | dict(ref_logp=REF, beta=0.5)
 SCORES = dict(token_score=SCORE, mask=MASK)
 ROWS = dict(
     labels=torch.tensor([1, 0, 2, 3]), mask=KIND, temperature=0.5, softcap=20.0, logit_scale=2.0, ignore_index=-100
-)
+) | dict(support=torch.arange(4).expand(4, 4))
 SEGMENTS = fk.SegmentRewards(rand(4), torch.tensor([1, 2, 0, 4]), ENDS, weight=0.5)
 
 CALLS = {
@@ -57,7 +57,7 @@ CALLS = {
     "ld_weights": dict(logp=X, mask=MASK, alpha=0.25),
     "linear_logprobs": ROWS | dict(hidden=rand(4, 3), weight=rand(6, 3), bias=rand(6), workspace=64, outputs="entropy"),
     "moments": dict(x=SCORE, mask=MASK),
-    "nll_loss": LOGP,
+    "nll_loss": LOGP | dict(label_smoothing=0.25, mean_logp=REF),
     "orpo": LOGP | dict(odds_weight=0.5),
     "pdpo": WITH_REF | dict(target=KIND, c=0.25),
     "pivot_flags": SCORES | dict(kind="salience", percent=50.0, baseline="quantile", quantile=0.25),

@@ -1,4 +1,4 @@
-"""A head with an adapter: refused as a module, warned of as a weight, with advice that gives the model's log-probs."""
+"""A head with an adapter: refused as a module and as a weight that trains, with advice that is right."""
 
 import warnings
 
@@ -67,6 +67,21 @@ def test_the_module_is_refused_and_the_weight_warned_of(kind):
     assert not any(word in str(seen[0].message) for word in ("pass its", "pass the"))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_with_the_base_weight_is_refused(kind):
+    """Every time, also after the warning; not where the adapter does nothing, nor where no gradient is wanted."""
+    whole = peft.get_peft_model(model(), KINDS[kind]())
+    hidden, head = parts(whole)
+    hidden = hidden.detach().requires_grad_()
+    with torch.no_grad(), pytest.warns(UserWarning, match="adapter is active"):
+        fk.linear_logprobs(hidden, head.weight, IDS[:, 1:])
+    for _ in range(2):
+        with pytest.raises(TypeError, match=f"weight must be all of the head, got the base weight .*; {SAYS}"):
+            fk.linear_logprobs(hidden, head.weight, IDS[:, 1:])
+    with whole.disable_adapter():
+        assert quiet(hidden, head.weight).requires_grad
+
+
 def test_what_is_advised_gives_the_models_log_probs():
     merged = peft.get_peft_model(model(), KINDS["lora"]())
     want = truth(merged)
@@ -107,5 +122,5 @@ def test_a_head_that_was_looked_at_before_it_got_its_adapter():
     hidden = plain.model(input_ids=IDS).last_hidden_state[:, :-1]
     quiet(hidden, plain.lm_head.weight)
     whole = peft.get_peft_model(plain, KINDS["lora"]())
-    with pytest.warns(UserWarning, match="adapter is active"):
+    with pytest.raises(TypeError, match="adapter is active"):
         fk.linear_logprobs(hidden, parts(whole)[1].weight, IDS[:, 1:])

@@ -54,6 +54,8 @@ def _demo_options(parser):
     add("--no-compare", dest="compare", action="store_false", help="leave out the second training with all weights 1")
     add("--trainer", choices=TRAINERS, help="train with TRL's DPOTrainer, as it is against patched: whole steps")
     add("--rl", choices=POLICIES, nargs="?", const="ppo", help=_RL)
+    add("--reward", type=int, nargs="?", const=160, metavar="PAIRS", help=_REWARD)
+    add("--noise", type=float, default=default.noise, metavar="X", help=_NOISE)
     training = parser.add_mutually_exclusive_group()
     training.add_argument("--full", dest="lora", action="store_false", help="train all parameters (the default)")
     training.add_argument("--lora", dest="lora", action="store_true", help="train LoRA adapters, the head is frozen")
@@ -84,6 +86,15 @@ _RL = (
     "a policy loss on the answers as if the model had sampled them: spans are rewards of segments, preferences of "
     "whole answers; batch and pairs then count prompts; without a value: ppo"
 )
+
+
+_REWARD = (
+    "train small reward models by several losses, judged by held-out prompts: on pairs with planted faults and labels, "
+    "or on the judgements of --data; without a value: 160 pairs"
+)
+
+
+_NOISE = "with --reward: share of the planted pairs whose label is turned over; default: %(default)s"
 
 
 _SCORES = (

@@ -110,6 +110,10 @@ MUTANTS = [
     # the demo
     Mutant("the comparison trains with the weights, too", "demo/effect.py", "[_unweighted(batch) for batch in batches]", "batches", "tests/demo/test_cli.py"),
     Mutant("blue for less", "report/style.py", "--less: 214 74 60; --more: 47 118 200;", "--less: 47 118 200; --more: 214 74 60;", "tests/demo/test_report.py"),
+    Mutant("a turned label is not remembered", "demo/reward_data.py", "planted=not pair.planted", "planted=pair.planted", "tests/demo/test_demo_reward.py"),
+    Mutant("numbers of a pair stay in the order of the file", "demo/reward.py", "{name: x[index] for", "{name: x[: len(index)] for", "tests/demo/test_demo_reward.py"),
+    Mutant("the best segment counts as the marked one", "demo/reward_summary.py", ".argmin())", ".argmax())", "tests/demo/test_demo_reward.py"),
+    Mutant("answers are read without their prompt", "demo/reward_data.py", "**inputs, past_key_values=cache, use_cache=True", "**{**inputs, 'attention_mask': None}, use_cache=False", "tests/demo/test_demo_reward.py"),
     Mutant("noise of a head gradient divided by noise", "demo/heads.py", "of.dweight * NOISE / LIMIT", "0.0", "tests/demo/test_cli.py"),
     Mutant("a head gradient is held against everything", "demo/heads.py", "of.dweight * NOISE / LIMIT", "1e3 * of.dweight", "tests/demo/test_cli.py"),
     Mutant("an adapter's base weight trains after the warning", "ops/_adapter.py", 'if warned("adapter") and not trains:', 'if warned("adapter"):', "tests/ops/test_adapter.py"),

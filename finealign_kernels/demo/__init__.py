@@ -6,7 +6,7 @@ score agrees with their answer's side carry the gradient. `run(Options(model="ti
 the command does.
 """
 
-from . import rl, trainer, training
+from . import reward, rl, trainer, training
 from .heads import LIMIT, DifferenceError
 from .options import AVERAGES, KEEPS, LOSSES, PIVOTS, POLICIES, TRAINERS, Options, UsageError, check
 
@@ -31,5 +31,5 @@ def run(options):
     Raises  UsageError where an option, a file or a missing package stands in the way; DifferenceError.
     """
     check(options)
-    way = trainer if options.trainer else rl if options.rl else training
+    way = reward if options.reward is not None else trainer if options.trainer else rl if options.rl else training
     return way.run(options)

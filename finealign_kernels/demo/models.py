@@ -25,6 +25,10 @@ class Model(NamedTuple):
     frozen: Callable  # a context in which the model is the one that training started from
 
 
+def name_of(options):
+    return options.model or "SmolLM2-135M-Instruct"
+
+
 def load_causal(options, examples):
     """The causal language model that --model names, without dropout, and its tokenizer."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -51,7 +55,7 @@ def load_model(options, examples):
             adapted = peft.get_peft_model(causal, adapters)
         frozen = adapted.disable_adapter
     return Model(
-        name=options.model or "SmolLM2-135M-Instruct",
+        name=name_of(options),
         tokenizer=tokenizer,
         body=causal.base_model,
         weight=causal.get_output_embeddings().weight,

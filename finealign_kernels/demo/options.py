@@ -37,6 +37,8 @@ class Options(NamedTuple):
     pairs: int = 8  # pairs trained on, over and over
     trainer: str | None = None  # one of TRAINERS; None: the demo's own loop
     rl: str | None = None  # one of POLICIES; None: preferences
+    reward: int | None = None  # pairs to train reward models on; None: no reward models
+    noise: float = 0.3  # of "reward": share of the labels that are turned over
     compare: bool = True  # train once more with all weights 1, to see what the weights changed
     lora: bool = False
     lr: float | None = None
@@ -64,6 +66,7 @@ def check(options):
     _check_masks(options)
     _check_trainer(options)
     _check_rl(options)
+    _check_reward(options)
     folder = Path(options.report).resolve().parent
     if not folder.is_dir():  # now, not after minutes of training
         raise UsageError(f"--report must lie in a directory that exists, got {options.report}")
@@ -108,6 +111,27 @@ def _check_rl(options):
         value = getattr(options, name)
         if options.rl and value != Options._field_defaults[name]:
             raise UsageError(f"--{name.replace('_', '-')} is not read with --rl, got {value}")
+
+
+READ_WITH_REWARD = ("model", "data", "reward", "noise", "max_prompt", "max_response", "seed", "threads", "report")
+
+
+def _check_reward(options):
+    """A reward model reads no option of the others."""
+    if options.reward is None:
+        if options.noise != Options._field_defaults["noise"]:
+            raise UsageError(f"--noise is read with --reward alone, got {options.noise}")
+        return
+    if options.reward < 4:
+        raise UsageError(f"--reward must be at least 4 pairs, got {options.reward}")
+    if not 0 <= options.noise < 0.5:
+        raise UsageError(f"--noise must be in [0, 0.5), got {options.noise}")
+    if options.data and options.noise != Options._field_defaults["noise"]:
+        raise UsageError(f"--noise is not read with --data, whose judgements stay as they are, got {options.noise}")
+    for name, default in Options._field_defaults.items():
+        value = getattr(options, name)
+        if name not in READ_WITH_REWARD and value != default:
+            raise UsageError(f"--{name.replace('_', '-')} is not read with --reward, got {value}")
 
 
 def scores_of(options):

@@ -1,0 +1,164 @@
+"""The run with --reward: small reward models on answers whose labels are partly wrong, by several losses.
+
+The first half of the model's layers, frozen, gives each segment of an answer a vector, the mean of its tokens' hidden
+states; a head of two layers gives the segment a score, and an answer's score is the mean of its segments'. MODELS such
+heads give each pair its strength. Then every arm trains new heads, and held-out pairs of other prompts judge them.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from ..losses.contrastive import contrastive_loss, dropout_views
+from ..losses.pairs import pick_scores
+from ..losses.reward import reward_loss
+from ..losses.strength import Strength, preference_strength
+from .data import read_examples
+from .models import load_causal
+from .reward_data import Pairs, read_judgements, read_pairs, standardised
+from .reward_summary import summary, write_report
+
+MODELS, SEEDS = 5, 3  # heads that measure strength; heads of each arm
+EPOCHS, BATCH, LR, WIDTH = 4, 16, 1e-3, 32
+CLAMP, DROPOUT, CONTRAST = 1.0, 0.05, 1.0  # of margins; of the two views; weight of the contrastive loss
+
+
+class Arm(NamedTuple):
+    """One way to train: a row of REWARD, with or without contrast."""
+
+    loss: str = "bradley_terry"
+    contrast: bool = False
+
+
+ARMS = {
+    "right labels": Arm("flip"),  # known where they were planted alone
+    "as labelled": Arm(),
+    "margin": Arm("adaptive_margin"),
+    "flip": Arm("flip"),
+    "flip, margin": Arm("flip_margin"),
+    "soft labels": Arm("soft_label_vote"),
+    "contrast": Arm(contrast=True),
+}
+SHOWN = "flip, margin"  # the arm that colours segments
+
+
+class Result(NamedTuple):
+    """What came out, as tensors over pairs."""
+
+    train: Pairs
+    held: Pairs
+    strength: Strength  # of the pairs trained on
+    sure: torch.Tensor  # (held,) absolute strength of the held-out pairs
+    weakest: torch.Tensor  # (train,) bool: what "flip" turns over
+    right: dict[str, torch.Tensor]  # arm -> (SEEDS, held) bool
+    scores: torch.Tensor  # (segments of held,) by the first head of SHOWN
+
+
+class Head(torch.nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.inner = torch.nn.Sequential(torch.nn.Dropout(0.0), torch.nn.Linear(width, WIDTH), torch.nn.Tanh())
+        self.out = torch.nn.Linear(WIDTH, 1)
+
+    def forward(self, hidden):
+        """Scores (N,) and representations (N, WIDTH) of segments."""
+        inner = self.inner(hidden)
+        return self.out(inner)[:, 0], inner
+
+
+def run(options):
+    """Trains, judges, prints a table, writes the report and returns its path.
+
+    Raises  UsageError where an option, a file or a missing package stands in the way.
+    """
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    examples = read_examples(options)
+    judgements = read_judgements(options, examples)
+    print("loading the model ...", flush=True)
+    causal, tokenizer = load_causal(options, examples)
+    body = half(causal.base_model)
+    print(f"reading {len(judgements[0])} pairs to train on and {len(judgements[1])} held-out ones ...", flush=True)
+    pairs = standardised(*(read_pairs(options, body, tokenizer, part) for part in judgements))
+    print("training reward heads ...", flush=True)
+    result = train_all(options, *pairs)
+    print(summary(options, result))
+    path = write_report(options, tokenizer, result)
+    print(f"report: {path}")
+    return path
+
+
+def half(body):
+    """The body with the first half of its layers, where it has them by that name: later ones say little more here."""
+    if hasattr(body, "layers"):
+        body.layers = body.layers[: (len(body.layers) + 1) // 2]
+    return body
+
+
+def train_all(options, train, held):
+    """Strength by MODELS heads, then SEEDS heads of each arm."""
+    first = 100 * options.seed
+    models = [train_head(train, first + k, ARMS["as labelled"]) for k in range(MODELS)]
+    strength = preference_strength(differences(model, train) for model in models)
+    sure = preference_strength(differences(model, held) for model in models).mean.abs()
+    weakest = strength.weakest(None if options.data else 100 * options.noise)
+    right = {}
+    for name, arm in ARMS.items():
+        if name == "right labels" and options.data:
+            continue
+        constants = constants_of(arm, strength, train.planted if name == "right labels" else weakest)
+        heads = [train_head(train, first + MODELS + k, arm, **constants) for k in range(SEEDS)]
+        right[name] = torch.stack([differences(head, held) > 0 for head in heads])
+        if name == SHOWN:
+            scores = segment_scores(heads[0], held)
+    return Result(train, held, strength, sure, weakest, right, scores)
+
+
+def constants_of(arm, strength, flip):
+    """What a loss reads of each pair."""
+    return {
+        "bradley_terry": {},
+        "adaptive_margin": {"strength": strength.mean},
+        "flip": {"flip": flip},
+        "flip_margin": {"flip": flip, "strength": strength.mean},
+        "soft_label_vote": {"label": strength.soft},
+    }[arm.loss]
+
+
+def train_head(data, seed, arm, **constants):
+    """A head trained with an arm's loss; constants are tensors (P,)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = Head(data.hidden.shape[1])
+        optimizer = torch.optim.AdamW(head.parameters(), lr=LR, weight_decay=0.1)
+        for _ in range(EPOCHS):
+            for index in torch.randperm(len(data.pairs)).split(BATCH):
+                hidden, cu_seqlens = data.of(index.tolist())
+                fitting = {name: x[index] for name, x in constants.items()}
+                loss_of(head, arm, hidden, cu_seqlens, fitting).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    return head.eval()
+
+
+def loss_of(head, arm, hidden, cu_seqlens, constants):
+    """The reward loss of a batch; with contrast its mean over two dropout views, and SimCSE on the answers' means."""
+    options = dict(cu_seqlens=cu_seqlens, pick="mean", clamp=CLAMP, **constants)
+    if not arm.contrast:
+        return reward_loss(arm.loss, head(hidden)[0], **options).loss
+    views = dropout_views(head, hidden, p=DROPOUT)
+    loss = sum(reward_loss(arm.loss, scores, **options).loss for scores, _ in views) / 2
+    means = (pick_scores(inner, cu_seqlens=cu_seqlens, pick="mean") for _, inner in views)
+    return loss + CONTRAST * contrastive_loss("simcse", *means).loss
+
+
+@torch.no_grad()
+def segment_scores(head, data):
+    return head(data.hidden)[0]
+
+
+def differences(head, data):
+    """(P,) the score of the chosen answer less that of the rejected one."""
+    chosen, rejected = pick_scores(segment_scores(head, data), cu_seqlens=data.cu_seqlens, pick="mean").chunk(2)
+    return chosen - rejected

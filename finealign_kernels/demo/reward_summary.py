@@ -1,0 +1,230 @@
+"""The terminal table and the HTML report of a run with --reward."""
+
+import textwrap
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from .. import __version__, report
+from .data import spans_of_tokens, texts_of_tokens
+from .models import name_of
+from .summary import faults_of, text_table
+
+SHADES = [report.Shade("segment score", "worse than the mean", "better", signed=True)]
+PARTS = 5  # of the held-out pairs by strength
+DRAWN = ("right labels", "as labelled", "flip", "flip, margin", "soft labels")  # up to four have a curve
+SHOWN = 4  # pairs in the report
+
+
+def parts_by(values, count):
+    """Indices of the pairs in `count` parts of about the same size, of the smallest values first."""
+    return values.argsort(stable=True).tensor_split(min(count, len(values)))
+
+
+def accuracies(result):
+    """Arm -> accuracy of each seed (SEEDS,)."""
+    return {name: right.float().mean(1) for name, right in result.right.items()}
+
+
+def table(result):
+    """Columns and rows: each arm's held-out accuracy, least and largest of the seeds, and by strength."""
+    parts = parts_by(result.sure, PARTS)
+    rows = []
+    for name, each in accuracies(result).items():
+        by_part = [100 * result.right[name][:, part].float().mean().item() for part in parts]
+        spread = f"{100 * each.min():.1f} to {100 * each.max():.1f}"
+        rows.append([name, 100 * each.mean().item(), spread, *by_part])
+    names = ["weakest fifth", "2", "3", "4", "strongest"] if len(parts) == PARTS else list(map(str, range(len(parts))))
+    return ["loss", "accuracy, %", "seeds", *names], rows
+
+
+def found(result):
+    """Share of the turned labels among the pairs that "flip" turns over; None where none is known or picked."""
+    picked = result.train.planted[result.weakest]
+    return picked.float().mean().item() if result.train.planted.any() and len(picked) else None
+
+
+def lowest_is_marked(result):
+    """Of held-out answers with marks on some segments: in how many is the lowest segment marked, the same by chance,
+    and how many there are."""
+    bounds, hits, chances = result.held.cu_seqlens.tolist(), [], []
+    for answer, start, stop in zip(result.held.answers, bounds, bounds[1:], strict=False):
+        marks = spans_of_tokens(answer.answer)
+        bad = [any(_is_fault(span) for t in range(*ends) for span in marks[t]) for ends in answer.segments]
+        if any(bad) and not all(bad):
+            hits.append(bad[int(result.scores[start:stop].argmin())])
+            chances.append(sum(bad) / len(bad))
+    return (sum(hits) / len(hits), sum(chances) / len(chances), len(hits)) if hits else None
+
+
+def _is_fault(span):
+    return span.score is None or span.score <= 0
+
+
+def summary(options, result):
+    """The table of the arms and the sentence that reads it, for the terminal."""
+    sentence = textwrap.fill(_sentence(options, result), 100)
+    return f"\naccuracy on held-out pairs, and by strength\n{text_table(*table(result))}\n\n{sentence}\n"
+
+
+def _sentence(options, result):
+    mean = {name: 100 * each.mean().item() for name, each in accuracies(result).items()}
+    named = ", ".join(f"{value:.1f} % with {name}" for name, value in mean.items() if name != "as labelled")
+    what = "judgements" if options.data else "pairs"
+    text = (
+        f"Trained on the labels as they are, heads rank {mean['as labelled']:.1f} % of held-out {what} right; {named}."
+    )
+    share, marked = found(result), lowest_is_marked(result)
+    if share is not None:
+        text += f" Of the {int(result.weakest.sum())} weakest pairs {share:.0%} had their labels turned over"
+        text += f" ({result.train.planted.float().mean().item():.0%} of all have)."
+    if marked is not None:
+        text += (
+            f" In {marked[0]:.0%} of {marked[2]} held-out answers with a marked fault the segment of lowest score is a "
+            f"marked one; by chance it would be in {marked[1]:.0%}."
+        )
+    return text
+
+
+def write_report(options, tokenizer, result):
+    """Writes the page and returns its path."""
+    title = f"Reward models on {Path(name_of(options)).name}, {len(result.train.pairs)} pairs"
+    sections = [
+        report.headline(title, _sentence(options, result), _facts(options, result)),
+        _tokens_section(tokenizer, result),
+        _arms_section(options, result),
+        _curves_section(options, result),
+        _strength_section(options, result),
+        _votes_section(result),
+    ]
+    return report.write(options.report, title, sections)
+
+
+def _facts(options, result):
+    return {
+        "model": name_of(options),
+        "body": "first half of its layers, frozen",
+        "pairs to train on": len(result.train.pairs),
+        "held-out pairs": len(result.held.pairs),
+        "labels turned over": f"{result.train.planted.float().mean().item():.0%}" if not options.data else "not known",
+        "turned by “flip”": f"{int(result.weakest.sum())} weakest",
+        "data": Path(options.data).name if options.data else "faults planted in the shipped sample",
+        "seed": options.seed,
+        "threads": torch.get_num_threads(),
+        "finealign-kernels": __version__,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+    }
+
+
+def _arms_section(options, result):
+    truth = "the judgements as they are" if options.data else "the right labels"
+    note = (
+        f"Share of held-out pairs, of prompts not trained on, in which the better answer by {truth} has the higher "
+        "score: mean of the seeds, least and largest, and by fifths of strength. Strength is the mean difference "
+        "of the scores by models trained on the labels as they are; its sign is left out here. "
+        f"{len(result.held.pairs)} pairs judge, so a few points between two rows may be chance."
+    )
+    return report.table("Losses, judged by held-out pairs", *table(result), note=note)
+
+
+def _curves_section(options, result):
+    parts = parts_by(result.sure, PARTS)
+    drawn = [name for name in DRAWN if name in result.right and not (options.data and name == "right labels")][:4]
+    series = [
+        report.Series(name, [100 * result.right[name][:, part].float().mean().item() for part in parts])
+        for name in drawn
+    ]
+    charts = [report.Chart("held-out pairs ranked right, %, by fifth of strength (1: weakest)", series)]
+    tenths = parts_by(result.strength.mean, 10)
+    if result.train.planted.any():
+        values = [100 * result.train.planted[part].float().mean().item() for part in tenths]
+        title = "labels turned over, %, by tenth of strength (1: lowest)"
+        charts.append(report.Chart(title, [report.Series("pairs trained on", values)]))
+    agreed = [100 * result.strength.vote[part].mean().item() for part in tenths]
+    charts.append(
+        report.Chart(
+            "models that agree with the label, %, by tenth of strength (1: lowest)",
+            [report.Series("pairs trained on", agreed)],
+        )
+    )
+    note = (
+        "On the left every pair is one that no model was trained on. Where the models are unsure, all losses are near "
+        "one half. A low strength is a label that the models contradict although they were trained on it."
+    )
+    return report.curves("By strength", charts, note=note)
+
+
+def _strength_section(options, result):
+    mean, std = result.strength.mean, result.strength.std
+    charts = [report.Histogram("pairs by mean difference", mean.tolist(), "mean difference", bins=24)]
+    if result.train.planted.any():
+        own = mean[result.train.planted].tolist()
+        charts.append(report.Histogram("those whose label was turned over", own, "mean difference", bins=24))
+    charts.append(
+        report.Scatter(
+            "standard deviation against mean", mean.tolist(), std.tolist(), "mean difference", "standard deviation"
+        )
+    )
+    note = (
+        "The pairs that were trained on: mean and standard deviation over the models of the score of the chosen answer "
+        f"less that of the rejected one. {int((mean < 0).sum())} of {len(mean)} are below 0."
+    )
+    return report.distributions("Preference strength", charts, note=note)
+
+
+def _votes_section(result):
+    """A table of the held-out judgements by the votes that the data counts; None without any."""
+    votes = [pair.votes for pair in result.held.pairs]
+    known = sorted({vote for vote in votes if vote is not None})
+    if not known:
+        return None
+    rows = []
+    for name, right in result.right.items():
+        share = [100 * right[:, [v == vote for v in votes]].float().mean().item() for vote in known]
+        rows.append([name, *share])
+    counts = [f"{vote:g} ({sum(v == vote for v in votes)} pairs)" for vote in known]
+    note = "Held-out pairs by how many votes more the chosen answer had: what people were surer of."
+    return report.table("Ranked right, %, by votes", ["loss", *counts], rows, note=note)
+
+
+def _tokens_section(tokenizer, result):
+    note = (
+        "Held-out pairs. Each segment is coloured by its score, less the mean of all held-out segments: blue raises "
+        "the answer's score, red lowers it. The score of an answer is the mean of its segments'; the model never saw "
+        "which segment was at fault, only which answer was preferred. Faults marked in the data are underlined and "
+        "listed. A line before a token starts a segment. Scores by the first model of the loss "
+        "“flip, margin”."
+    )
+    examples = [_example(tokenizer, result, i) for i in range(min(SHOWN, len(result.held.pairs)))]
+    return report.token_texts("What the model says of each segment", examples, SHADES, note=note)
+
+
+def _example(tokenizer, result, i):
+    pair, count = result.held.pairs[i], len(result.held.pairs)
+    responses = [_response(tokenizer, result, i + k * count, side) for k, side in enumerate(("chosen", "rejected"))]
+    return report.Example(pair.example.id, pair.example.prompt, responses)
+
+
+def _response(tokenizer, result, s, side):
+    read, level = result.held.answers[s], result.scores.mean()
+    start, stop = result.held.cu_seqlens[s : s + 2].tolist()
+    own = (result.scores[start:stop] - level).tolist()
+    values, starts = [0.0] * len(read.answer.offsets), [False] * len(read.answer.offsets)
+    for score, (first, end) in zip(own, read.segments, strict=True):
+        starts[first] = first > 0
+        for t in range(first, end):
+            values[t] = score
+    spans = spans_of_tokens(read.answer)
+    tokens = [
+        report.Token(
+            text,
+            {"segment score": values[t]},
+            [span.kind for span in spans[t]],
+            "; ".join(span.kind for span in spans[t]),
+            starts[t],
+        )
+        for t, text in enumerate(texts_of_tokens(tokenizer, read.answer))
+    ]
+    return report.Response(side, tokens, f"score {sum(own) / len(own):+.3f}", faults_of(read.answer))

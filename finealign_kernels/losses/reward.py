@@ -7,6 +7,7 @@ A row says where the margin δ, the smoothing ε and the sign s come from; the s
 several reward models (`preference_strength`). Adding a loss is adding a row.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from ..formulas import margin as formula
 from ..ops._check import check_flags, check_number, check_one_of, check_tensor, fail, reads_values
-from ..ops._layout import Tokens, TokenTensor
-from ..ops.sequence_loss import batch_loss, missing, sequence_loss
+from ..ops._layout import TokenTensor
+from ..ops._once import once, refuse_transforms
+from ..ops.sequence_loss import item_losses, missing, over_count
 from .pairs import PICKS, RankedPairs, pick_scores, plain_pair, score_pairs
-from .preference import FromScores
 from .reduce import plain_denominator, reduce, weigh
 from .table import Formula, Hyper, _check_formula, hyper_of
 
@@ -130,12 +131,19 @@ def reward_loss(
     if not isinstance(pairs, RankedPairs):
         check_one_of("pairs", pairs, ("halves", "interleaved"))
     if isinstance(scores, (tuple, list)) and len(scores) == 2 and cu_seqlens is None and all(map(_is_flat, scores)):
-        chosen, rejected = plain_pair(scores, mask, token_weight)
+        sources = plain_pair(scores, mask, token_weight)
     else:
         scores = pick_scores(scores, mask=mask, cu_seqlens=cu_seqlens, pick=pick, token_weight=token_weight)
-        chosen, rejected = score_pairs(scores, pairs)
+        if isinstance(pairs, RankedPairs):
+            sources = score_pairs(scores, pairs)
+        else:
+            refuse_transforms("scores", scores)
+            sources = (scores,)
+    together = len(sources) == 1  # chosen and rejected in one tensor, in the order of `pairs`
+    chosen, rejected = score_pairs(scores.detach(), pairs) if together else (x.detach() for x in sources)
     count, dtype = chosen.shape[0], torch.promote_types(chosen.dtype, torch.float32)
-    chosen, rejected = chosen.to(dtype), rejected.to(dtype)
+    if chosen.dtype != dtype:
+        chosen, rejected = chosen.to(dtype), rejected.to(dtype)
 
     def constant(name, x, **bounds):
         return None if x is None else _constant(name, x, count, chosen, dtype, **bounds)
@@ -153,7 +161,7 @@ def reward_loss(
         fail("smoothing", f"be None for {name!r}", "smoothing")
     shift = constant("margin", margin)
     shift = strength if shift is None and row.margin == "strength" else row.margin if shift is None else shift
-    shift = scale * shift
+    shift = shift if scale == 1 else scale * shift
     if clamp is not None:
         shift = shift.clamp(-clamp, clamp) if isinstance(shift, Tensor) else max(-clamp, min(clamp, shift))
     smoothing = constant("smoothing", smoothing, least=0, most=1)
@@ -173,33 +181,72 @@ def reward_loss(
         kept = weight != 0
         chosen, rejected = torch.where(kept, chosen, 0), torch.where(kept, rejected, 0)
 
-    loss, d = None, chosen - rejected
-    if row.phi is formula.smoothed and missing(row.phi, d.device) is None:
-        options = dict(phi=row.phi, beta=1.0, smoothing=smoothing, pairs=None, sign=sign)
-        options["shift"] = shift if sign is None else sign * shift  # it stands inside the sign there
-        plain = None
-        if weight is None and not centering:
-            plain = plain_denominator(reduction, denominator, count)
-        if plain is None:
-            losses = sequence_loss(_tokens(d), **options).losses
-        else:
-            out = batch_loss(_tokens(d), denominator=plain, **options)
-            loss, losses = out.loss, out.losses
+    d, center = chosen - rejected, None
+    if row.phi is not formula.smoothed:
+        losses, slope = row.phi((d if sign is None else sign * d) - shift, **hyper)
+        slope = slope if sign is None else sign * slope
+    elif _in_one_launch(d.device):
+        own = shift if sign is None else sign * shift  # it stands inside the sign there
+        losses, slope = item_losses(d, phi=row.phi, shift=own, sign=sign, smoothing=smoothing)
     else:
-        more = dict(smoothing=smoothing) if row.phi is formula.smoothed else hyper
-        m = d.detach() if sign is None else sign * d.detach()
-        value, slope = row.phi(m - shift, **more)
-        losses = FromScores.apply(d, value, slope if sign is None else sign * slope)
-    d = d.detach()
-    center = torch.zeros_like(d)
+        m = d if sign is None else sign * d
+        m = m - shift if isinstance(shift, Tensor) or shift else m
+        exact = isinstance(smoothing, Tensor) or smoothing
+        losses, slope = formula.smoothed(m, smoothing=smoothing) if exact else formula.logistic(m)
+        slope = slope if sign is None else sign * slope
+    slopes = (slope,)  # of the chosen scores; those of the rejected ones are the negative
     if centering:
-        center = centering * (chosen + rejected).square()
-        losses = losses + center
+        both = chosen + rejected
+        center, pull = centering * both.square(), 2 * centering * both
+        losses, slopes = losses + center, (pull + slope, pull - slope)
     if weight is not None:
-        losses, center = weigh(weight, losses), weigh(weight, center)
-    if loss is None:
-        loss = reduce(losses, reduction, denominator)
-    return RewardLoss(loss, losses.detach(), d, (d > 0).to(dtype), center.detach())
+        losses, slopes = weigh(weight, losses), tuple(weigh(weight, x) for x in slopes)
+        center = center if center is None else weigh(weight, center)
+    divisor = plain_denominator(reduction, denominator, count)
+    loss = reduce(losses, reduction, denominator) if divisor is None else over_count(losses.sum(), divisor)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in sources):
+        loss = _OfScores.apply(loss, divisor, pairs if together else None, len(slopes), *slopes, *sources)
+    center = torch.zeros_like(d) if center is None else center
+    return RewardLoss(loss, losses, d, (d > 0).to(dtype), center)
+
+
+def _in_one_launch(device: torch.device) -> bool:
+    """On a GPU the kernel of sequence_loss is one launch; on a CPU torch's vectorised functions are faster."""
+    return device.type != "cpu" and missing(formula.smoothed, device) is None
+
+
+class _OfScores(torch.autograd.Function):
+    """A loss whose slopes (P,) are known: of the chosen scores, and of the rejected ones if not minus those.
+
+    The scores are S that hold pairs, or the chosen and the rejected ones (pairs None).
+    """
+
+    @staticmethod
+    def forward(ctx, loss, divisor, pairs, count, *tensors):
+        ctx.pairs, ctx.count, ctx.number = pairs, count, None if isinstance(divisor, Tensor) else divisor
+        ctx.save_for_backward(divisor if ctx.number is None else None, *tensors)  # scores are not read
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        divisor, *tensors = ctx.saved_tensors
+        slopes, sources = tensors[: ctx.count], tensors[ctx.count :]
+        each, divisor = upstream.detach(), ctx.number if divisor is None else divisor
+        if divisor is not None:
+            each = over_count(each, divisor)
+        grads = [slope * each for slope in slopes]
+        if each.dim():  # a pair that is not counted has upstream 0, whatever its slope
+            grads = [torch.where(each == 0, 0, grad) for grad in grads]
+        up, down = grads if ctx.count == 2 else (grads[0], -grads[0])
+        grads = (up, down) if ctx.pairs is None else (_join(up, down, ctx.pairs),)
+        grads = tuple(grad.to(of.dtype) for grad, of in zip(grads, sources, strict=True))
+        grads = once("reward_loss", grads, (*sources, upstream), instead="use torch's own arithmetic")
+        return None, None, None, None, *(None for _ in slopes), *grads
+
+
+def _join(chosen: Tensor, rejected: Tensor, pairs: str) -> Tensor:
+    """(S,) of (P,) each, in the order of `pairs`."""
+    return torch.cat((chosen, rejected)) if pairs == "halves" else torch.stack((chosen, rejected), 1).reshape(-1)
 
 
 def _row_of(name: str | RewardRow) -> RewardRow:
@@ -218,22 +265,24 @@ def _is_flat(x) -> bool:
     return isinstance(x, Tensor) and x.dim() == 1
 
 
-def _tokens(d: Tensor) -> Tokens:
-    """Pairs as sequences of one token, the difference of the scores."""
-    whole = d[:, None]
-    return Tokens(whole, None, None, (whole.shape,))
-
-
 def _constant(name: str, x, count: int, like: Tensor, dtype, *, least=None, most=None):
     """A finite number, or (P,) of them, detached. Values on a GPU are not read: that would be a host sync."""
     if not isinstance(x, Tensor):
         return check_number(name, x, least=least, most=most)
     check_tensor(name, x, shape=(count,), like=like)
     x = x.detach().to(dtype)
-    if reads_values(x):
+    if reads_values(x) and x.numel() and not _all_good(x, least, most):
         good = x.isfinite()
         good = good if least is None else good & (x >= least) & (x <= most)
         if not bool(good.all()):
             bounds = "" if least is None else f" in [{least}, {most}]"
             fail(name, f"hold finite numbers{bounds}", x[~good][0].item())
     return x
+
+
+def _all_good(x: Tensor, least, most) -> bool:
+    """A quick look: infinities and NaN show in a sum and in the extremes. False is no verdict, finite sums overflow."""
+    if least is None:
+        return math.isfinite(x.sum().item())
+    low, high = x.aminmax()
+    return low.item() >= least and high.item() <= most

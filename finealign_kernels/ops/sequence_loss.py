@@ -141,6 +141,25 @@ def batch_loss(
     return BatchLoss(*_losses(tokens, ref_logp, denominator, **options))
 
 
+def item_losses(
+    x: Tensor,
+    *,
+    phi: Callable,
+    shift: float | Tensor = 0.0,
+    sign: Tensor | None = None,
+    **hyper: float | Tensor,
+) -> tuple[Tensor, Tensor]:
+    """phi(sign (x - shift)) and its slope in x, (P,) each, of numbers x (P,) in one launch; without a graph."""
+    code = CODES[phi]
+    a, each = _constant(code, phi, hyper, x.shape[0], x)
+    shift, shifts = _number("shift", shift, x.shape[0], x)
+    if sign is not None:
+        sign = _number("sign", sign, x.shape[0], x)[1]
+    numbers = (0, PAIRS[None], MARGIN, code.number, code.number, 1.0, 1.0, shift, shifts, a, each, sign)
+    losses, _, slope, _ = forward(x.detach()[:, None].contiguous(), None, None, None, None, None, *numbers)
+    return losses, slope
+
+
 def _losses(
     tokens,
     ref_logp,

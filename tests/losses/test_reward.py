@@ -38,8 +38,8 @@ GOLDEN = {
 
 @pytest.fixture(params=["fused", "composed"])
 def route(request, monkeypatch):
-    if request.param == "composed":
-        monkeypatch.setattr(module, "missing", lambda *_: "not asked for")
+    """The kernel, which a GPU takes, and torch's functions."""
+    monkeypatch.setattr(module, "_in_one_launch", lambda device: request.param == "fused")
 
 
 def run(name="bradley_terry", chosen=CHOSEN, rejected=REJECTED, **options):
@@ -203,6 +203,24 @@ def test_a_pair_of_weight_0_may_be_nan(route):
 def test_nan_of_a_pair_that_counts_is_not_hidden(route):
     dirty = torch.where(torch.tensor([False, True, False]), torch.nan, CHOSEN)
     assert run("bradley_terry", dirty)[0].loss.isnan()
+
+
+def test_a_pair_that_is_not_counted_has_no_gradient_whatever_its_score(route):
+    for pairs in ("halves", "interleaved"):
+        scores = torch.tensor([torch.nan, 1.0, 2.0, -1.0], requires_grad=True)
+        losses = fk.reward_loss("bradley_terry", scores, pairs=pairs, reduction="none").loss
+        (grad,) = torch.autograd.grad(losses, scores, torch.tensor([0.0, 1.0]))
+        of = (1, 3) if pairs == "halves" else (2, 3)
+        assert grad.isfinite().all() and {i for i in range(4) if grad[i] != 0} == set(of)
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_infinities_are_refused_and_large_finite_numbers_are_not(bad):
+    with pytest.raises(ValueError, match="strength must hold finite numbers"):
+        run("adaptive_margin", strength=vector(1.0, bad, 1.0))
+    with pytest.raises(ValueError, match=r"label must hold finite numbers in \[0, 1\]"):
+        run("soft_label_vote", label=vector(1.0, bad, 0.5))
+    assert run("adaptive_margin", strength=vector(-1e308, -1e308, 0.0))[0].loss.isfinite()
 
 
 def test_no_pair_and_no_difference(route):

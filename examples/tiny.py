@@ -28,3 +28,14 @@ def load(name=None, seed=0):
         initializer_range=0.1,
     )
     return LlamaForCausalLM(config), tokenizer
+
+
+class Critic(torch.nn.Module):
+    """A value of each position, on a backbone of its own."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone, self.head = backbone, torch.nn.Linear(backbone.config.hidden_size, 1)
+
+    def forward(self, ids):
+        return self.head(self.backbone(input_ids=ids).last_hidden_state)[..., 0]

@@ -65,17 +65,34 @@ def test_grpo_sentences():
 
 
 def test_ppo_fine_grained(tmp_path):
+    for name in ("accelerate", "peft"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
     import ppo_fine_grained
 
     path = str(tmp_path / "state.pt")
     rewards = ppo_fine_grained.main(["--steps", "12"])
     assert mean(rewards[-4:]) > mean(rewards[:4])
     ppo_fine_grained.main(["--steps", "2", "--checkpoint", path])
-    resumed = ppo_fine_grained.main(["--steps", "4", "--checkpoint", path])
+    resumed = ppo_fine_grained.main(["--steps", "4", "--checkpoint", path])  # two more, the same ones
     assert resumed == pytest.approx(rewards[:4], rel=1e-5)
 
 
-def test_ddp_counts():
-    import ddp_counts
+def test_verl_losses():
+    import verl_losses
 
-    assert ddp_counts.main("fork") <= 1e-5  # imports nothing anew
+    rewards = verl_losses.main(["--steps", "12"])
+    assert mean(rewards[-4:]) > mean(rewards[:4])
+
+
+def test_openrlhf_losses():
+    import openrlhf_losses
+
+    rewards = openrlhf_losses.main(["--steps", "12"])
+    assert mean(rewards[-4:]) > mean(rewards[:4])
+
+
+def test_ddp_fsdp2():
+    import ddp_fsdp2
+
+    found = ddp_fsdp2.main("fork")  # imports nothing anew
+    assert found.keys() == {"DDP", "FSDP2"} and max(found.values()) <= 1e-5

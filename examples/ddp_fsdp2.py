@@ -1,7 +1,7 @@
-"""One step of two ranks is the step of one process: python examples/ddp_counts.py
+"""One step of two ranks is the step of one process, with DDP and with FSDP2: python examples/ddp_fsdp2.py
 
 The ranks hold different numbers of responses and tokens, in different numbers of micro-batches. With the counts of the
-whole step the gradients that DDP averages are those of one process that has all responses.
+whole step the gradients that DDP and FSDP2 average are those of one process that has all responses.
 """
 
 import tempfile
@@ -9,11 +9,22 @@ import tempfile
 import torch
 import torch.distributed as dist
 from tiny import load
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from trainer_ulma import collate, responses
 
 import finealign_kernels as fk
 from finealign_kernels.integrations.transformers import model_logprobs, step_counts
+
+
+def shard(model):
+    for layer in model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+WAYS = {"DDP": DistributedDataParallel, "FSDP2": shard}
 
 
 def gradients(wrap, batches):
@@ -22,25 +33,29 @@ def gradients(wrap, batches):
     wrapped = wrap(model)
     counts = step_counts(batch["labels"][:, 1:] != -100 for batch in batches)  # one collective
     for i, batch in enumerate(batches):
-        last = i + 1 == len(batches)
+        last = i + 1 == len(batches)  # one reduction a step
         if isinstance(wrapped, DistributedDataParallel):
-            wrapped.require_backward_grad_sync = last  # one reduction a step; accelerate does so, too
+            wrapped.require_backward_grad_sync = last
+        elif wrap is shard:
+            wrapped.set_requires_gradient_sync(last)
         scores, mask = model_logprobs(wrapped, batch["input_ids"], batch["attention_mask"], batch["labels"])
-        # DDP divides the sum over ranks by their number, and so is the count: `denominator`
+        # both divide the sum over ranks by their number, and so is the count: `denominator`
         fk.nll_loss(scores.logp, mask=mask, denominator=counts.denominator("tokens")).loss.backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
+    grads = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters()]
+    return torch.cat([grad.flatten() for grad in grads])
 
 
 def data():
+    """The micro-batches of rank 0 and of rank 1: FSDP2 gathers weights in each, so both have two."""
     rows = list(responses(load()[1]))[:7]
-    return [[collate(rows[:1]), collate(rows[1:2])], [collate(rows[2:])]]  # of rank 0 and of rank 1
+    return [[collate(rows[:1]), collate(rows[1:2])], [collate(rows[2:6]), collate(rows[6:])]]
 
 
 def rank(index, folder):
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", 2)
     dist.init_process_group("gloo", store=store, rank=index, world_size=2)
-    found = gradients(DistributedDataParallel, data()[index])
+    found = {name: gradients(wrap, data()[index]) for name, wrap in WAYS.items()}
     if index == 0:
         torch.save(found, f"{folder}/gradients.pt")
     dist.destroy_process_group()
@@ -49,11 +64,12 @@ def rank(index, folder):
 def main(start_method="spawn"):
     folder = tempfile.mkdtemp()
     torch.multiprocessing.start_processes(rank, args=(folder,), nprocs=2, start_method=start_method)
-    found = torch.load(f"{folder}/gradients.pt")
     alone = gradients(lambda model: model, [batch for batches in data() for batch in batches])
-    difference = ((found - alone).norm() / alone.norm()).item()
-    print(f"two ranks against one process: relative difference of the gradient {difference:.1e}")
-    return difference
+    found = torch.load(f"{folder}/gradients.pt").items()
+    differences = {name: ((grad - alone).norm() / alone.norm()).item() for name, grad in found}
+    for name, difference in differences.items():
+        print(f"{name} on two ranks against one process: relative difference of the gradient {difference:.1e}")
+    return differences
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 A table stands between <!-- name --> and <!-- /name --> on its page; tests/house/test_readme.py compares it with this.
 """
 
+import ast
 import json
 import re
 import sys
@@ -107,6 +108,66 @@ def accuracy() -> str:
     return table(("rows", "dtype", "quantity", "eager PyTorch", "this library"), rows)
 
 
+JOBS = (  # job, lines before the seams were there, example, the functions and classes in it that do the job
+    ("`transformers.Trainer`, ULMA, counts of the whole step", 36, "trainer_ulma.py", ("UlmaTrainer",)),
+    ("TRL DPO, span weights, averaged by length", 41, "dpo_spans.py", ("main",)),
+    ("TRL GRPO, rewards of parts, pivots", 21, "grpo_sentences.py", ("main",)),
+    ("PPO, two reward models, critic, LoRA", 25, "ppo_fine_grained.py", ("judge", "main")),
+    ("reward model with margins", 6, "reward_model.py", ("main",)),
+    ("verl: loss", 25, "verl 0.9", None),
+    ("OpenRLHF: losses, GAE", 30, "OpenRLHF 0.11", None),
+    ("DDP, FSDP2: one step over ranks", 4, "ddp_fsdp2.py", ("gradients",)),
+)
+
+
+def glue() -> str:
+    """Lines of this library in each job: those before were counted in scripts written by hand for version 0.1.0."""
+    rows = []
+    for job, before, where, places in JOBS:
+        lines = lines_of_block(where) if places is None else lines_of_glue(ROOT / "examples" / where, places)
+        shown = "its config or entry script" if places is None else f"[`{where}`]({where})"
+        rows.append((job, shown, before, lines))
+    return table(("job", "example", "lines of glue, by hand", "lines now"), rows)
+
+
+def lines_of_block(heading: str) -> int:
+    """Lines of the first block of code under a heading of the guide."""
+    page = (ROOT / "docs/guides/verl-openrlhf.md").read_text().split(f"## {heading}\n")[1]
+    return len([line for line in page.split("```")[1].splitlines()[1:] if line.strip()])
+
+
+def lines_of_glue(path: Path, places: tuple[str, ...]) -> int:
+    """Lines of imports of this library, and of statements in `places` that use them; feedback.sample is data.
+
+    Of a class that derives from one of this library's all lines count.
+    """
+    tree, names, lines = ast.parse(path.read_text()), set(), set()
+    for node in tree.body:
+        modules = (
+            [node.module] if isinstance(node, ast.ImportFrom) else [one.name for one in getattr(node, "names", ())]
+        )
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and any(m.startswith("finealign_kernels") for m in modules):
+            names |= {one.asname or one.name for one in node.names}
+            lines |= set(range(node.lineno, node.end_lineno + 1))
+
+    def visit(node):
+        body = [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
+        head = [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.stmt)]
+        found = [name.id for part in head for name in ast.walk(part) if isinstance(name, ast.Name)]
+        data = "feedback.sample" in ast.unparse(node) and not body
+        if names & set(found) and not data:
+            whole = not body or isinstance(node, ast.ClassDef)
+            last = node.end_lineno if whole else max(node.lineno, body[0].lineno - 1)
+            lines.update(range(node.lineno, last + 1))
+        for child in body:
+            visit(child)
+
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name in places:
+            visit(node)
+    return len(lines)
+
+
 LESS, MORE = "214 74 60", "47 118 200"  # the colours of the demo's report: blue is more likely, red is less
 CHARACTER, LINE = 7.83, 30  # of the picture's font
 
@@ -150,6 +211,7 @@ TABLES = {
     "studies": ("studies.md", studies),
     "head": ("performance.md", head),
     "accuracy": ("accuracy.md", accuracy),
+    "glue": ("../examples/README.md", glue),
 }
 
 

@@ -77,6 +77,13 @@ def test_ppo_fine_grained(tmp_path):
     assert resumed == pytest.approx(rewards[:4], rel=1e-5)
 
 
+def test_reward_model():
+    import reward_model
+
+    losses = reward_model.main(["--steps", "12"])
+    assert mean(losses[-4:]) < mean(losses[:4])
+
+
 def test_verl_losses():
     import verl_losses
 

@@ -205,7 +205,8 @@ def _prompt_ids(tokenizer, prompt):
     if not isinstance(prompt, str):
         ids = list(prompt)
         if not all(isinstance(i, int) for i in ids):  # a BatchEncoding, say, whose items are its keys
-            raise ValueError(f"prompt must be text or a sequence of token ids, got {type(prompt).__name__}")
+            hint = "messages go through tokenizer.apply_chat_template(messages, return_dict=False) first"
+            raise ValueError(f"prompt must be text or a sequence of token ids ({hint}), got {type(prompt).__name__}")
         return ids
     tokens = tokenizer(prompt, return_special_tokens_mask=True)
     ids, added = list(tokens["input_ids"]), list(tokens["special_tokens_mask"])

@@ -19,10 +19,12 @@
 
 SkyRL's KL (k1, abs, k2, k3), entropy, off-policy correction and loss_reduction stay its own: it scales the advantages,
 and the losses are plain sums. A float loss_mask is a token weight w >= 0; the counts that SkyRL divides by are sums of
-it, so that 2 at every token is the same as 1.
+it, so that 2 at every token is the same as 1. The losses want old log-probs of the trainer, which SkyRL's fully
+asynchronous training does not keep: it refuses them, as it does its own.
 """
 
 import importlib
+import sys
 from functools import partial
 
 import torch
@@ -36,6 +38,7 @@ from ._versions import check_version
 
 VERSIONS = ("0.4",)  # of SkyRL, that the seam was read and tested with
 UTILS = "skyrl.backends.skyrl_train.utils.ppo_utils"
+ASYNC = "skyrl.train.fully_async_trainer"
 LOSSES = ("ppo", "ppo_dual", "gspo_token", "cispo", "sapo", "reinforce")
 
 
@@ -52,9 +55,21 @@ def register(utils=None) -> tuple[str, ...]:
     for name in LOSSES:
         if f"finealign_{name}" not in known[0]:
             utils.register_policy_loss(f"finealign_{name}")(globals()[name])
+    names = frozenset(_Name(f"finealign_{name}") for name in LOSSES)
+    for module in (utils, sys.modules.get(ASYNC)):
+        if module is not None:
+            module.LOSSES_WITH_OLD_LOGPROBS = module.LOSSES_WITH_OLD_LOGPROBS | names
     if "finealign_gae" not in known[1]:
         utils.register_advantage_estimator("finealign_gae")(gae)
     return (*(f"finealign_{name}" for name in LOSSES), "finealign_gae")
+
+
+class _Name(str):
+    """A name with what SkyRL reads of the members of its enumeration."""
+
+    @property
+    def value(self) -> str:
+        return str(self)
 
 
 def _loss(

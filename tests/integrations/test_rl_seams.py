@@ -221,6 +221,7 @@ BATCH = samples.policy(rows=7, width=9, dtype=torch.float32, seed=5)
 def skyrl_utils(monkeypatch):
     found = oracles.oracle(oracles.skyrl_utils)
     monkeypatch.setitem(sys.modules, skyrl.UTILS, found)
+    monkeypatch.setattr(found, "LOSSES_WITH_OLD_LOGPROBS", found.LOSSES_WITH_OLD_LOGPROBS)
     for registry in (found.PolicyLossRegistry, found.AdvantageEstimatorRegistry):
         monkeypatch.setattr(registry, "_functions", dict(registry._functions))
     installed(monkeypatch, skyrl="0.4.0")
@@ -289,6 +290,16 @@ def test_a_float_mask_of_skyrl_is_a_token_weight(skyrl_utils):
     assert_close(ours, skyrl_step(skyrl_utils, "regular", skyrl_config(), mask)[0], rtol=2e-5, atol=2e-6)
     whole = skyrl_step(skyrl_utils, "finealign_ppo", skyrl_config(), BATCH.mask.float())[0]
     assert not torch.allclose(ours[1], whole[1], rtol=1e-2)
+
+
+def test_asynchronous_training_of_skyrl_refuses_losses_of_old_logprobs(skyrl_utils, monkeypatch):
+    late = types.SimpleNamespace(LOSSES_WITH_OLD_LOGPROBS=skyrl_utils.LOSSES_WITH_OLD_LOGPROBS)
+    monkeypatch.setitem(sys.modules, skyrl.ASYNC, late)
+    skyrl.register()
+    for module in (skyrl_utils, late):
+        found = module.LOSSES_WITH_OLD_LOGPROBS
+        assert "finealign_ppo" in found and "regular" in found
+        assert "finealign_ppo" in [loss.value for loss in found]  # as its message lists them
 
 
 def test_the_score_function_in_skyrl(skyrl_utils):

@@ -178,7 +178,8 @@ def rewards(args, samples: Sequence) -> tuple[list, list]:
     """For --custom-reward-post-process-path: (raw rewards, rewards), those of tokens where a sample has them.
 
     In `sample.metadata`, all optional, counted in tokens of the response:
-        "segment_rewards"  [(token, reward), ...] in order: the last token of each segment, and its reward
+        "segment_rewards"  [(token, reward), ...] in order: the last token of each segment, and its reward; tokens as
+                           feedback.segment_tokens counts them
         "token_weight"     response_length numbers of at least 0
 
     Estimators of groups (grpo, gspo, cispo) take advantages here, as slime's own function makes them: of one number a
@@ -209,23 +210,21 @@ def rewards(args, samples: Sequence) -> tuple[list, list]:
 def _of_segments(models: list, samples: Sequence, groups: Tensor | None) -> list[Tensor]:
     """(T,) of each sample: rewards at the ends of segments, or the advantage of its segment at each token."""
     for s, row in enumerate(models):
-        last = -1
+        last = 0
         for token, reward in row:
             check_number(f"segment_rewards[{s}]", reward)
-            if not last < token < samples[s].response_length:
+            if not last <= token < samples[s].response_length:
                 wanted = f"hold tokens of the response ({samples[s].response_length}), in order"
                 fail(f"segment_rewards[{s}]", wanted, token)
             last = token
     counts = _cumulated([len(row) for row in models], "cpu")
     ends = torch.tensor([token for row in models for token, _ in row], dtype=torch.int64)
     numbers = torch.tensor([reward for row in models for _, reward in row], dtype=torch.float32)
-    placement = "end"
+    placed = {"placement": "end"}
     if groups is not None:
-        numbers, placement = turn_advantages(numbers, counts, groups), "all"
+        numbers, placed = turn_advantages(numbers, counts, groups), {"placement": "all", "on_empty": "drop"}
     lengths = [sample.response_length for sample in samples]
-    flat = token_rewards(
-        SegmentRewards(numbers, ends, counts), cu_seqlens=_cumulated(lengths, "cpu"), placement=placement
-    )
+    flat = token_rewards(SegmentRewards(numbers, ends, counts), cu_seqlens=_cumulated(lengths, "cpu"), **placed)
     return list(flat.split(lengths))
 
 

@@ -194,6 +194,14 @@ def test_segments_and_weights_reach_slimes_advantages(slime_loss):
         slime.rewards(args, [sample(5, 0.1, token_weight=[1.0])])
 
 
+def test_two_segments_on_one_token_of_slime():
+    """A sentence without a token of its own: rewards add up, and no token gets its advantage."""
+    both = [sample(3, 0.0, segment_rewards=[(1, 1.0), (1, 0.5), (2, 2.0)]), sample(3, 0.0, segment_rewards=[(2, 1.0)])]
+    args = slime_args(advantage_estimator="reinforce_plus_plus")
+    assert_close(slime.rewards(args, both)[1][0][:, 0], torch.tensor([0.0, 1.5, 2.0]))
+    assert_close(slime.rewards(slime_args(), both)[1][0][:, 0], torch.tensor([2.5, 2.5, 2.0]))  # 3.5 - 1; 2 - 0
+
+
 def test_rewards_of_groups_are_slimes():
     numbers = torch.tensor([[1.0, 0.0, 3.0], [2.0, 2.5, -1.0]])
     group = [sample(3, float(r), s) for s, row in enumerate(numbers) for r in row]

@@ -50,6 +50,8 @@ HOUSE = "tests/house/test_house.py"
 PARALLEL, CONTEXT = "tests/ops/test_parallel.py", "tests/ops/test_context.py"
 SMOOTHING, SUPPORT = "tests/ops/test_label_smoothing.py", "tests/ops/test_support.py"
 FORMULA, CHUNKED, OP = "formulas/logprobs.py", "ops/_chunked.py", "ops/logprobs.py"
+LOW_RANK, MODEL = "tests/ops/test_low_rank_head.py", "tests/integrations/test_model_logprobs.py"
+HF = "integrations/transformers.py"
 ROWS, PREFERENCE, REDUCE = "csrc/cpu/row_kernels.h", "losses/preference.py", "losses/reduce.py"
 
 
@@ -62,6 +64,16 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = [
+    # a head with LoRA, and the heads of models
+    Mutant("the adapter left out forward", CHUNKED, "product(u[start:stop], bt, z, accumulate=True)", "pass", LOW_RANK),
+    Mutant("the adapter left out of what is computed again", CHUNKED, "product(u[i:j], bc.to(u.dtype).t(), z, accumulate=True)", "pass", LOW_RANK),
+    Mutant("b of a padded vocabulary", OP, "(low[0], low[1][:columns])", "low", LOW_RANK),
+    Mutant("an adapter's scale", HF, "_parallel.whole(a)) * scale)", "_parallel.whole(a)))", MODEL),
+    Mutant("an adapter's dropout", HF, "head.lora_dropout[name](hidden.to(a.dtype))", "hidden.to(a.dtype)", MODEL),
+    Mutant("an adapter that is switched off", HF, "    if head.disable_adapters:\n", "    if False:\n", MODEL),
+    Mutant("Falcon-H1's multiplier", HF, '("logit_scale", "lm_head_multiplier", 1)', "None", MODEL),
+    Mutant("the padding in the router's loss", HF, "config.num_experts_per_tok, attention_mask)", "config.num_experts_per_tok, None)", MODEL),
+    Mutant("a head of ZeRO-3 saved as it is gathered", "integrations/_zero3.py", ", saved_as_shards(gather, weight, bias, weight)", "", MODEL),
     # names that can be found
     Mutant("short forms hide their arguments", "losses/options.py", "*(p for p in passed if p.name not in hidden)", "", HOUSE),
     Mutant("numbers that float32 does not hold", "ops/_check.py", "abs(value) > LARGEST", "abs(value) > 1e300", LOGPROBS),

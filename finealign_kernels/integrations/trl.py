@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..ops._check import OUTPUTS, fail
 from ..ops.logprobs import linear_logprobs
+from ._zero3 import is_sharded, saved_as_shards
 
 TRAINERS = {  # name -> module, imported at its first use: it imports TRL
     "FineGrainedDPOTrainer": "_trl_dpo",
@@ -158,25 +159,10 @@ class Patch:
 
 
 def _regathered(utils, weight: Tensor, bias: Tensor | None, head: Tensor):
-    """A context that saves a ZeRO-3 parameter, not its gathered values, and gathers again when backward reads it.
-
-    weight, bias    parameters that TRL holds gathered in forward only; empty outside
-    head            weight in the dtype of the products
-    """
-    if not hasattr(weight, "ds_status"):
+    """TRL holds a ZeRO-3 head gathered in forward only."""
+    if not is_sharded(weight):
         return nullcontext()
-
-    def pack(x: Tensor):
-        return (weight, x.dtype) if x is head else (bias, x.dtype) if x is bias else x
-
-    def unpack(saved):
-        if isinstance(saved, Tensor):
-            return saved
-        parameter, dtype = saved
-        with utils.maybe_gather_lm_head_ctx(parameter):
-            return parameter.detach().to(dtype, copy=True)
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    return saved_as_shards(utils.maybe_gather_lm_head_ctx, weight, bias, head)
 
 
 def check_version(who: str) -> None:

@@ -10,7 +10,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ._warn import warn_once, warned
 
-ADVICE = "merge the adapter, leave lm_head out of target_modules, or put it in modules_to_save"
+ADVICE = "give LoRA's factors as adapter=, merge it, leave lm_head out of target_modules, or put it in modules_to_save"
 
 _found = WeakIdKeyDictionary()  # parameter -> (requires_grad when it was looked for, the wrapper of its module or None)
 
@@ -58,5 +58,8 @@ def _holds(wrapper: nn.Module, owner: nn.Module) -> bool:
 
 
 def _is_active(wrapper: nn.Module) -> bool:
-    """Neither switched off nor merged into the base weight."""
-    return not getattr(wrapper, "disable_adapters", False) and not getattr(wrapper, "merged", False)
+    """Neither switched off nor merged into the base weight, and of an adapter that is chosen."""
+    if getattr(wrapper, "disable_adapters", False) or getattr(wrapper, "merged", False):
+        return False
+    names, lora = getattr(wrapper, "active_adapters", None), wrapper._modules.get("lora_A")
+    return names is None or lora is None or any(name in lora for name in names)

@@ -98,12 +98,19 @@ def maxima(x: Tensor, vocab: int, head: formula.Head) -> int:
     return -(-vocab // tile_of(x.device.type).columns)
 
 
-def fwd(hidden, weight, bias, target, head, want, workspace, on_device, rows_name, static=False, shard=False):
+class Low(NamedTuple):
+    """A low-rank part of the head: its products u @ bᵀ are added to those of the head, tile by tile."""
+
+    u: Tensor  # (N, R)
+    b: Tensor  # (V, R)
+
+
+def fwd(hidden, weight, bias, target, head, want, workspace, on_device, rows_name, static=False, shard=False, low=None):
     """Rows (N,) each, E (room·V,) and its maxima (room, chunks).
 
     workspace: bytes for E, FULL or 0. on_device: no count is read on the host; rows that are left out are computed.
     static: E has room for rows that are not read too, so that its size is known to a compiler.
-    shard: weight is a part of the head; its State instead of Rows.
+    shard: weight is a part of the head; its State instead of Rows. low: the head's low-rank part, Low.
     """
     rows_of, tile = _choose.rows(rows_name), tile_of(hidden.device.type)
     n_all, vocab = hidden.shape[0], weight.shape[0]
@@ -111,6 +118,7 @@ def fwd(hidden, weight, bias, target, head, want, workspace, on_device, rows_nam
     read = target != formula.SKIP
     index = None if on_device else rows_in(read)
     x = operand(hidden, dtype, index, read if on_device else None)
+    u = None if low is None else operand(low.u, compute_dtype(low.u), index, read if on_device else None)
     at, head = target if index is None else target[index], head.rows(index)
     n = at.shape[0]
     chunks = spans(vocab, tile.columns)
@@ -125,11 +133,14 @@ def fwd(hidden, weight, bias, target, head, want, workspace, on_device, rows_nam
     buffer = torch.empty(min(n, tile.rows) * min(vocab, tile.columns), dtype=out_dtype, device=hidden.device)
     for t, (c0, c1) in enumerate(chunks):
         wt, b = weight[c0:c1].to(dtype).t(), None if bias is None else bias[c0:c1]
+        bt = None if low is None else low.b[c0:c1].to(u.dtype).t()
         for start, stop in spans(n, tile.rows, kept):
             here = e_slice(e, room, c0, c1)[start:stop] if stop <= kept else None
             in_place = direct and here is not None
             z = here if in_place else buffer[: (stop - start) * (c1 - c0)].view(stop - start, c1 - c0)
             product(x[start:stop], wt, z)
+            if low is not None:
+                product(u[start:stop], bt, z, accumulate=True)
             ban(z, head.rows(slice(start, stop)), c0)
             side = dict(e=None if direct else here, in_place=in_place)
             state = part[start:stop, t], first[start:stop, t], label[start:stop]
@@ -162,8 +173,9 @@ def bwd(
     e_columns=0,
     again=None,
     shard=None,
+    low=None,
 ):
-    """dhidden, dweight, dbias, None where not needed.
+    """dhidden, dweight, dbias, None where not needed; with low two more, du and db, by five needs.
 
     coef: formulas.Coef, (N,) each in float32 (float64); curved: there is an upstream gradient of the entropy.
     e_columns: columns under one maximum of E, 0 for a chunk's. again: how a layer whose products are not the library's
@@ -182,6 +194,7 @@ def bwd(
         rows = active_rows(active, read, room, recompute)
     head = head.rows(rows.index)
     x = operand(hidden, dtype, rows.index, active if on_device else None)
+    u = None if low is None else operand(low.u, compute_dtype(low.u), rows.index, active if on_device else None)
     at, coef = rows.take(target), coef.stacked() if rows.index is None else coef.stacked()[:, rows.index]
     tops = e_max if rows.place is None else e_max[rows.place]
     tops = tops if e_columns else tops.t().contiguous()
@@ -193,12 +206,20 @@ def bwd(
     wider = dtype != out_dtype and again is None and rows.stored < rows.count
     z_buffer = hidden.new_empty(min(rows.count, tile.rows) * columns, dtype=out_dtype) if wider else None
     grads = Gradients(
-        needs, rows.count, hidden, weight, out_dtype, columns, direct=len(blocks) == 1 and dtype == weight.dtype
+        needs[:3], rows.count, hidden, weight, out_dtype, columns, direct=len(blocks) == 1 and dtype == weight.dtype
     )
+    low_grads = None
+    if low is not None:
+        once = len(blocks) == 1 and dtype == low.b.dtype
+        low_grads = Gradients((*needs[3:], False), rows.count, *low, out_dtype, columns, direct=once)
+        u_dz = u.to(dtype)  # the operands of a product with dZ have its dtype
     for t, (c0, c1) in enumerate(spans(vocab, tile.columns)):
         wc, b, width = weight[c0:c1].to(dtype), None if bias is None else bias[c0:c1], c1 - c0
         chunk = e_slice(e, room, c0, c1)
         grads.open(c0, c1, empty=not blocks)
+        if low is not None:
+            bc = low.b[c0:c1]
+            low_grads.open(c0, c1, empty=not blocks)
         for start, stop, inner in blocks:
             block = dz_buffer[: (stop - start) * width].view(stop - start, width)
             for i, j in inner:
@@ -215,12 +236,19 @@ def bwd(
                 else:
                     z = dz if z_buffer is None else z_buffer[: (j - i) * width].view(j - i, width)
                     product(x[i:j], wc.t(), z)
+                    if low is not None:
+                        product(u[i:j], bc.to(u.dtype).t(), z, accumulate=True)
                     ban(z, head.rows(slice(i, j)), c0)
                     rows_of.tile_bwd(dz, None if z is dz else z, None, None, b, *side, head.rows(slice(i, j)))
             last = c1 == vocab and stop == rows.count
             grads.add(block, x, wc, start, stop, shard if last else None, rows.index)
+            if low is not None:
+                low_grads.add(block, u_dz, bc.to(dtype), start, stop)
         grads.close()
-    return grads.result(rows.index, shard)
+        if low is not None:
+            low_grads.close()
+    found = grads.result(rows.index, shard)
+    return found if low is None else (*found, *low_grads.result(rows.index)[:2])
 
 
 def pieces(start: int, stop: int, stored: int, step: int) -> list[tuple[int, int]]:

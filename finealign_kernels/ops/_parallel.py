@@ -284,26 +284,33 @@ def eager(function):
 
 
 @eager
-def linear(hidden, weight, bias, target, head, want, workspace, on_device, rows, top: bool, shard: Shard):
-    """Rows (N,) each of hidden (N, D), or (N / ranks, D) where the shard gathers; weight (columns, D) of this rank."""
-    return _Linear.apply(hidden, weight, bias, target, head, want, workspace, on_device, rows, top, shard)
+def linear(hidden, weight, bias, target, head, want, workspace, on_device, rows, top: bool, shard: Shard, low=None):
+    """Rows (N,) each of hidden (N, D), or (N / ranks, D) where the shard gathers; weight (columns, D) of this rank.
+
+    low: (u, b), a low-rank part of the head, where one rank holds all.
+    """
+    options = target, head, want, workspace, on_device, rows, top, shard
+    return _Linear.apply(hidden, weight, bias, *(low or (None, None)), *options)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, head, want, workspace, on_device, rows, top, shard):
+    def forward(ctx, hidden, weight, bias, u, b, target, head, want, workspace, on_device, rows, top, shard):
+        low = None if u is None else _chunked.Low(u, b)
+        part = {} if low is None else {"low": low}
         x = all_gather(hidden, shard.group).flatten(0, 1) if shard.gathers else hidden
         local, head = shard.local(target), shard.local_head(head)
         if shard.columns:
             fwd = _choose.layer(rows).fwd
-            *state, e, e_max = fwd(x, weight, bias, local, head, want, workspace, on_device, rows, shard=True)
+            *state, e, e_max = fwd(x, weight, bias, local, head, want, workspace, on_device, rows, shard=True, **part)
             state = formula.State(*state)
         else:
             state = empty_state(x.shape[0], _chunked.wide(x.dtype), x.device)
             e, e_max = x.new_empty(0), x.new_empty(0, 0)
         found = exchange(state, target, want, top, shard)
         logp, lse, entropy, squares, mean, top1, m, l, label_slope, allowed = found
-        ctx.save_for_backward(hidden, weight, bias, local, logp, entropy, m, l, label_slope, allowed, e, e_max)
+        saved = hidden, weight, bias, u, b, local, logp, entropy, m, l, label_slope, allowed, e, e_max
+        ctx.save_for_backward(*saved)
         ctx.options = head, on_device, rows, shard
         ctx.mark_non_differentiable(squares, top1)
         ctx.set_materialize_grads(False)
@@ -311,24 +318,26 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dlogp, dlse, dentropy, _, dmean, *__):
-        hidden, weight, bias, local, *state, e, e_max = ctx.saved_tensors
+        hidden, weight, bias, u, b, local, *state, e, e_max = ctx.saved_tensors
         head, on_device, rows, shard = ctx.options
-        needs = tuple(ctx.needs_input_grad[:3])
+        needs = tuple(ctx.needs_input_grad[: 3 if u is None else 5])
+        part = {} if u is None else {"low": _chunked.Low(u, b)}
         with torch.no_grad():
             x = all_gather(hidden, shard.group).flatten(0, 1) if shard.gathers else hidden
             coef, summing = formula.coefficients(dlogp, dlse, dentropy, dmean, *state), Summing(shard)
             if shard.columns:
                 bwd, curved = _choose.layer(rows).bwd, dentropy is not None
-                grads = bwd(coef, curved, x, weight, bias, local, e, e_max, head, needs, on_device, rows, shard=summing)
+                inputs = x, weight, bias, local, e, e_max
+                grads = bwd(coef, curved, *inputs, head, needs, on_device, rows, shard=summing, **part)
             else:
                 if needs[0]:
                     summing(x.new_zeros(x.shape, dtype=_chunked.wide(x.dtype)))
                 grads = None, *(None if b is None else torch.zeros_like(b) for b in (weight, bias))
             dx = summing.result().to(hidden.dtype) if needs[0] else None
             grads = tuple(grad if need else None for grad, need in zip((dx, *grads[1:]), needs, strict=True))
-        sources = (dlogp, dlse, dentropy, dmean, hidden, weight, bias)
+        sources = (dlogp, dlse, dentropy, dmean, hidden, weight, bias, u, b)
         instead = "without a group, use backend='reference'"
-        return *once("linear_logprobs", grads, sources, instead), *[None] * 8
+        return *once("linear_logprobs", grads, sources, instead), *[None] * (13 - len(needs))
 
 
 # ---- logits that exist ---------------------------------------------------------------------------------------------

@@ -55,6 +55,7 @@ def linear_logprobs(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
+    adapter: tuple[Tensor, Tensor] | None = None,
     mask: Tensor | None = None,
     ignore_index: int = -100,
     temperature: float | Tensor = 1.0,
@@ -73,14 +74,18 @@ def linear_logprobs(
 ) -> LogProbs:
     """Log-probability of each label under softmax(z); the (N, V) logits are never kept.
 
-        z = softcap(logit_scale · (hidden @ weightᵀ + bias)) / temperature,  softcap(u) = c tanh(u / c)
+        z = softcap(logit_scale · (hidden @ weightᵀ + u @ bᵀ + bias)) / temperature,  softcap(y) = c tanh(y / c)
 
     hidden       (..., D) float; row n predicts labels[n]: the caller has already shifted
     weight       (V, D), same dtype and device as hidden (under autocast both are cast to its dtype). Of a head with an
-                 adapter (LoRA) it is the base weight alone. Where PEFT's module can be found and its adapter is active,
-                 that is refused if hidden or weight has a gradient; if not, a warning says so once
+                 adapter (LoRA) it is the base weight. Where PEFT's module can be found, its adapter is active and none
+                 is given, that is refused if hidden or weight has a gradient; if not, a warning says so once
     labels       (...) int32 or int64
     bias         (V,) float; -inf takes an id out of the vocabulary (padded heads)
+    adapter      (u, b), u (..., R) and b (V, R) of one float dtype: a low-rank part of the head, with a gradient of its
+                 own. LoRA on the head is u = s · dropout(hidden) @ Aᵀ, b = B, exactly: two products a tile, no merged
+                 copy of the head, and A has its gradient through u. Several adapters stand side by side in R. Not on
+                 "triton_fused", nor with a group; a compiler leaves it out of its graph
     mask         (...) bool (or ints, 0 and 1): True where a row is computed. Where it is False, or the label is
                  ignore_index, every output is 0, the row is not multiplied by the head (its hidden state may be NaN),
                  and gradients that arrive at its outputs are ignored
@@ -136,7 +141,8 @@ def linear_logprobs(
     weight, bias, group, vocab_start = _parallel.whole_or_shard(weight, bias, group, vocab_start, hidden_grad)
     check_head("weight", weight, empty=group is not None)
     check_tensor("hidden", hidden)
-    check_adapter(weight, trains=torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad))
+    if adapter is None:
+        check_adapter(weight, trains=torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad))
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         fail("hidden", f"have shape (..., {weight.shape[1]}), as weight is {tuple(weight.shape)}", tuple(hidden.shape))
     if hidden.device != weight.device:
@@ -153,9 +159,11 @@ def linear_logprobs(
         check_tensor("bias", bias, shape=weight.shape[:1], like=hidden)
         wider = bias.requires_grad and bias.dtype.itemsize > hidden.dtype.itemsize == 2
         bias = bias.to(_chunked.wide(hidden.dtype)).contiguous()  # kernels step from entry to entry
+    low = _low_rank(adapter, hidden, weight, group, batch_invariant, backend)
     columns = vocab_size if shard is None else shard.columns
     if columns is not None and columns < weight.shape[0]:  # the others are padding
         weight, bias = weight[:columns], None if bias is None else bias[:columns]
+        low = None if low is None else (low[0], low[1][:columns])
     vocab = weight.shape[0] if shard is None else shard.bound
     outputs, budget = check_outputs(outputs), _bytes(workspace, weight)
     check_head_options(temperature, softcap, logit_scale)
@@ -181,17 +189,19 @@ def linear_logprobs(
     with torch.autocast(device, enabled=False):  # the operands have their dtype by now
         if name == "reference":
             _parallel.refuse_reference(shard)
-            found = formula.reference(_project(x, weight, target), bias, target, head)
+            products = _project(x, weight, target)
+            products = products if low is None else products + _project(*low, target).to(products.dtype)
+            found = formula.reference(products, bias, target, head)
         else:
-            inputs = [t for t in (hidden, weight, bias) if t is not None]
+            inputs = [t for t in (hidden, weight, bias, *(low or ())) if t is not None]
             keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)  # unknown inside apply
             options = head, _want(outputs), budget if keep and not wider else 0, on_device, name
-            if head.by_row:
+            if head.by_row or low is not None:
                 shard = shard or _parallel.alone(weight.shape[0])
             if shard is None:
                 found = _LinearLogprobs.apply(x, weight, bias, target, *options)
             else:
-                found = _parallel.linear(x, weight, bias, target, *options, "is_top1" in outputs, shard)
+                found = _parallel.linear(x, weight, bias, target, *options, "is_top1" in outputs, shard, low)
     return _shaped(found, labels.shape, outputs)
 
 
@@ -314,6 +324,29 @@ def _check_rows(labels, shape, mask, like) -> Tensor | None:
     """The mask as bool."""
     check_tensor("labels", labels, dtypes=(torch.int64, torch.int32), shape=shape, like=like)
     return None if mask is None else check_flags("mask", mask, shape=shape, like=like)
+
+
+def _low_rank(adapter, hidden, weight, group, batch_invariant, backend) -> tuple[Tensor, Tensor] | None:
+    """(u (N, R), b (V, R)) of adapter, in one dtype."""
+    if adapter is None:
+        return None
+    if not isinstance(adapter, tuple | list) or len(adapter) != 2:
+        fail("adapter", "be a tuple (u, b) of u (..., R) and b (V, R)", type(adapter).__name__, TypeError)
+    u, b = (_parallel.whole(x) for x in adapter)
+    check_tensor("adapter[0]", u, like=hidden)
+    rank = u.shape[-1] if u.dim() else 0
+    if rank == 0 or u.shape[:-1] != hidden.shape[:-1]:
+        fail("adapter[0]", f"have shape (..., R) as hidden {tuple(hidden.shape)}, R >= 1", tuple(u.shape))
+    check_tensor("adapter[1]", b, shape=(weight.shape[0], rank), like=hidden)
+    if group is not None:
+        fail("adapter", "be None with a group: it has no vocabulary-parallel form", "an adapter")
+    if batch_invariant or backend == _choose.FUSED:
+        option = "batch_invariant=True" if batch_invariant else f"backend={backend!r}"
+        fail("adapter", f"be None with {option}: the fused kernel has one product", "an adapter")
+    u = u.reshape(-1, rank)
+    wide = _chunked.wide(hidden.dtype)
+    dtype = wide if wide == torch.float64 or u.dtype != b.dtype or u.dtype == torch.float64 else u.dtype
+    return u.to(dtype), b.to(dtype)
 
 
 def _want(outputs) -> int:

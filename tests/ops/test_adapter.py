@@ -19,7 +19,7 @@ KINDS = {
     "ia3": lambda: peft.IA3Config(feedforward_modules=[], init_ia3_weights=False, **HEAD),
     "loha": lambda: peft.LoHaConfig(r=4, init_weights=False, **HEAD),
 }
-SAYS = "merge the adapter, leave lm_head out of target_modules, or put it in modules_to_save"
+SAYS = "give LoRA's factors as adapter=, merge it, leave lm_head out of target_modules, or put it in modules_to_save"
 
 
 @pytest.fixture(autouse=True)
@@ -58,8 +58,11 @@ def test_the_module_is_refused_and_the_weight_warned_of(kind):
     hidden, head = parts(whole)
     with pytest.raises(TypeError, match=f"weight must be the head's weight .*; {SAYS}, got"):
         fk.linear_logprobs(hidden, head, IDS[:, 1:])
-    with pytest.raises(TypeError, match=f"the model's head must be .*; {SAYS}"):
-        model_logprobs(whole, IDS)
+    if kind == "lora":
+        assert_close(model_logprobs(whole, IDS).scores.logp, truth(whole), rtol=1e-4, atol=1e-4)
+    else:
+        with pytest.raises(TypeError, match=f"the model's head must be .*; {SAYS}"):
+            model_logprobs(whole, IDS)
     with pytest.warns(UserWarning, match=f"weight is the base weight of a .* not the model's .*; {SAYS}") as seen:
         found = fk.linear_logprobs(hidden, head.weight, IDS[:, 1:]).logp
     assert seen[0].filename == __file__ and (found - truth(whole)).abs().max() > 1e-3
@@ -80,6 +83,16 @@ def test_training_with_the_base_weight_is_refused(kind):
             fk.linear_logprobs(hidden, head.weight, IDS[:, 1:])
     with whole.disable_adapter():
         assert quiet(hidden, head.weight).requires_grad
+
+
+def test_factors_beside_the_weight_give_the_models_log_probs_without_a_warning():
+    whole = peft.get_peft_model(model(), KINDS["lora"]())
+    hidden, head = parts(whole)
+    a, b, scale = head.lora_A["default"].weight, head.lora_B["default"].weight, head.scaling["default"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = fk.linear_logprobs(hidden, head.weight, IDS[:, 1:], adapter=(scale * hidden @ a.t(), b))
+    assert_close(found.logp, truth(whole), rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_advised_gives_the_models_log_probs():

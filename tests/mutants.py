@@ -108,7 +108,7 @@ MUTANTS = [
     Mutant("the kept fraction of all columns", "losses/pivots.py", "else tokens.mask.sum().clamp(min=1)", "else weight.numel()", SILENT),
     # a head with an adapter
     Mutant("the base weight of a head with an adapter is silent", "ops/_adapter.py", "wrapper is None or not _is_active(wrapper)", "True", "tests/ops/test_adapter.py"),
-    Mutant("an adapter that is off is warned of", "ops/_adapter.py", 'not getattr(wrapper, "disable_adapters", False) and', "", "tests/ops/test_adapter.py"),
+    Mutant("an adapter that is off is warned of", "ops/_adapter.py", 'getattr(wrapper, "disable_adapters", False) or', "", "tests/ops/test_adapter.py"),
     # words of errors
     Mutant("a keyword that does not exist lists none", "losses/table.py", "if known else", "if False else", "tests/mistakes/test_words_of_errors.py"),
     Mutant("a mask handed over whole is a pair", "ops/_layout.py", "if name in x._fields:", "if False:", "tests/mistakes/test_words_of_errors.py"),
@@ -182,7 +182,7 @@ MUTANTS = [
     Mutant("gradients of lse ignored", OP, "formula.coefficients(dlogp, dlse, dentropy, dmean, logp, entropy, m, l, label_slope, allowed)\n    needs", "formula.coefficients(dlogp, None, dentropy, dmean, logp, entropy, m, l, label_slope, allowed)\n    needs", LOGPROBS),
     Mutant("logits overwritten in backward", OP, "grad = logits if ctx.inplace else torch", "grad = logits if True else torch", LOGPROBS),
     Mutant("a packed head for a head of another shape", "ops/_check.py", "isinstance(x, Tensor) and any(getattr", "False and any(getattr", LOGPROBS),
-    Mutant("the base weight of an adapter advised", "ops/_adapter.py", "merge the adapter, leave", "merge the adapter or pass its base weight, leave", LOGPROBS),
+    Mutant("the base weight of an adapter advised", "ops/_adapter.py", "merge it, leave", "merge it or pass its base weight, leave", LOGPROBS),
     Mutant("label check off", "ops/_check.py", "flat != flat.clamp(0, vocab - 1)", "flat > vocab", LOGPROBS),
     Mutant("autocast reaches the products", OP, "with torch.autocast(device, enabled=False):", "if True:", LOGPROBS),
     # the vocabulary split over ranks

@@ -26,7 +26,7 @@ SIZES = dict(
     eos_token_id=2,
 )
 MIXED = dict(num_local_experts=4, num_experts_per_tok=2, output_router_logits=True)
-LATENT = dict(qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=16)
+LATENT = dict(num_key_value_heads=2, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=16)
 MAMBA = dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8)
 SMALL = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
 TOWER = dict(depth=1, hidden_size=32, num_heads=2, patch_size=4, spatial_merge_size=1, in_channels=3)

@@ -1053,7 +1053,7 @@ def test_a_lora_wrapped_head_is_named():
         pass
 
     LoraLinear.__module__ = "peft.tuners.lora.layer"
-    advice = "merge the adapter, leave lm_head out of target_modules, or put it in modules_to_save, got LoraLinear"
+    advice = "merge it, leave lm_head out of target_modules, or put it in modules_to_save, got LoraLinear"
     with pytest.raises(TypeError, match=advice) as refusal:  # the base weight alone is another model's head
         call(weight=LoraLinear(8, 40))
     assert "base weight" not in str(refusal.value)

@@ -13,11 +13,16 @@ from trl import GRPOConfig, GRPOTrainer
 
 from ..feedback import decode, segment_tokens, sentences, token_spans
 from ..losses.pivots import adaptive_mask
-from ..ops._check import check_one_of, fail
+from ..ops._check import check_one_of, check_tensor, fail
+from ..rl.gae import gae
 from ..rl.groups import decoupled_advantages, turn_advantages
+from ..rl.whitening import whiten
 
-KINDS = ("return_to_go", "outcome", "decoupled")
+KINDS = ("return_to_go", "outcome", "decoupled", "gae")
+RATES = ("gamma", "lam")  # of gae
+READ = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")  # by a value function
 Pivots = Mapping | Callable[[Tensor, Tensor, Tensor], Tensor]
+Values = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Segment(NamedTuple):
@@ -72,7 +77,12 @@ class FineGrainedGRPOTrainer(GRPOTrainer):
     advantages  "return_to_go" and "outcome": turn_advantages of the segments, against the other completions of the
                 prompt, on all ranks, summed over the reward functions with args.reward_weights. A segment's tokens have
                 its advantage, tokens behind the last segment 0. "decoupled": decoupled_advantages of the completions'
-                sums, one number a completion
+                sums, one number a completion. "gae": by a value function, against what was expected at each token:
+                A_t = Σ_k (γλ)^k (r_t+k + γ V_t+k+1 - V_t+k), r a segment's reward at its last token, summed over the
+                reward functions, whitened over the batch of all ranks; also where every function returns numbers
+    values      of "gae": (prompt_ids, prompt_mask, completion_ids, completion_mask) -> (B, T) float, V of each token of
+                the completion: what is still to come before it is chosen. Called without gradient, and not trained here
+    gae         gamma and lam of "gae" by name; 1 and 0.95
     pivots      arguments of adaptive_mask by name: tokens whose score, the reward of their segment, agrees with the
                 sign of their advantage keep it, the others get 0. Or a function (rewards, advantages, mask) -> weights,
                 (B, T) each
@@ -93,12 +103,19 @@ class FineGrainedGRPOTrainer(GRPOTrainer):
         segments: Callable[[str], list[tuple[int, int]]] = sentences,
         advantages: str = "return_to_go",
         pivots: Pivots | None = None,
+        values: Values | None = None,
+        gae: Mapping[str, float] | None = None,
         **rest,
     ):
         check_one_of("advantages", advantages, KINDS)
+        if (advantages == "gae") != callable(values):
+            fail("values", "be a function with advantages='gae' and None else", type(values).__name__, TypeError)
+        if not set(gae or {}) <= set(RATES):
+            fail("gae", f"be a mapping of {' and '.join(RATES)}", repr(gae))
         if pivots is not None and not callable(pivots) and not isinstance(pivots, Mapping):
             fail("pivots", "be a mapping of arguments, a function or None", type(pivots).__name__, TypeError)
         self._segments, self._kind, self._pivots = segments, advantages, pivots
+        self._values, self._rates = values, dict(gae or {})
         functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         self._dense = [Dense(f) if _is_plain(f) else None for f in functions]
         functions = [dense or f for dense, f in zip(self._dense, functions, strict=True)]
@@ -112,10 +129,11 @@ class FineGrainedGRPOTrainer(GRPOTrainer):
         out = super()._generate_and_score_completions(inputs)
         answers = [dense.answers if dense else None for dense in self._dense]
         is_dense = any(not (one is None or isinstance(one, int | float)) for many in answers if many for one in many)
-        if not any(gather_object([is_dense])):
+        if self._kind != "gae" and not any(gather_object([is_dense])):
             return out
         if None in answers:
-            fail("reward_funcs", "be functions, where one returns segments", "a model or an async function")
+            what = "be functions, where one returns segments or values are given"
+            fail("reward_funcs", what, "a model or an async function")
         mask = out["completion_mask"].bool()
         if "tool_mask" in out:
             mask = mask & out["tool_mask"].bool()
@@ -127,6 +145,8 @@ class FineGrainedGRPOTrainer(GRPOTrainer):
             every = torch.tensor(gather_object(list(zip(*given, strict=True))), device=mask.device).T
             rows = self._mine(decoupled_advantages(every, groups, weights=weights), len(mask))
             advantages = torch.where(mask, rows[:, None], 0)
+        elif self._kind == "gae":
+            advantages = self._by_values(out, models, weights, mask)
         else:
             advantages = sum(
                 weight * self._of_segments(model, mask, groups) for weight, model in zip(weights, models, strict=True)
@@ -177,6 +197,25 @@ class FineGrainedGRPOTrainer(GRPOTrainer):
         mine = self._mine(torch.arange(len(every)), len(mask))
         first, stop = cu_turns[mine[0]], cu_turns[mine[-1] + 1]
         return self._spread(model, found[first:stop].tolist(), mask)
+
+    def _by_values(self, out: Mapping, models: list, weights: list[float], mask: Tensor) -> Tensor:
+        """(B, T): whitened GAE of the rewards at the ends of segments; 0 in a completion without a judgement."""
+        rewards = sum(weight * self._at_ends(model, mask) for weight, model in zip(weights, models, strict=True))
+        judged = mask & ~rewards.isnan().any(1, keepdim=True)
+        with torch.no_grad():
+            values = self._values(*(out[name] for name in READ))
+        check_tensor("values", values, shape=mask.shape, like=mask)
+        found = gae(torch.where(judged, rewards, 0), values.float(), mask=judged, **self._rates).advantages
+        return whiten(found, mask=judged, sum_moments=lambda moments: self.accelerator.reduce(moments, "sum"))
+
+    @staticmethod
+    def _at_ends(model: list[list["OnTokens"]], mask: Tensor) -> Tensor:
+        """(B, T): a segment's reward at its last token; of one without a token at the last before it."""
+        placed = torch.zeros(mask.shape)
+        for row, parts in zip(placed, model, strict=True):
+            for part in parts:
+                row[max(part.stop - 1, 0)] += part.reward
+        return placed.to(mask.device)
 
     @staticmethod
     def _spread(model: list[list["OnTokens"]], values: list[float], mask: Tensor) -> Tensor:

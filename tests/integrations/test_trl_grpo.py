@@ -167,6 +167,37 @@ def test_decoupled_advantages(folder):
     torch.testing.assert_close(out["advantages"][:, 0], fk.decoupled_advantages(both, 4), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("rewards", [by_half, length], ids=["segments", "numbers"])
+def test_advantages_by_a_value_function(rewards, folder):
+    """Whitened GAE of the rewards where segments end, by the definition: a loop over tokens from the last."""
+    gamma, lam, asked = 0.9, 0.8, []
+
+    def values(prompt_ids, prompt_mask, completion_ids, completion_mask):
+        asked.append(torch.is_grad_enabled())
+        assert prompt_ids.shape == prompt_mask.shape and completion_ids.shape == completion_mask.shape
+        return torch.sin(completion_ids.float())
+
+    seen, options = [], dict(advantages="gae", values=values, gae=dict(gamma=gamma, lam=lam))
+    trained(FineGrainedGRPOTrainer, folder, rewards, segments=halves, watch=seen, config=dict(max_steps=1), **options)
+    out, mask = seen[0], seen[0]["completion_mask"].bool()
+    expected = torch.zeros(mask.shape, dtype=torch.float64)
+    for i, ids in enumerate(out["completion_ids"]):
+        text, offsets = offsets_of(ids[mask[i]].tolist())
+        earned = by_half([text])[0] if rewards is by_half else length([text])
+        ends = (
+            fk.feedback.segment_tokens(offsets, text, halves(text)) if rewards is by_half else [int(mask[i].sum()) - 1]
+        )
+        v, after, ahead = torch.sin(ids.double()), 0.0, 0.0
+        for t in reversed(range(int(mask[i].sum()))):
+            reward = sum(r for r, end in zip(earned, ends, strict=True) if end == t)
+            ahead = reward - v[t] + gamma * after + gamma * lam * ahead
+            expected[i, t], after = ahead, v[t]
+    kept = expected[mask]
+    expected[mask] = (kept - kept.mean()) / kept.std(correction=0)
+    torch.testing.assert_close(out["advantages"].double(), expected, rtol=1e-4, atol=1e-4)
+    assert asked and not any(asked)
+
+
 def test_pivots_keep_what_agrees(folder):
     seen = []
     _, told = trained(FineGrainedGRPOTrainer, folder, by_half, segments=halves, pivots={}, watch=seen)
@@ -221,6 +252,13 @@ def test_the_rewarded_half_becomes_likelier(folder):
         (lambda completions, **_: [[1.0] * 9] * len(completions), {}, r"return \d+ numbers for a completion of \d"),
         (lambda completions, **_: [["a"]] * len(completions), {}, r"return numbers, \(start, end, reward\) or .*'a'"),
         (lambda completions, **_: ["a"] * len(completions), {}, r"return a number or a list for each completion"),
+        (
+            length,
+            dict(advantages="gae"),
+            r"values must be a function with advantages='gae' and None else, got NoneType",
+        ),
+        (length, dict(values=length), r"values must be a function with advantages='gae' and None else, got function"),
+        (length, dict(gae={"lambda": 1}), r"gae must be a mapping of gamma and lam, got \{'lambda': 1\}"),
         (length, dict(advantages="turn"), r"advantages must be .*'return_to_go'.*got 'turn'"),
         (length, dict(pivots=1), r"pivots must be a mapping of arguments, a function or None, got int"),
     ],

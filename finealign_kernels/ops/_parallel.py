@@ -309,8 +309,7 @@ class _Linear(torch.autograd.Function):
             e, e_max = x.new_empty(0), x.new_empty(0, 0)
         found = exchange(state, target, want, top, shard)
         logp, lse, entropy, squares, mean, top1, m, l, label_slope, allowed = found
-        saved = hidden, weight, bias, u, b, local, logp, entropy, m, l, label_slope, allowed, e, e_max
-        ctx.save_for_backward(*saved)
+        ctx.save_for_backward(hidden, weight, bias, u, b, local, logp, entropy, m, l, label_slope, allowed, e, e_max)
         ctx.options = head, on_device, rows, shard
         ctx.mark_non_differentiable(squares, top1)
         ctx.set_materialize_grads(False)

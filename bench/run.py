@@ -5,6 +5,7 @@
     python bench/run.py head --case active20 --dtype float32 --rounds 7
     python bench/run.py head --rival gemm3 --rival trl    these and ours alone
     python bench/run.py tp                                the vocabulary-parallel head on gloo ranks (bench/tp.py)
+    python bench/run.py step                              whole steps of TRL's DPO on a real model (bench/step.py)
     python bench/run.py head --device cuda --size models --dtype bfloat16 --case grpo30 --case grpo30-compact
 
 Times are medians; the ratio beside them is the median over the rounds of time / ours in the same round. Calls of some
@@ -55,6 +56,10 @@ def main(argv: list[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     if given[:1] == ["tp"]:  # ranks are processes: no race of this file
         return tp.main(given[1:])
+    if given[:1] == ["step"]:  # three trainers, whole steps
+        import step
+
+        return step.main(given[1:])
     args = arguments(argv)
     if args.list:
         print(*SUITES, sep="\n")

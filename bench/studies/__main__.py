@@ -1,9 +1,10 @@
 import sys
 
-from . import avg, fine_grained, pivots, pointwise, reward
+from . import avg, fine_grained, pivots, pointwise, reward, trainers
 from .runs import main
 
-STUDIES = {study.name: study for study in (avg.STUDY, fine_grained.STUDY, pivots.STUDY, pointwise.STUDY, reward.STUDY)}
+MODULES = (avg, fine_grained, pivots, pointwise, reward, trainers)
+STUDIES = {module.STUDY.name: module.STUDY for module in MODULES}
 
 if __name__ == "__main__":
     sys.exit(main(STUDIES))

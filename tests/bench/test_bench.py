@@ -632,3 +632,24 @@ def test_the_vocabulary_parallel_head_races_on_gloo_ranks(tmp_path, capsys):
     assert [row["ranks"] for row in rows] == [2, 2] and all(row["difference"] < 1e-5 for row in rows)
     assert all(row["seconds"]["ours"] > 0 and row["time_ratio"] > 0 for row in rows)
     assert "GPU: not yet run" in capsys.readouterr().out
+
+
+def test_whole_steps_of_a_trainer_race(tmp_path, capsys):
+    """Three ways of DPO in TRL; answers are compared before anything is timed."""
+    pytest.importorskip("trl")
+    path = tmp_path / "step.json"
+    assert run.main(["step", "--model", "tiny", "--rounds", "1", "--batch", "2", "--json", str(path)]) == 0
+    (row,) = json.loads(path.read_text())
+    assert row["difference"] < 1e-4 and set(row["seconds"]) == {"stock", "patched", "fine-grained"}
+    assert all(value > 0 for value in row["time_to_stock"].values()) and row["sequences"] == 4
+    assert "GPU: not yet run" in capsys.readouterr().out
+
+
+def test_whole_steps_that_differ_are_not_timed():
+    import step
+
+    right = {"stock": (0.6931472, 2.0), "patched": (0.6931472, 2.0), "fine-grained": (0.6931472, 1.0)}
+    assert step.compare(right) == 0
+    for wrong in ({"patched": (0.6931472, 2.001)}, {"fine-grained": (0.7, 1.0)}):
+        with pytest.raises(RuntimeError, match="nothing timed"):
+            step.compare(right | wrong)

@@ -1,10 +1,11 @@
 """FineGrainedDPOTrainer: TRL's own training where nothing is fine-grained, and another one where something is."""
 
+import copy
 import os
 import socket
 import subprocess
 import sys
-from functools import lru_cache
+from functools import lru_cache, partial
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
@@ -22,6 +23,7 @@ from trl import DPOConfig, DPOTrainer  # noqa: E402
 import finealign_kernels as fk  # noqa: E402
 from finealign_kernels.integrations import _trl_dpo  # noqa: E402
 from finealign_kernels.integrations import trl as seam  # noqa: E402
+from finealign_kernels.integrations.transformers import model_logprobs  # noqa: E402
 from finealign_kernels.integrations.trl import FineGrainedDPOTrainer, patch_kernels  # noqa: E402
 
 BOUND = 1e-5  # relative, of loss and gradient norm at every step
@@ -226,6 +228,17 @@ def test_messages_and_truncation(mode, folder):
     assert apart(ours, stock) <= BOUND
 
 
+def one_label_shifted(right):
+    """TRL's function, where the last label of a batch is its neighbour's."""
+
+    def shifted(hidden, weight, bias, labels, *rest):
+        last, labels = labels.nonzero()[-1], labels.clone()  # 0: a position without a label
+        labels[last] = labels[last - 1]
+        return right(hidden, weight, bias, labels, *rest)
+
+    return shifted
+
+
 @pytest.mark.parametrize("plant", ["label", "weight"])
 def test_a_planted_fault_is_seen(plant, folder, monkeypatch):
     """One label of a batch is its neighbour's; or one weight is 1.1."""
@@ -238,18 +251,72 @@ def test_a_planted_fault_is_seen(plant, folder, monkeypatch):
         return loss(self, model, {**inputs, "token_weight": weight}, *rest, **more)
 
     with patch_kernels() as patched:
-        right = patched.apply
-
-        def shifted(hidden, weight, bias, labels, *rest):
-            last, labels = labels.nonzero()[-1], labels.clone()  # 0: a position without a label
-            labels[last] = labels[last - 1]
-            return right(hidden, weight, bias, labels, *rest)
-
         if plant == "label":
-            monkeypatch.setattr(patched, "apply", shifted)
+            monkeypatch.setattr(patched, "apply", one_label_shifted(patched.apply))
         else:
             monkeypatch.setattr(FineGrainedDPOTrainer, "compute_loss", weighted)
         assert apart(trained(FineGrainedDPOTrainer, folder)[1], stock) > 10 * BOUND
+
+
+@pytest.mark.slow  # a minute alone
+@pytest.mark.parametrize("plant", [False, True], ids=["right", "one label shifted"])
+def test_two_hundred_steps_drift_less_than_eagers_bfloat16(plant, folder, monkeypatch):
+    """S5 of a whole training: what is the same to 1e-5 in five steps does not drift in two hundred.
+
+    Parameters no further from TRL's own float32 training than TRL's own bfloat16 training is, and residuals of the loss
+    to float64 log-probs that point no way. A batch with one wrong label of some forty drifts further.
+    """
+    config, residuals = dict(max_steps=200, per_device_train_batch_size=2), []
+
+    class Watched(FineGrainedDPOTrainer):
+        """Each loss less that of float64 log-probs of the same hidden states."""
+
+        def compute_loss(self, model, inputs, *rest, **more):
+            with torch.no_grad(), patch_kernels(backend="reference") as exact:
+                wide = exact.apply
+                exact.apply = lambda hidden, *given: wide(hidden.double(), *given)
+                truth = super().compute_loss(model, dict(inputs), *rest, **more)
+            loss = super().compute_loss(model, inputs, *rest, **more)
+            residuals.append(loss.item() - truth.item())
+            return loss
+
+    def run(cls, **more):
+        trainer, told = trained(cls, folder, config=config | more)
+        flat = torch.cat([p.detach().float().flatten() for p in trainer.model.parameters()])
+        return flat, torch.tensor([log["loss"] for log in told], dtype=torch.float64)
+
+    (base, losses), (half, _) = run(DPOTrainer), run(DPOTrainer, bf16=True)
+    with patch_kernels() as patched:
+        if plant:
+            monkeypatch.setattr(patched, "apply", one_label_shifted(patched.apply))
+        ours, _ = run(Watched)
+    assert losses[-20:].mean() < 0.5 * losses[:20].mean(), "nothing was learnt"
+    drift, bound = (ours - base).norm().item(), (half - base).norm().item()
+    residual = torch.tensor(residuals, dtype=torch.float64)
+    error, rounding = residual.std() / len(residual) ** 0.5, torch.finfo(torch.float32).eps / 2 * losses.mean()
+    print(f"drift {drift:.2e}, of bfloat16 {bound:.2e}; residual {residual.mean():.1e} +- {error:.1e}")
+    fits = drift <= bound and residual.mean().abs() <= 2 * error + rounding
+    assert fits != plant
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_weights_on_spans_lower_what_they_mark_further(seed, folder):
+    """Mean log-prob of the marked tokens of rejected answers after the same steps, against weight 1, TRL's loss."""
+    rows, found = [marked(row) for row in ROWS], {}
+    policy = model(seed=seed)
+    encode = partial(fk.feedback.encode, tokenizer())
+    for weight in (1.0, 4.0):
+        options = dict(rows=rows, average="kept", span_weight=weight, model=copy.deepcopy(policy))
+        trainer, _ = trained(FineGrainedDPOTrainer, folder, config=dict(max_steps=10, learning_rate=1e-3), **options)
+        logps = []
+        for row in rows:
+            encoded = encode(row["prompt"], row["rejected"])
+            with torch.no_grad():
+                (logp, *_), _, _ = model_logprobs(trainer.model, torch.tensor([encoded.input_ids]))
+            ((first, stop),) = fk.feedback.token_spans(encoded.offsets, row["rejected"], row["rejected_spans"])
+            logps.append(logp[0, encoded.response_start - 1 :][first:stop].mean())
+        found[weight] = torch.stack(logps).mean().item()
+    assert found[4.0] < found[1.0] - 0.05
 
 
 # ---- references ----------------------------------------------------------------------------------------------------

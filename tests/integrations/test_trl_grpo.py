@@ -246,6 +246,36 @@ def test_the_rewarded_half_becomes_likelier(folder):
     assert late > early
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_segments_move_what_their_sum_does_not_tell(seed, folder):
+    """Even letters cost in the second half what the first half is given for them: the sum is 0, and trains nothing."""
+    texts = [tokenizer().decode([i]) for i in range(258)]
+    even = [i for i, text in enumerate(texts) if len(text) == 1 and ord(text) < 128 and ord(text) % 2 == 0]
+    probes = torch.randint(2, 258, (16, 30), generator=torch.Generator().manual_seed(seed))
+
+    def judge(completion_ids, **_):
+        rows = []
+        for ids in completion_ids:
+            cost = float(sum(i in even for i in ids[len(ids) // 2 :]))
+            segments = len(halves(offsets_of(ids)[0]))
+            rows.append([cost, -cost] if segments == 2 else [0.0] * segments)
+        return rows
+
+    def totals(completion_ids, **_):
+        return [float(sum(row)) for row in judge(completion_ids)]
+
+    def marked(policy):
+        with torch.no_grad():
+            return policy(probes).logits.log_softmax(-1)[..., even].logsumexp(-1).mean().item()
+
+    config = dict(max_steps=12, learning_rate=3e-3, per_device_train_batch_size=16, num_generations=8, seed=seed)
+    start, found = marked(model()), {}
+    for rewards in (judge, totals):
+        trainer, _ = trained(FineGrainedGRPOTrainer, folder, rewards, segments=halves, config=config)
+        found[rewards.__name__] = marked(trainer.model) - start
+    assert found["judge"] < -0.05 and abs(found["totals"]) < 1e-6
+
+
 @pytest.mark.parametrize(
     "rewards, options, message",
     [

@@ -17,7 +17,7 @@ from ..ops.logprobs import LogProbs, linear_logprobs
 from ._zero3 import is_sharded, regathered
 from .steps import StepCounts, StepCountsMixin, step_counts
 
-__all__ = ["HEADS", "ModelLogProbs", "StepCounts", "StepCountsMixin", "model_logprobs", "step_counts"]
+__all__ = ["HEADS", "ModelLogProbs", "RoutedLogProbs", "StepCounts", "StepCountsMixin", "model_logprobs", "step_counts"]
 
 # what a model type does between its LM head and its logits: (argument, field of the config, exponent of the field)
 _CAP, _SCALE = ("softcap", "final_logit_softcapping", 1), ("logit_scale", "logit_scale", 1)
@@ -59,7 +59,14 @@ class ModelLogProbs(NamedTuple):
 
     scores: LogProbs  # fields (B, T - 1): logp, and what was asked for
     mask: Tensor  # (B, T - 1) bool, the tokens that are scored; logp is 0 elsewhere
-    aux_loss: Tensor | None = None  # () the router's load-balancing loss, where config.output_router_logits is set
+
+
+class RoutedLogProbs(NamedTuple):
+    """ModelLogProbs of a mixture of experts whose config.output_router_logits is set."""
+
+    scores: LogProbs
+    mask: Tensor
+    aux_loss: Tensor  # () the router's load-balancing loss, without its factor config.router_aux_loss_coef
 
 
 def model_logprobs(
@@ -71,7 +78,7 @@ def model_logprobs(
     temperature: float | Tensor = 1.0,
     outputs: Iterable[str] = (),
     inputs: Mapping[str, object] | None = None,
-) -> ModelLogProbs:
+) -> ModelLogProbs | RoutedLogProbs:
     """logp[b, t] = log softmax(z[b, t] / temperature)[labels[b, t + 1]], z the logits of the model.
 
     model            a causal LM or vision-language model of transformers of a type in HEADS, or a PEFT model of one; or
@@ -86,7 +93,8 @@ def model_logprobs(
 
     LoRA on the head enters by its exact low-rank form, z = h Wᵀ + Σ s · dropout(h) Aᵀ Bᵀ over its active adapters: two
     products a tile, no merged copy, and A and B get their gradients. One switched off or merged is the base weight.
-    aux_loss is the model's own, without its factor config.router_aux_loss_coef: add it to the loss.
+    Where config.output_router_logits is set, a third field holds the model's own load-balancing loss: add it, times
+    config.router_aux_loss_coef, to yours.
 
     Raises ValueError for a type of model that is not known here, TypeError for a head that is neither a plain nn.Linear
     nor one with LoRA (DoRA and other kinds are named).
@@ -152,7 +160,9 @@ def _scored(model: nn.Module, input_ids: Tensor, attention_mask, labels, *, temp
         bias = base.bias if bias is None else bias if base.bias is None else base.bias + bias
         options = dict(bias=bias, mask=mask, temperature=temperature, outputs=outputs, adapter=adapter, **extra)
         scores = linear_logprobs(hidden, weight, labels, **options)
-    return ModelLogProbs(scores, mask, _balance(model, config, found, attention_mask) if routed else None)
+    if routed:
+        return RoutedLogProbs(scores, mask, _balance(model, config, found, attention_mask))
+    return ModelLogProbs(scores, mask)
 
 
 def _balance(model: nn.Module, config, found, attention_mask) -> Tensor:

@@ -312,7 +312,7 @@ def test_weights_on_spans_lower_what_they_mark_further(seed, folder):
         for row in rows:
             encoded = encode(row["prompt"], row["rejected"])
             with torch.no_grad():
-                (logp, *_), _, _ = model_logprobs(trainer.model, torch.tensor([encoded.input_ids]))
+                (logp, *_), _ = model_logprobs(trainer.model, torch.tensor([encoded.input_ids]))
             ((first, stop),) = fk.feedback.token_spans(encoded.offsets, row["rejected"], row["rejected_spans"])
             logps.append(logp[0, encoded.response_start - 1 :][first:stop].mean())
         found[weight] = torch.stack(logps).mean().item()

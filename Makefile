@@ -8,7 +8,7 @@ VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 WORKERS ?= auto
-BENCH ?= head --at-most 60
+BENCH ?= head --at-most 60 --history
 BIN = $(VENV)/bin
 export NO_MKDOCS_2_WARNING = 1
 PIP = $(BIN)/pip install --quiet --no-compile --disable-pip-version-check
@@ -19,7 +19,7 @@ SOURCES = pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.* kernels/cuda/*)
 help:
 	@echo "make demo    align a small language model and write finealign_report.html"
 	@echo "make test    run the tests"
-	@echo "make bench   time the loss head beside its rivals"
+	@echo "make bench   time the loss head beside its rivals, and add the ratios to bench/results/history.jsonl"
 	@echo "make docs    build the documentation into site/"
 	@echo "make lint    check style, format and the types of the public functions"
 

@@ -88,11 +88,17 @@ def sees_gpu():
     return found.returncode == 0 and "GPU" in found.stdout
 
 
+def arch_list():
+    """The GPUs to compile for: ["90a", "120+PTX"] for "sm_90a, 12.0+PTX"."""
+    archs = re.split(r"[;,\s]+", os.environ.get("FINEALIGN_ARCHS", DEFAULT_ARCHS))
+    return [arch.removeprefix("sm_").replace(".", "") for arch in archs if arch]
+
+
 def gencode(archs):
-    """ "90a;120+PTX" -> nvcc's -gencode options."""
+    """["90a", "120+PTX"] -> nvcc's -gencode options."""
     options = []
-    for arch in filter(None, re.split(r"[;,\s]+", archs)):
-        number = arch.removesuffix("+PTX").removeprefix("sm_").replace(".", "")
+    for arch in archs:
+        number = arch.removesuffix("+PTX")
         options.append(f"-gencode arch=compute_{number},code=sm_{number}")
         if arch.endswith("+PTX"):
             options.append(f"-gencode arch=compute_{number},code=compute_{number}")
@@ -168,7 +174,8 @@ def ninja_file(plan, out):
     include = f"-I{ROOT}/csrc -I{ROOT}/kernels/cuda"
     defines = f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"
     defines += f" -DPy_LIMITED_API=0x{OLDEST_PYTHON[0]:02x}{OLDEST_PYTHON[1]:02x}0000"
-    defines += " -DFINEALIGN_CUDA" if plan.nvcc else ""
+    if plan.nvcc:
+        defines += f" -DFINEALIGN_CUDA '-DFINEALIGN_ARCHS=\"{';'.join(arch_list())}\"'"
     torch_include = f"-isystem {plan.torch}/include -isystem {sysconfig.get_path('include')}"
     lines = [
         "ninja_required_version = 1.3",
@@ -190,7 +197,7 @@ def ninja_file(plan, out):
     if plan.nvcc:
         lines += [
             f"cuflags = -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Xfatbin -compress-all "
-            f"-Xptxas -warn-spills {gencode(os.environ.get('FINEALIGN_ARCHS', DEFAULT_ARCHS))} {include}",
+            f"-Xptxas -warn-spills {gencode(arch_list())} {include}",
             "rule cu",
             f"  command = {plan.nvcc} -MD -MF $out.d $cuflags -c $in -o $out",
             "  depfile = $out.d",

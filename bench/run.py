@@ -41,6 +41,7 @@ from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch loads: its profiler counts the products, silently
 
+import history
 import torch
 import tp
 from cases import SUITES, Line, Sample, Suite, WrongAnswer, dtype_name, errors, truth
@@ -98,6 +99,8 @@ def main(argv: list[str] | None = None) -> int:
             status = 1
         rows += found
         save([])
+    if args.history:
+        history.add(history.HISTORY, history.races(rows, *history.commit_of("HEAD")))
     return status
 
 
@@ -374,6 +377,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="rounds of timing; each suite has its own default")
     parser.add_argument("--at-most", type=float, metavar="SECONDS", help="fewer rounds where a race would take longer")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
+    parser.add_argument("--history", action="store_true", help="add the ratios to bench/results/history.jsonl")
     parser.add_argument("--size", choices=SIZES, default="default", help="which shapes")
     parser.add_argument(
         "--full",

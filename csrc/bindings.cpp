@@ -835,8 +835,17 @@ STABLE_TORCH_LIBRARY_IMPL(finealign, CompositeExplicitAutograd, m) {
   m.impl("_cpu_state", TORCH_BOX(&finealign::cpu_state));
 }
 
-// Importing the module is what runs the registrations above.
+#ifndef FINEALIGN_ARCHS
+#define FINEALIGN_ARCHS ""  // built without CUDA
+#endif
+
+// Importing the module is what runs the registrations above. Its one attribute names the GPUs it is compiled for.
 PyMODINIT_FUNC PyInit__C(void) {
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&definition);
+  PyObject* module = PyModule_Create(&definition);
+  if (module && PyModule_AddStringConstant(module, "architectures", FINEALIGN_ARCHS) < 0) {
+    Py_DECREF(module);
+    return nullptr;
+  }
+  return module;
 }

@@ -48,6 +48,51 @@ def cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
+GREEK = dict(σ="sigma", β="beta", Δ="Delta", δ="delta", ε="epsilon", λ="lambda", μ="mu", ρ="rho", τ="tau", Σ="sum")
+UPRIGHT = "shift scale smoothing margin label floor low high tau tau_pos tau_neg soft_label"
+SYMBOLS = {
+    **{letter: rf"\{name}" for letter, name in GREEK.items()},
+    "≥": r"\ge",
+    "½": r"\tfrac{1}{2}",
+    "²": "^{2}",
+    "⁺": "^{+}",
+    "⁻": "^{-}",
+    "₀": "_{0}",
+    "|": r"\vert",
+    **{name: rf"\{name}" for name in ("beta", "max", "min")},
+    "log": r"\log\,",
+    **{name: rf"\operatorname{{{name}}}" for name in ("clip", "clamp", "sg")},
+    **{name: rf"\text{{{name}}}" for name in UPRIGHT.split(" ")},
+    "logp": r"\log\,\pi",
+}
+TOKENS = re.compile(r"\d+\.\d+|1e(?P<exponent>-?\d+)|[A-Za-z][\w'-]*[A-Za-z]|e\^(?P<power>-?\w)|\s+|.")
+
+
+def latex(equation: str) -> str:
+    """A row's equation, which is written for a terminal, for the page: formulas as LaTeX, the words between as text.
+
+    Formulas end at words, and at commas and semicolons outside brackets, where a browser may break the line.
+    """
+    pieces, formula, depth = [], [], 0
+
+    def end():
+        found = re.sub(r" ([_^'])", r"\1", " ".join(formula))
+        pieces.extend([rf"\({found}\)"] if found else [])
+        formula.clear()
+
+    for token in TOKENS.finditer(equation):
+        text, power, exponent = token[0], token["power"], token["exponent"]
+        depth += (text in "([") - (text in ")]")
+        word = (len(text) > 1 or text == "a") and text[0].isalpha() and text not in SYMBOLS and not power
+        if word or (text in ",;:" and not depth):
+            end()
+            pieces.append(text)
+        elif not text.isspace():
+            formula.append(f"e^{{{power}}}" if power else f"10^{{{exponent}}}" if exponent else SYMBOLS.get(text, text))
+    end()
+    return re.sub(r" ([,;:])", r"\1", " ".join(pieces))
+
+
 def losses() -> str:
     rows = []
     for name, row in PREFERENCE.items():
@@ -55,7 +100,7 @@ def losses() -> str:
         average = "sum" if row.average is False else f'"{row.average}"'
         numbers = f"{row.beta:g}", f"{row.shift:g}"
         rows.append(
-            (f"`{name}`", cell(row.equation) + reference, average, *numbers, cell(linked(row.source)), row.derived)
+            (f"`{name}`", latex(row.equation) + reference, average, *numbers, cell(linked(row.source)), row.derived)
         )
     return table(("name", "loss of a pair", "average", "beta", "shift", "source", "derived here"), rows)
 
@@ -65,7 +110,7 @@ def policies() -> str:
     for name, row in POLICY.items():
         options = ", ".join(f"{key} {one.default:g}" for key, one in row.hyper.items() if one.default is not None)
         reduction = f'"{row.reduction}"'
-        rows.append((f"`{name}`", cell(row.equation), reduction, options, f"{row.kl_coef:g}", linked(row.source)))
+        rows.append((f"`{name}`", latex(row.equation), reduction, options, f"{row.kl_coef:g}", linked(row.source)))
     return table(("name", "loss of a token", "reduction", "options", "KL", "source"), rows)
 
 
@@ -75,7 +120,7 @@ def rewards() -> str:
         reads = [
             key for key, needed in (("strength", row.reads(None, None)), ("label", row.smoothing == "label")) if needed
         ]
-        rows.append((f"`{name}`", cell(row.equation), ", ".join([*reads, *row.hyper]), linked(row.source)))
+        rows.append((f"`{name}`", latex(row.equation), ", ".join([*reads, *row.hyper]), linked(row.source)))
     return table(("name", "loss of a pair", "needs", "source"), rows)
 
 
@@ -99,6 +144,23 @@ def head() -> str:
         peak = by["dense", "float32", impl]["peak_extra_mib"]
         rows.append((shown, *ratios, "-" if peak is None else f"{peak:.0f}"))
     return table(("", *RACES.values(), "extra MiB, float32 dense"), rows)
+
+
+def history() -> str:
+    """Races that were run at two commits or more on one device: the first and the last ratios."""
+    races = {}
+    for line in (RESULTS / "history.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        shape = " × ".join(map(str, row["shape"]))
+        races.setdefault((f"{row['suite']} {row['case']}, {row['dtype']}, {shape}", row["device"]), []).append(row)
+    rows = []
+    for (race, device), runs in races.items():
+        first, last = runs[0], runs[-1]
+        both = [name for name in first["ratios"] if name in last["ratios"] and name != "ours"]
+        ratios = ", ".join(f"{name} {first['ratios'][name]:.2f} → {last['ratios'][name]:.2f}" for name in both)
+        if first["commit"] != last["commit"] and both:
+            rows.append((race, device, f"{first['commit']} → {last['commit']}", ratios))
+    return table(("race", "device", "commits", "time / ours, first → last"), rows)
 
 
 def accuracy() -> str:
@@ -210,6 +272,7 @@ TABLES = {
     "rewards": ("tables.md", rewards),
     "studies": ("studies.md", studies),
     "head": ("performance.md", head),
+    "history": ("performance.md", history),
     "accuracy": ("accuracy.md", accuracy),
     "glue": ("../examples/README.md", glue),
 }

@@ -44,6 +44,7 @@ def run(json=False):
     """Prints what was found, as text or as one JSON object, and returns the exit status: 1 if a check failed."""
     found = {
         "versions": versions(),
+        "extension": extension(),
         "devices": devices(),
         "backends": backends(),
     }
@@ -61,6 +62,14 @@ def versions():
     """Version of each package that matters, "not installed" where it is not."""
     known = {"finealign-kernels": __version__, "python": platform.python_version(), "torch": torch.__version__}
     return known | {name: _version(name) for name in ("triton", "transformers", "trl", "peft")}
+
+
+def extension():
+    """Where the compiled ops of this process come from, and the GPUs they are compiled for."""
+    if not _native.available():
+        return {"file": f"none: {_native.reason}"}
+    archs = _native.architectures()
+    return {"file": _native.file(), "architectures": ";".join(archs) or "none: built without CUDA"}
 
 
 def devices():
@@ -229,7 +238,10 @@ def _version(package):
 
 def _gpu(index):
     properties = torch.cuda.get_device_properties(index)
-    return f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory >> 20} MiB"
+    found = f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory >> 20} MiB"
+    archs = _native.architectures()
+    arch = _native.serves(archs, properties.major, properties.minor)
+    return f"{found}, " + (f"native ops by {arch}" if arch else "no native ops: not among the architectures above")
 
 
 def _finite(error):

@@ -212,6 +212,8 @@ MUTANTS = [
     # two copies of the package in a process
     Mutant("a second copy registers its ops too", "ops/_native.py", 'if _spec is not None and hasattr(torch.ops.finealign, "_cpu_state"):', "if False:", "tests/house/test_two_copies.py"),
     Mutant("ops of another build are taken", "ops/_native.py", "filecmp.cmp(loaded, file, shallow=False)", "True", "tests/house/test_two_copies.py"),
+    Mutant("code for one GPU taken for its family's", "ops/_native.py", 'if suffix == "a" else', 'if suffix == "x" else', "tests/house/test_release.py"),
+    Mutant("PTX for a later GPU taken", "ops/_native.py", "version <= (major, minor))", "version)", "tests/house/test_release.py"),
     # the native row kernels
     Mutant("C++: sum includes the maximum", ROWS, "from = side ? first + 1 : 0", "from = side ? first : 0", LOGPROBS),
     Mutant("C++: maximum starts at 0", ROWS, "float m = -kInf;\n  *max_block", "float m = 0;\n  *max_block", LOGPROBS),

@@ -1,5 +1,6 @@
 """The terminal table and the HTML report of a run on preferences, and what they share with those of other runs."""
 
+import math
 import textwrap
 from importlib.metadata import version
 from pathlib import Path
@@ -102,16 +103,24 @@ def _sentence(options, steps, effects):
 
 def _effect_section(options, effects):
     """A table: how far tokens of each sort moved, with the weights and without."""
-    rows = [[one.name, one.tokens, one.weighted, one.plain, one.weighted - one.plain] for one in effects]
+    moves = [(one.weighted, one.plain, one.weighted - one.plain) for one in effects]
+    cells = alike([move for row in moves for move in row])
+    rows = [[one.name, one.tokens, *cells[3 * i : 3 * i + 3]] for i, one in enumerate(effects)]
     columns = ["tokens", "number", f"with weight {options.span_weight:.3g}", "with all weights 1", "difference"]
     note = (
         "Change of the log-probability from the start of training to its end, in nats, as a mean over all answers that "
-        "were trained on; below 0 is less likely. The right-hand column is a second training from the same start, with "
-        "the same steps and every weight 1: plain "
-        f"{options.loss.upper()}. The difference is what the marks did. It is read on the training answers, and says "
-        "nothing about others."
+        "were trained on; below 0 is less likely. The column of weights 1 is a second training from the same start, "
+        f"with the same steps and every weight 1: plain {options.loss.upper()}. The difference is the effect of the "
+        "marks. It is measured on the training answers and says nothing about others."
     )
     return report.table("Before and after, with the weights and without", columns, rows, note=note)
+
+
+def alike(values):
+    """Numbers as text with the same number of decimals, three digits of the largest: they are read as a column."""
+    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+    decimals = min(8, max(0, 2 - math.floor(math.log10(largest)))) if largest else 1
+    return [f"{value:+.{decimals}f}" for value in values]
 
 
 def head_sentence(steps, costs):

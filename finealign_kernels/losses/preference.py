@@ -169,7 +169,7 @@ def preference_loss(
     scale         multiplies phi; None: the row's own (ORPO's λ)
     nll           NLL of the chosen responses, added: "sequence", a mean over pairs of each response's own average, or
                   "token", one mean over the batch's chosen tokens: Σ w (-logp) / Σ w (average "all": / mask tokens)
-    nll_weight    how much of it; None: 1 for a row that has the term (CPO's α), 0 for the others
+    nll_weight    weight of that term; None: 1 for a row that has the term (CPO's α), 0 for the others
     nll_denominator  a number or tensor to divide the sum over tokens by instead (a global count)
     divergence    from the reference, for losses of the difference of two log-ratios: h becomes g(h), after its average:
                   "reverse_kl" h, "forward_kl" 1 - e^-h, "js" log 2 + log σ(h), "alpha" (e^((α-1)h) - 1) / (α-1)

@@ -107,7 +107,7 @@ def reward_loss(
               with mask, flat (N,) with cu_seqlens (S + 1,); see pick_scores
     pick, token_weight   how a response's score is taken from its tokens' scores: pick_scores
     pairs     "halves": all chosen, then all rejected; "interleaved"; or RankedPairs, k responses a prompt
-    strength  (P,) finite, the mean difference of several reward models. Where the row reads it, else None
+    strength  (P,) finite, the mean difference of several reward models. Required by rows that use it, else refused
     margin    δ, a finite number or (P,), in place of the row's. δ = clamp(scale · margin, -clamp, clamp); where pairs
               are flipped its absolute value is taken for every pair
     smoothing ε, a number or (P,) in [0, 1], in place of the row's: how likely the label is wrong

@@ -9,6 +9,7 @@ import filecmp
 import importlib
 import importlib.util
 import os
+import re
 import warnings
 
 import torch  # first: it loads the libtorch that the extension names
@@ -41,7 +42,9 @@ else:
         if _spec is not None and hasattr(torch.ops.finealign, "_cpu_state"):
             reason = _refused(_spec.origin)
         else:
-            torch.ops.finealign.loaded_from = importlib.import_module(".._C", __package__).__file__
+            _module = importlib.import_module(".._C", __package__)
+            torch.ops.finealign.loaded_from = _module.__file__
+            torch.ops.finealign.compiled_for = getattr(_module, "architectures", "")
             registers = True
     except ImportError as error:
         reason = f"the extension is not built or does not load ({error})"
@@ -68,6 +71,33 @@ def cuda() -> str | None:
     return ("the extension was built without CUDA", "this torch is a CPU build", None)[
         torch.ops.finealign._cuda_state()
     ]
+
+
+def file() -> str | None:
+    """The file whose ops run in this process, None where there is no extension. It may belong to another copy."""
+    return None if reason else torch.ops.finealign.loaded_from
+
+
+def architectures() -> list[str]:
+    """The GPUs that the extension is compiled for, as FINEALIGN_ARCHS names them; empty where it has no CUDA code."""
+    return [] if reason else [arch for arch in torch.ops.finealign.compiled_for.split(";") if arch]
+
+
+def serves(archs: list[str], major: int, minor: int) -> str | None:
+    """The entry of archs whose code runs on a GPU of this compute capability, None where there is none.
+
+    Machine code runs on its own major version from its minor version on; with the suffix "a" on exactly its own
+    version, with "f" on its family, which is taken as the same rule as without a suffix. "+PTX" also runs on every
+    later GPU, whose driver compiles it. (CUDA C++ Programming Guide, "Compute Capabilities"; NVIDIA's blog on family-
+    specific architecture features.)
+    """
+    for arch in archs:
+        number, suffix, ptx = re.fullmatch(r"(\d+)([af]?)(\+PTX)?", arch).groups()
+        version = int(number[:-1]), int(number[-1])
+        same = version == (major, minor) if suffix == "a" else version[0] == major and version[1] <= minor
+        if same or (ptx and not suffix and version <= (major, minor)):
+            return arch
+    return None
 
 
 def instructions() -> str:

@@ -116,7 +116,7 @@ def linear_logprobs(
                  The outputs are those of the whole head, to the bit the same on all ranks. One all-gather of 16 bytes a
                  row and rank (4 to 16 more for outputs other than entropy); backward none but the sum of dX. Not yet
                  run on GPUs
-    vocab_start  id of this rank's first column, None: its rank · V_local. Shards of unequal size, also of 0, say it
+    vocab_start  id of this rank's first column; None: its rank · V_local. Required where shards differ in size
     vocab_size   true size of the vocabulary: columns behind it are padding, in no softmax and with gradient 0, also
                  without a group. None: all columns count
     hidden_grad  what hidden's gradient is on a rank: "none", as None: its part of the sum (the caller sums, as
@@ -222,7 +222,7 @@ def token_logprobs(
     vocab_size: int | None = None,
     backend: str = "auto",
 ) -> LogProbs:
-    """The outputs of linear_logprobs from logits that exist: z = softcap(logit_scale · logits) / temperature.
+    """Log-probability of each label from given logits: softmax(z), z = softcap(logit_scale · logits) / temperature.
 
     logits            (..., V) float, row n predicts labels[n]; rows that are masked out may hold NaN
     inplace_backward  True writes the gradient over the logits: no second (N, V) tensor, and a second backward raises

@@ -200,6 +200,8 @@ def _ticks(values):
     """Three to six round ticks that enclose every value."""
     values = values or [0.0, 1.0]
     low, high = min(values), max(values)
+    if low == high == 0:  # a share or a count that stayed 0: its axis does not go below
+        high = 1.0
     if high - low <= 1e-6 * max(abs(low), abs(high)):
         low, high = low - (abs(low) * 0.1 or 1.0), high + (abs(high) * 0.1 or 1.0)
     rough = (high - low) / 4

@@ -15,7 +15,7 @@ import finealign_kernels as fk  # noqa: E402
 from finealign_kernels import demo, feedback  # noqa: E402
 from finealign_kernels.cli import main  # noqa: E402
 from finealign_kernels.demo import data, effect, heads, masks, models, summary, training  # noqa: E402
-from finealign_kernels.ops import _rows_torch  # noqa: E402
+from finealign_kernels.ops import _native, _rows_torch  # noqa: E402
 
 TINY = ["demo", "--model", "tiny", "--steps", "2", "--batch", "2", "--pairs", "3", "--threads", "1"]
 
@@ -329,6 +329,12 @@ def test_implicit_scores_are_read_after_half_of_the_steps(examples):
     assert last.batch.ref_logp is None and last.batch.token_score.any()
 
 
+def test_numbers_of_a_column_have_the_same_decimals():
+    assert summary.alike([1.2e-4, -0.001438, 7e-6]) == ["+0.00012", "-0.00144", "+0.00001"]
+    assert summary.alike([-12.34, 0.5]) == ["-12.3", "+0.5"]
+    assert summary.alike([0.0, math.nan]) == ["+0.0", "+nan"]
+
+
 def test_the_comparison_is_the_same_training_with_weights_of_1(examples):
     """Of DPO with weights, against DPO from the same start by hand; the weights made a difference."""
     chosen = options(steps=4, lr=1e-3, span_weight=3.0)
@@ -499,6 +505,9 @@ def test_doctor_speaks_json(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["passed"] and found["versions"]["torch"] == torch.__version__ and "cpu" in found["devices"]
     assert found["backends"]["reference"] == "runs"
+    if _native.available():
+        assert found["extension"]["file"] == torch.ops.finealign.loaded_from and _native.file().endswith("_C.abi3.so")
+        assert found["extension"]["architectures"] == (torch.ops.finealign.compiled_for or "none: built without CUDA")
     assert {(c["op"], c["backend"]) for c in found["checks"]} >= {
         ("linear_logprobs", "torch"),
         ("token_logprobs", "torch"),

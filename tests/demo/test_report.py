@@ -116,6 +116,11 @@ def heights(chart):
     return [float(height) for height in re.findall(r'cy="([\d.-]+)"', report.curves("c", [chart]))]
 
 
+def test_the_axis_of_a_share_that_stayed_0_starts_at_0():
+    assert ">-0.5<" not in report.curves("c", [Chart("c", [Series("s", [0.0, 0.0])])])
+    assert ">-0.5<" in report.curves("c", [Chart("c", [Series("s", [-1.0, 1.0])])])
+
+
 def test_curves_rise_with_their_values():
     low, middle, high = heights(Chart("c", [Series("s", [1.0, 1.5, 2.0])]))
     assert low - middle == pytest.approx(middle - high) and low > high

@@ -90,3 +90,15 @@ def test_every_page_is_in_the_menu():
     menu = (ROOT / "mkdocs.yml").read_text()
     for path in sorted((ROOT / "docs").rglob("*.md")):
         assert f" {path.relative_to(ROOT / 'docs').as_posix()}\n" in menu, f"{path} is not in mkdocs.yml"
+
+
+def test_equations_of_the_tables_are_latex():
+    latex = GENERATE.latex
+    assert latex("-log σ(u⁺) where s = 1, else a bad e^-m") == (
+        r"\(- \log\, \sigma ( u^{+} )\) where \(s = 1\), else a bad \(e^{-m}\)"
+    )
+    assert (
+        latex("max(-A ρ', floor), floor = 1e-5") == r"\(\max ( - A \rho', \text{floor} )\), \(\text{floor} = 10^{-5}\)"
+    )
+    for row in (*fk.PREFERENCE.values(), *fk.POLICY.values(), *fk.REWARD.values()):
+        assert latex(row.equation).isascii(), f"{row.equation}: a letter that SYMBOLS of docs/generate.py lacks"

@@ -13,13 +13,14 @@ import argparse
 import json
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 HISTORY = Path(__file__).resolve().parent / "results/history.jsonl"
 KEYS = ("suite", "case", "dtype", "shape", "pass")
 
 
-def races(rows: list[dict], commit: str, date: str) -> list[dict]:
+def races(rows: list[dict], commit: str, day: str) -> list[dict]:
     """One row a race of what run.py wrote. A race that was cut off has no ratios, and no row."""
     found = {}
     for row in rows:
@@ -28,7 +29,7 @@ def races(rows: list[dict], commit: str, date: str) -> list[dict]:
     return [
         {
             "commit": commit,
-            "date": date,
+            "date": day,
             "device": group[0]["versions"]["machine"],
             **{key: group[0][key] for key in KEYS},
             "ratios": {row["impl"]: round(row["ratio_to_ours"], 3) for row in group},
@@ -73,8 +74,13 @@ def table(rows: list[dict]) -> str:
 
 
 def commit_of(name: str) -> tuple[str, str]:
-    """Short hash, with "+" where the checkout has changes, and date of a commit."""
-    out = git("log", "-1", "--format=%h %ad", "--date=short", name).split()
+    """Short hash, with "+" where the checkout has changes, and date of a commit; "none" and today outside of git."""
+    try:
+        out = git("log", "-1", "--format=%h %ad", "--date=short", name).split()
+    except (OSError, subprocess.CalledProcessError):
+        if name != "HEAD":
+            raise
+        return "none", date.today().isoformat()
     dirty = name == "HEAD" and git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results")
     return out[0] + ("+" if dirty else ""), out[1]
 

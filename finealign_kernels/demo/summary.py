@@ -246,7 +246,7 @@ def _mass_section(options, last):
     note = (
         "Gradient: sum of |d loss / d log-prob| over the tokens, as a share of the whole. A chosen answer keeps what "
         "scores above the baseline, a rejected one what scores below it. In all, the mask leaves "
-        f"{report.number(totals[1] / totals[0])} of the sum without it."
+        f"{totals[1] / totals[0]:.0%} of the sum without it."
     )
     return report.table("How the mask moved the gradient", columns, rows, note=note)
 

@@ -4,6 +4,8 @@ import json
 import runpy
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 HISTORY = runpy.run_path(str(ROOT / "bench/history.py"))
 
@@ -29,6 +31,17 @@ def test_a_race_is_a_row_and_a_second_run_replaces_it(tmp_path):
     shown = HISTORY["tables"](HISTORY["read"](file))
     assert "| abc1234 | 2026-11-29 | 1.50 | 7 |\n| def5678 | 2026-11-30 | 1.75 | 7 |" in shown
     assert shown.count("| commit |") == 2  # a device has a table of its own
+
+
+def test_outside_of_git_there_is_no_commit(monkeypatch):
+    def absent(*_):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setitem(HISTORY["commit_of"].__globals__, "git", absent)
+    commit, day = HISTORY["commit_of"]("HEAD")
+    assert commit == "none" and len(day.split("-")) == 3
+    with pytest.raises(FileNotFoundError):
+        HISTORY["commit_of"]("abc1234")
 
 
 def test_the_kept_history_has_whole_rows():

@@ -244,7 +244,8 @@ def head_cases(full: bool) -> list[Case]:
             found += [_by_tma(head, _every_row(_head_fwd(head, "sm_90", "bf16", capped=False, e=False)))]
         if target.name in head.TMA:
             found += [_by_tma(head, plain), _by_tma(head, _head_fwd(head, target.name, "bf16", capped=True))]
-        found += [_head_bwd(head, target.name, "bf16", capped) for capped in (False, True)]
+        backward = [_head_bwd(head, target.name, "bf16", capped) for capped in (False, True)]
+        found += [*backward, *(_by_tma(head, case) for case in backward if target.name in head.TMA)]
         found += [_bounded(head, target.name, "bf16", across) for across in (False, True)]
         if full:
             found += [_head_bwd(head, target.name, dtype, capped=True) for dtype in ("fp16", "fp32")]
@@ -292,7 +293,7 @@ def _head_fwd(head, target: str, dtype: str, capped: bool, aligned=True, e=True)
         # the V of every real head is a multiple of 16
         aligned=("x_stride_n", "w_stride_v", "depth", "chunk", "vocab") if aligned else (),
         targets=(target,),
-        pace=None if capped else Pace(22 if e else 18),
+        pace=Pace(22 if e else 18) if aligned and not capped else None,
         wide=aligned,
     )
 
@@ -310,13 +311,15 @@ def _by_tma(head, case: Case) -> Case:
     constexprs = {name: value for name, value in c.items() if name not in strides}
     dtype = case.signature["x_ptr"][1:]
     tile = head.config(case.targets[0], _torch_dtype(dtype), c["CAPPED"])
-    constexprs |= {"FLATTEN": tile.flatten, "SPECIALIZE": tile.specialize}
-    signature = {name: kind for name, kind in case.signature.items() if name not in (*strides, "x_ptr", "w_ptr")}
+    backward = case.kernel is head.linear_bwd_kernel
+    constexprs |= {} if backward else {"FLATTEN": tile.flatten, "SPECIALIZE": tile.specialize}
+    gone = (*strides, "x_ptr", "w_ptr", *(["index_ptr"] if backward else []))
+    signature = {name: kind for name, kind in case.signature.items() if name not in gone}
     signature["x"] = f"tensordesc<{dtype}[{c['BLOCK_M']},{c['BLOCK_K']}]>"
     signature["w"] = f"tensordesc<{dtype}[{c['BLOCK_N']},{c['BLOCK_K']}]>"
     aligned = tuple(name for name in case.aligned if name not in strides)
-    kernel = head.linear_fwd_tma_kernel
-    name = case.name.replace("linear_fwd", "linear_fwd_tma")
+    kernel = head.linear_bwd_tma_kernel if backward else head.linear_fwd_tma_kernel
+    name = re.sub("linear_[fb]wd", r"\g<0>_tma", case.name)
     return case._replace(name=name, kernel=kernel, signature=signature, constexprs=constexprs, aligned=aligned)
 
 

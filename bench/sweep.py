@@ -263,7 +263,8 @@ def shipped_forward(t: Products) -> Callable:
 
 
 def head_bwd(t: Products, launch) -> None:
-    heads.linear_bwd(t.dz, t.hidden, t.chunk, None, t.block, None, None, 0, PLAIN, heads.Config(*launch))
+    run = heads.linear_bwd_tma if heads.takes_tma(t.weight, _choose.arch(t.hidden)) else heads.linear_bwd
+    run(t.dz, t.hidden, t.chunk, None, t.block, None, None, 0, PLAIN, heads.Config(*launch))
 
 
 def head_dx(t: Products, launch) -> None:

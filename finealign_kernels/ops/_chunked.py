@@ -179,7 +179,7 @@ def bwd(
 
     coef: formulas.Coef, (N,) each in float32 (float64); curved: there is an upstream gradient of the entropy.
     e_columns: columns under one maximum of E, 0 for a chunk's. again: how a layer whose products are not the library's
-    writes dZ of rows without E, again(dz, start, stop, index, target, coef, c0, c1).
+    writes dZ of rows without E, again(dz, x, target, coef, c0, c1).
     shard: weight is a part of the head; dhidden, a part of the sum, is not rounded to hidden's dtype. It is called with
     it as soon as it is complete, before the last product of dW.
     """
@@ -232,7 +232,7 @@ def bwd(
                     else:
                         rows_of.tile_bwd(dz, src, place, tops[t, i:j], b, *side, head.rows(slice(i, j)))
                 elif again is not None:
-                    again(dz, i, j, rows.index, *side, c1)
+                    again(dz, x[i:j].to(hidden.dtype), *side, c1)
                 else:
                     z = dz if z_buffer is None else z_buffer[: (j - i) * width].view(j - i, width)
                     product(x[i:j], wc.t(), z)
@@ -335,19 +335,32 @@ def front(flags: Tensor, first: Tensor) -> Tensor:
     return (flags.to(torch.uint8) + first).argsort(descending=True, stable=True)
 
 
-def active_rows(active: Tensor, read: Tensor, room: int, recompute: Tensor | None) -> Active:
-    """The active rows of a call that read `read` and kept E of its first `room`, without those to recompute."""
-    n = active.shape[0]
-    rank = None if room >= n else read.cumsum(0)  # E has the rows that were read
+def from_e_first(active: Tensor, read: Tensor, room: int, recompute: Tensor | None):
+    """The order of the rows of a call that read `read` and kept E of its first `room`, without those to recompute:
+
+    index (N,), rows that use their E first, then the others that are active; which do (N,); how many were read up to
+    each (N,), None where that decides nothing.
+    """
+    rank = None if room >= active.shape[0] else read.cumsum(0)  # E has the rows that were read
     from_e = active if rank is None else active & (rank <= room)
     if recompute is not None:
         from_e = from_e & ~recompute
-    index = front(active, from_e)
+    return front(active, from_e), from_e, rank
+
+
+def places(read: Tensor, rank: Tensor | None, index: Tensor) -> Tensor:
+    """Where rows stand in E."""
+    return (read.cumsum(0) if rank is None else rank)[index] - 1
+
+
+def active_rows(active: Tensor, read: Tensor, room: int, recompute: Tensor | None) -> Active:
+    """The active rows, counted on the host. Arguments as of from_e_first."""
+    n = active.shape[0]
+    index, from_e, rank = from_e_first(active, read, room, recompute)
     stored, count = on_host(from_e.sum(), active.sum())
     if count == n and stored in (0, min(room, n)):
         return Active(None, None, n, stored)
-    place = (read.cumsum(0) if rank is None else rank)[index[:stored]] - 1
-    return Active(index[:count], place, count, stored)
+    return Active(index[:count], places(read, rank, index[:stored]), count, stored)
 
 
 def unfit_for_e(coef: formula.Coef, rounded: bool, bias: Tensor | None, vocab: int, support=None) -> Tensor | None:

@@ -76,11 +76,12 @@ def bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, on_de
     if on_device:
         return _bounded_bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, tile, shard)
 
-    def again(dz, start, stop, index, at, coef, c0, c1):
+    launch = kernels.linear_bwd_tma if kernels.takes_tma(weight, _choose.arch(hidden)) else kernels.linear_bwd
+
+    def again(dz, x, at, coef, c0, c1):
         """By the forward's tiles: p = exp(z - lse) wants the z whose lse it is, to the bit where z is large."""
-        x, index = (hidden[start:stop], None) if index is None else (hidden, index[start:stop])
-        block, b = kernels.Block(0, at, coef, index), None if bias is None else bias[c0:c1]
-        kernels.linear_bwd(dz, x, weight[c0:c1], b, block, None, None, c0, head, tile)
+        b = None if bias is None else bias[c0:c1]
+        launch(dz, x, weight[c0:c1], b, kernels.Block(0, at, coef), None, None, c0, head, tile)
 
     return _chunked.bwd(
         coef,
@@ -107,14 +108,13 @@ def _bounded_bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, nee
     (n, _), vocab, room = hidden.shape, weight.shape[0], e_max.shape[0]
     read = target != formula.SKIP
     active = read & coef.active()
-    place = read.cumsum(0) - 1  # E has the rows that were read
-    from_e = active & (place < room)
-    again = _chunked.unfit_for_e(coef, curved and e.dtype != torch.float32, bias, vocab)
-    if again is not None:
-        from_e &= ~again
-    index = _chunked.front(active, from_e)
+    recompute = _chunked.unfit_for_e(coef, curved and e.dtype != torch.float32, bias, vocab)
+    index, from_e, rank = _chunked.from_e_first(active, read, room, recompute)
+    place = _chunked.places(read, rank, index)
     counts = torch.stack([from_e.sum(), active.sum()])
-    at, place, coef = target[index], place[index], coef.stacked()[:, index]
+    at, coef = target[index], coef.stacked()[:, index]
+    by_blocks = kernels.takes_tma(weight, _choose.arch(hidden))
+    x = hidden.index_select(0, index) if by_blocks else None
 
     chunks, blocks = _chunked.spans(vocab, area.columns), _chunked.spans(n, area.rows)
     columns = min(vocab, area.columns)
@@ -130,7 +130,10 @@ def _bounded_bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, nee
             rows = slice(start, stop)
             block = kernels.Block(start, at[rows], coef[:, rows].contiguous(), index[rows], place[rows], counts)
             dz = buffer[: (stop - start) * (c1 - c0)].view(stop - start, c1 - c0)
-            kernels.linear_bwd(dz, hidden, wc, b, block, chunk, top, c0, head, tile)
+            if by_blocks:
+                kernels.linear_bwd_tma(dz, x[rows], wc, b, block, chunk, top, c0, head, tile)
+            else:
+                kernels.linear_bwd(dz, hidden, wc, b, block, chunk, top, c0, head, tile)
             grads.add_bounded(dz, wc, block)
         grads.close()
     return grads.result(None, shard)

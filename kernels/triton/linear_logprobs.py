@@ -59,11 +59,11 @@ class Config(NamedTuple):
 
 # What is launched, by GPU. Compiled only, for every line of bench/compile_gate.py: none has run on a GPU, and none was
 # chosen by a time (bench/sweep.py does that, and says how its answer gets here). 8 warps, as 4 spill; 256 columns where
-# they fit the registers, which a softcap fills; slices of 16 columns, as those of 32 spill, but on sm_90, where it is
-# the other way round. Under Triton 3.7 no loop of products spills but that of an odd head on sm_90, and the rest of a
-# tile 32 to 48 bytes on sm_100 with a softcap, 112 on sm_90 by pointers: bench/compile_gate.py says what is allowed.
+# they fit the registers, which a softcap fills; slices of 16 or 32 columns, whichever spills less.
+# Under Triton 3.7 odd heads spill, 104 to 1104 bytes a tile, and those that sm_100 takes by pointers, 40 bytes; in a
+# loop of products only an odd head on sm_90 does: bench/compile_gate.py says what is allowed.
 HALF = {
-    "sm_80": Config(128, 128, 64, 8, 3, 16, 8),
+    "sm_80": Config(128, 128, 64, 8, 3, 32, 8),
     "sm_90": Config(128, 256, 64, 8, 3, 32, 8),
     "sm_100": Config(128, 128, 64, 8, 3, 16, 8),
     "sm_120": Config(64, 128, 32, 8, 3, 16, 8),  # 99 KB of shared memory; 128 rows spill 450 to 810 bytes
@@ -136,6 +136,19 @@ def _product(
             x = tl.load(x_rows + ks.to(tl.int64) * x_stride_d, mask=ks < depth, other=0.0)
             w = tl.load(w_rows + ks.to(tl.int64) * w_stride_d, mask=ks < depth, other=0.0)
         acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _product_of_blocks(
+    x, w, row_tile, tile, depth, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """The same of a row tile and a column tile by descriptors, whose outside is 0."""
+    row_start, column_start = (row_tile * BLOCK_M).to(tl.int32), (tile * BLOCK_N).to(tl.int32)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, depth, BLOCK_K):
+        a, b = x.load([row_start, k]), w.load([column_start, k])
+        acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
     return acc
 
 
@@ -384,11 +397,7 @@ def linear_fwd_tma_kernel(
         tl.program_id(0), last, step, flatten=FLATTEN, warp_specialize=SPECIALIZE, disable_licm=True
     ):
         row_tile, tile = _place(tl.cast(program, tl.int64), row_tiles, tiles, GROUP)
-        row_start, column_start = (row_tile * BLOCK_M).to(tl.int32), (tile * BLOCK_N).to(tl.int32)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in range(0, depth, BLOCK_K):
-            a, b = x.load([row_start, k]), w.load([column_start, k])
-            acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
+        acc = _product_of_blocks(x, w, row_tile, tile, depth, BLOCK_M, BLOCK_N, BLOCK_K)
         rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         target = tl.load(target_ptr + _rows_at(index_ptr, rows, live))
         _store_tile(
@@ -453,6 +462,67 @@ def _count(count_ptr, at: tl.constexpr, known, start, height):
     return tl.maximum(tl.minimum(count - start, height), 0)
 
 
+@triton.jit
+def _kept(e_ptr, counts_ptr, stored, start, height):
+    """How many of the `height` rows from `start` on come from their exponentials."""
+    kept = tl.zeros((), tl.int64)
+    if e_ptr is not None:
+        kept = _count(counts_ptr, 0, stored, start, height)
+    return kept
+
+
+@triton.jit
+def _write_gradient(
+    acc, row_tile, tile, live, kept, out_ptr, out_stride, bias_ptr, target_ptr, coef_ptr, coef_stride, e_ptr, place_ptr,
+    e_max_ptr, e_max_stride, col0, columns, scale, softcap, inv_temperature, CAPPED: tl.constexpr,
+    SCALED: tl.constexpr, SPREAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    """dL/dx of a tile of products; the first `kept` rows from their exponentials."""
+    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_live = rows < live
+    rows = tl.minimum(rows, live - 1)
+    e_rows = None
+    top = tl.zeros((BLOCK_M,), tl.float32)
+    from_e = tl.zeros((BLOCK_M,), tl.int1)
+    if e_ptr is not None:
+        from_e = rows < kept
+        place = tl.load(place_ptr + rows, mask=from_e, other=0)
+        e_rows = e_ptr + place * columns
+        top = tl.load(e_max_ptr + place * e_max_stride + tile, mask=from_e, other=0.0)
+    coef = coef_ptr + rows
+    step = tl.cast(coef_stride, tl.int64)
+    g, k, h = tl.load(coef), tl.load(coef + step), tl.load(coef + 2 * step)
+    m, l = tl.load(coef + 3 * step), tl.load(coef + 4 * step)
+    entropy, logp, label_slope = tl.load(coef + 5 * step), tl.load(coef + 6 * step), tl.load(coef + 7 * step)
+    out_rows = out_ptr + rows * out_stride
+    factor = 1.0
+    if SCALED:
+        factor = scale * inv_temperature
+    shift = tl.where(from_e, (top - m) - l, -l)
+    a, b = slopes(g, k, h, shift, entropy, factor)
+    curved = tl.max((h != 0).to(tl.int32), axis=0) > 0
+    spread = tl.zeros((BLOCK_M,), tl.float32)
+    if SPREAD:
+        spread = tl.load(coef + 8 * step)
+    _store_gradient(
+        acc, (tile * BLOCK_N).to(tl.int32), columns, out_rows, e_rows, top, is_live, from_e, a, b, curved,
+        spread * factor, m, bias_ptr, scale, softcap, inv_temperature, CAPPED, SCALED, SPREAD, SLICE,
+    )  # fmt: skip
+    # the label's comes neither from e nor from its slope: a rounded one would weigh on the largest gradient
+    dx = label_gradient(g, k, h, logp, entropy)
+    if SPREAD:
+        dx = tl.where(logp == float("-inf"), dx, dx + spread)
+    if CAPPED:
+        dx = tl.where(dx == 0, 0.0, dx * label_slope)
+    if SCALED:
+        dx = dx * scale * inv_temperature
+    label = tl.load(target_ptr + rows) - col0
+    end = tl.minimum((tile + 1) * BLOCK_N, columns)
+    tl.debug_barrier()  # what another thread has stored there is under it
+    here = is_live & (label >= tile * BLOCK_N) & (label < end)
+    tl.store(out_rows + label, dx.to(out_ptr.dtype.element_ty), mask=here)
+
+
 @triton.jit(do_not_specialize=["stored", "count", "start", "height", "coef_stride", "col0", "e_max_stride"])
 def linear_bwd_kernel(
     out_ptr,  # (height, columns): dL/dx of the rows from `start` on
@@ -499,58 +569,72 @@ def linear_bwd_kernel(
     row_tiles = tl.cdiv(live, BLOCK_M)
     if program < row_tiles * tiles:
         row_tile, tile = _place(program, row_tiles, tiles, GROUP)
-        first = row_tile * BLOCK_M
-        rows = first + tl.arange(0, BLOCK_M)
-        is_live = rows < live
-        rows = tl.minimum(rows, live - 1)
-        e_rows = None
-        top = tl.zeros((BLOCK_M,), tl.float32)
-        from_e = tl.zeros((BLOCK_M,), tl.int1)
-        if e_ptr is not None:
-            kept = _count(counts_ptr, 0, stored, start, height)
-            from_e = rows < kept
-            place = tl.load(place_ptr + rows, mask=from_e, other=0)
-            e_rows = e_ptr + place * columns
-            top = tl.load(e_max_ptr + place * e_max_stride + tile, mask=from_e, other=0.0)
-            # the product of a tile whose rows all come from e is not looked at
-            depth = tl.where(first + BLOCK_M <= kept, 0, depth)
+        kept = _kept(e_ptr, counts_ptr, stored, start, height)
+        # the product of a tile whose rows all come from e is not looked at
+        depth = tl.where((row_tile + 1) * BLOCK_M <= kept, 0, depth)
+        rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         cols = tl.minimum(tile * BLOCK_N + tl.arange(0, BLOCK_N), columns - 1)
         acc = _product(
             x_ptr, x_stride_n, x_stride_d, _rows_at(index_ptr, rows, live), w_ptr, w_stride_v, w_stride_d, cols, depth,
             EVEN, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        coef = coef_ptr + rows
-        step = tl.cast(coef_stride, tl.int64)
-        g, k, h = tl.load(coef), tl.load(coef + step), tl.load(coef + 2 * step)
-        m, l = tl.load(coef + 3 * step), tl.load(coef + 4 * step)
-        entropy, logp, label_slope = tl.load(coef + 5 * step), tl.load(coef + 6 * step), tl.load(coef + 7 * step)
-        out_rows = out_ptr + rows * out_stride
-        factor = 1.0
-        if SCALED:
-            factor = scale * inv_temperature
-        shift = tl.where(from_e, (top - m) - l, -l)
-        a, b = slopes(g, k, h, shift, entropy, factor)
-        curved = tl.max((h != 0).to(tl.int32), axis=0) > 0
-        spread = tl.zeros((BLOCK_M,), tl.float32)
-        if SPREAD:
-            spread = tl.load(coef + 8 * step)
-        _store_gradient(
-            acc, (tile * BLOCK_N).to(tl.int32), columns, out_rows, e_rows, top, is_live, from_e, a, b, curved,
-            spread * factor, m, bias_ptr, scale, softcap, inv_temperature, CAPPED, SCALED, SPREAD, SLICE,
+        _write_gradient(
+            acc, row_tile, tile, live, kept, out_ptr, out_stride, bias_ptr, target_ptr, coef_ptr, coef_stride, e_ptr,
+            place_ptr, e_max_ptr, e_max_stride, col0, columns, scale, softcap, inv_temperature, CAPPED, SCALED, SPREAD,
+            BLOCK_M, BLOCK_N, SLICE,
         )  # fmt: skip
-        # the label's comes neither from e nor from its slope: a rounded one would weigh on the largest gradient
-        dx = label_gradient(g, k, h, logp, entropy)
-        if SPREAD:
-            dx = tl.where(logp == float("-inf"), dx, dx + spread)
-        if CAPPED:
-            dx = tl.where(dx == 0, 0.0, dx * label_slope)
-        if SCALED:
-            dx = dx * scale * inv_temperature
-        label = tl.load(target_ptr + rows) - col0
-        end = tl.minimum((tile + 1) * BLOCK_N, columns)
-        tl.debug_barrier()  # what another thread has stored there is under it
-        here = is_live & (label >= tile * BLOCK_N) & (label < end)
-        tl.store(out_rows + label, dx.to(out_ptr.dtype.element_ty), mask=here)
+
+
+@triton.jit(do_not_specialize=["stored", "count", "start", "height", "coef_stride", "col0", "e_max_stride"])
+def linear_bwd_tma_kernel(
+    out_ptr,
+    out_stride,
+    x,  # descriptor of (height, D), blocks of (BLOCK_M, BLOCK_K): the rows from `start` on, next to each other
+    w,  # descriptor of (columns, D), blocks of (BLOCK_N, BLOCK_K)
+    bias_ptr,
+    target_ptr,
+    coef_ptr,
+    coef_stride,
+    e_ptr,
+    place_ptr,
+    e_max_ptr,
+    e_max_stride,
+    counts_ptr,
+    stored,
+    count,
+    start,
+    height,
+    col0,
+    columns,
+    depth,
+    scale,
+    softcap,
+    inv_temperature,
+    CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
+    SPREAD: tl.constexpr,
+    EVEN: tl.constexpr,  # not looked at: what is outside of a descriptor is 0
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    SLICE: tl.constexpr,
+):
+    """linear_bwd_kernel by copies of whole blocks."""
+    program = tl.program_id(0).to(tl.int64)
+    live = _count(counts_ptr, 1, count, start, height)
+    tiles = tl.cdiv(columns, BLOCK_N).to(tl.int64)
+    row_tiles = tl.cdiv(live, BLOCK_M)
+    if program < row_tiles * tiles:
+        row_tile, tile = _place(program, row_tiles, tiles, GROUP)
+        kept = _kept(e_ptr, counts_ptr, stored, start, height)
+        depth = tl.where((row_tile + 1) * BLOCK_M <= kept, 0, depth)
+        acc = _product_of_blocks(x, w, row_tile, tile, depth, BLOCK_M, BLOCK_N, BLOCK_K)
+        _write_gradient(
+            acc, row_tile, tile, live, kept, out_ptr, out_stride, bias_ptr, target_ptr, coef_ptr, coef_stride, e_ptr,
+            place_ptr, e_max_ptr, e_max_stride, col0, columns, scale, softcap, inv_temperature, CAPPED, SCALED, SPREAD,
+            BLOCK_M, BLOCK_N, SLICE,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["start", "height"])
@@ -654,6 +738,16 @@ def takes_tma(weight: Tensor, arch: str) -> bool:
     return arch in TMA and weight.stride(1) == 1 and weight.stride(0) >= weight.shape[1] and aligned
 
 
+def _descriptors(x: Tensor, weight: Tensor, tile: Config) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Of the blocks of a tile; rows of x that do not lie as a descriptor wants are copied."""
+    depth = x.shape[1]
+    if x.stride(1) != 1 or x.stride(0) * x.element_size() % 16 or x.data_ptr() % 16 or x.stride(0) < depth:
+        aligned = -(-depth * x.element_size() // 16) * 16 // x.element_size()
+        x = x.new_empty(x.shape[0], aligned)[:, :depth].copy_(x)
+    blocks = (x, tile.rows), (weight, tile.columns)
+    return tuple(TensorDescriptor.from_tensor(matrix, [rows, tile.depth]) for matrix, rows in blocks)
+
+
 def linear_fwd_tma(
     hidden, weight, bias, target, rows: Rows, head, want, part, first, label, e, room, chunk, tile
 ) -> None:
@@ -664,16 +758,11 @@ def linear_fwd_tma(
     if n == 0:
         return
     x = hidden if rows.index is None else hidden.index_select(0, rows.index)
-    if x.stride(1) != 1 or x.stride(0) * x.element_size() % 16 or x.data_ptr() % 16 or x.stride(0) < depth:
-        aligned = -(-depth * x.element_size() // 16) * 16 // x.element_size()
-        x = x.new_empty(n, aligned)[:, :depth].copy_(x)
     programs = triton.cdiv(n, tile.rows) * triton.cdiv(vocab, tile.columns)
     with on_device_of(hidden):
         linear_fwd_tma_kernel[(min(programs, _places(hidden, tile)),)](
-            TensorDescriptor.from_tensor(x, [tile.rows, tile.depth]),
-            TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]),
-            bias, target, rows.index, rows.count, part, first, label, e, room, chunk, n, vocab, depth,
-            *head_arguments(head), WANT=want, FLATTEN=tile.flatten, SPECIALIZE=tile.specialize,
+            *_descriptors(x, weight, tile), bias, target, rows.index, rows.count, part, first, label, e, room, chunk,
+            n, vocab, depth, *head_arguments(head), WANT=want, FLATTEN=tile.flatten, SPECIALIZE=tile.specialize,
             SUMS=_sums_here(tile, hidden), **_launch(tile, depth),
         )  # fmt: skip
 
@@ -719,6 +808,21 @@ def linear_bwd(out, hidden, weight, bias, block: Block, e, e_max, col0, head, ti
             block.coef, block.coef.stride(0), e, block.place, e_max, 0 if e_max is None else e_max.stride(0),
             block.counts, 0, block.start + height, block.start, height, col0, columns, depth, *head_arguments(head),
             SPREAD=len(block.coef) == 9, **_launch(tile, depth),
+        )  # fmt: skip
+
+
+def linear_bwd_tma(out, x, weight, bias, block: Block, e, e_max, col0, head, tile) -> None:
+    """linear_bwd for a weight that takes_tma. x (height, D): the rows of the block; its index is not looked at."""
+    (columns, depth), height = weight.shape, block.target.shape[0]
+    if height == 0:
+        return
+    programs = triton.cdiv(height, tile.rows) * triton.cdiv(columns, tile.columns)
+    with on_device_of(x):
+        linear_bwd_tma_kernel[(programs,)](
+            out, out.stride(0), *_descriptors(x, weight, tile), bias, block.target, block.coef, block.coef.stride(0),
+            e, block.place, e_max, 0 if e_max is None else e_max.stride(0), block.counts, 0, block.start + height,
+            block.start, height, col0, columns, depth, *head_arguments(head), SPREAD=len(block.coef) == 9,
+            **_launch(tile, depth),
         )  # fmt: skip
 
 

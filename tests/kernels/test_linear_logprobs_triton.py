@@ -491,14 +491,22 @@ def test_copied_blocks_give_the_bits_of_pointers(small_tiles, monkeypatch, dtype
     s.hidden[3:9] = NAN
     target = s.labels.clone()
     target[3:9] = formula.SKIP
-    found = []
+    found, launched = [], []
+    plain = kernels.linear_bwd_tma
+    monkeypatch.setattr(kernels, "linear_bwd_tma", lambda *a: launched.append(1) or plain(*a))
     for by_tma in (False, True):
         monkeypatch.setattr(kernels, "TMA", ("interpreter",) if by_tma else ())
         assert kernels.takes_tma(s.weight, "interpreter") == by_tma
         options = (formula.Head(1.1, 8.0, 0.7), 7, 11 * 56 * dtype.itemsize, on_device, FUSED)
         *rows, e, e_max = _fused.fwd(s.hidden, s.weight, None, target, *options)
-        found.append((*rows, e, e_max))
-    assert same_bits(*found) and found[0][0].any()
+        of = formula.Rows(*rows)
+        upstream = *s.upstream, s.upstream[0]
+        coef = formula.coefficients(*upstream, of.logp, of.entropy, of.m, of.l, of.label_slope, of.allowed)
+        inputs = (coef, True, s.hidden, s.weight, None, target, e, e_max, options[0])
+        dhidden, dweight, _ = _fused.bwd(*inputs, (True, True, False), on_device, FUSED)
+        assert bool(launched) == by_tma
+        found.append((*rows, e, e_max, dhidden, dweight))
+    assert same_bits(*found) and found[0][0].any() and found[0][-2].any() and found[0][-1].any()
 
 
 @pytest.mark.parametrize(
@@ -859,7 +867,7 @@ def test_a_product_again_has_the_bits_it_had(small_tiles):
     assert (grads["host"] - truth).norm() <= 1e-6 * truth.norm()
 
 
-LAUNCHES = ("linear_fwd", "linear_fwd_tma", "combine", "linear_bwd", "bounded_product")
+LAUNCHES = ("linear_fwd", "linear_fwd_tma", "combine", "linear_bwd", "linear_bwd_tma", "bounded_product")
 
 
 @runs
@@ -884,7 +892,8 @@ def test_no_count_is_read_on_the_host(small_tiles, monkeypatch, dtype, workspace
 
     with nothing_read():
         both_ways(on_device=True)
-    assert launched == set(LAUNCHES) - {"linear_fwd" if by_tma else "linear_fwd_tma"}
+    other = {"linear_fwd", "linear_bwd"} if by_tma else {"linear_fwd_tma", "linear_bwd_tma"}
+    assert launched == set(LAUNCHES) - other
     with nothing_read(), pytest.raises(AssertionError, match="the host reads: nonzero"):
         both_ways(on_device=False)
 

@@ -176,7 +176,7 @@ MUTANTS = [
     Mutant("maxima of the first tile", CHUNKED, "tops[t, i:j]", "tops[0, i:j]", LOGPROBS),
     Mutant("near-uniform rows from bf16 E", CHUNKED, "tokens.log() - coef.entropy < 0.5", "tokens.log() - coef.entropy < -1", LOGPROBS),
     Mutant("rows without E take the products of a block's first", CHUNKED, "[(cut + i, cut + j) for", "[(start + i, start + j) for", LAUNCHES),
-    Mutant("a second read of the host", CHUNKED, "    index = front(active, from_e)", "    index = front(active, from_e) if bool(active.any()) else front(active, from_e)", LAUNCHES),
+    Mutant("a second read of the host", CHUNKED, "    stored, count = on_host(from_e.sum(), active.sum())", "    stored, count = on_host(from_e.sum(), active.sum()) if bool(active.any()) else (0, 0)", LAUNCHES),
     Mutant("dW of several blocks not summed in float32", CHUNKED, "direct=len(blocks) == 1 and dtype == weight.dtype", "direct=dtype == weight.dtype", LAUNCHES),
     Mutant("no active row leaves dW unwritten", CHUNKED, "self.slice.zero_()", "pass", LOGPROBS),
     Mutant("dW for a frozen head", OP, "ctx.needs_input_grad[:3]", "(True, True, False)", LOGPROBS),

@@ -1,6 +1,6 @@
 """The trainers' own loss code, without what their packages pull in: ray, deepspeed, megatron, omegaconf, tensordict.
 
-    pip install --no-deps --target DIR verl==0.9.1 openrlhf==0.11.2 skyrl==0.4.0
+    pip install --no-deps --ignore-requires-python --target DIR verl==0.9.1 openrlhf==0.11.2 skyrl==0.4.0
     FINEALIGN_ORACLES=DIR pytest
 
 What has no release goes into DIR from its repository: slime/ of THUDM/slime at 624b824a8 (0.3.1), src/prime_rl/ of

@@ -79,3 +79,9 @@ def route(request, monkeypatch):
             monkeypatch.setattr(f"finealign_kernels.losses.{module}.is_fused", lambda row, device: False)
         monkeypatch.setattr("finealign_kernels.losses.nll.missing", lambda phi, device: "composed")
     return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the trainings of a file write to."""
+    return tmp_path_factory.mktemp("runs")

@@ -18,14 +18,16 @@ pytest.importorskip("trl", reason="TRL is not installed")
 import numpy as np  # noqa: E402
 import transformers  # noqa: E402
 import trl  # noqa: E402
+import trl_runs  # noqa: E402
 from datasets import Dataset  # noqa: E402
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
 from trl.experimental import async_grpo  # noqa: E402
 from trl.experimental.async_grpo import async_grpo_trainer  # noqa: E402
 from trl.experimental.async_grpo.async_rollout_worker import RolloutSample  # noqa: E402
 from trl.kernels import ChunkedLogProbFunction as Stock  # noqa: E402
 from trl.trainer import utils  # noqa: E402
+from trl_runs import BOUND, SHORT, STEPS, run, sentence, tokenizer  # noqa: E402
+from trl_runs import logs as logs_of
 
 from finealign_kernels.cli import main  # noqa: E402
 from finealign_kernels.integrations import trl as seam  # noqa: E402
@@ -34,8 +36,6 @@ from finealign_kernels.ops.logprobs import linear_logprobs  # noqa: E402
 from finealign_kernels.testing.budgets import assert_within  # noqa: E402
 
 ALL = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-BOUND = 1e-5  # relative, of loss and gradient norm at every step
-STEPS = 5
 
 
 @pytest.fixture(autouse=True)
@@ -324,52 +324,16 @@ def test_weights_that_are_read_are_not_warned_of(folder, monkeypatch):
 
 # ---- training ------------------------------------------------------------------------------------------------------
 
-WORDS = ["a", "bee", "can", "do", "each", "fine", "good", "hive", "in", "jar"]
-TEMPLATE = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
-
-
-@lru_cache
-def tokenizer():
-    """One token a byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytes_only = Tokenizer(models.BPE({token: i for i, token in enumerate(["<pad>", "<eos>", *alphabet])}, []))
-    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_only.decoder = decoders.ByteLevel()
-    special = dict(eos_token="<eos>", pad_token="<pad>", bos_token="<eos>")
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=bytes_only, chat_template=TEMPLATE, **special)
+SIZES = dict(hidden_size=32, intermediate_size=64, max_position_embeddings=128)
 
 
 def model(kind):
-    """A causal model of width 32 with random weights; Gemma2's logits are capped, Llama's head is tied."""
-    torch.manual_seed(0)
-    sizes = dict(
-        vocab_size=258,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=1,
-        initializer_range=0.1,
-    )
-    more = {
-        "Qwen2": dict(tie_word_embeddings=False),
-        "Llama": dict(tie_word_embeddings=True),
-        "Gemma2": dict(head_dim=8, final_logit_softcapping=2.0, attn_implementation="eager"),
-    }
-    config = getattr(transformers, f"{kind}Config")(**sizes, **more[kind])
-    return getattr(transformers, f"{kind}ForCausalLM")(config)
+    """Of width 32; Gemma2's logits are capped, Llama's head is tied."""
+    return trl_runs.model(kind, **SIZES, **(dict(head_dim=8) if kind == "Gemma2" else {}))
 
 
 def rewards(completions, **_):
     return [sum(map(ord, text)) % 7 / 7 for text in completions]
-
-
-def sentence(i, length):
-    return " ".join(WORDS[(i * k + k) % len(WORDS)] for k in range(1, length + 1))
 
 
 PROMPTS = [{"prompt": sentence(i, 2) + " "} for i in range(12)]
@@ -390,40 +354,13 @@ ARGUMENTS = {
 }
 
 
-SHORT = {  # training arguments of every trainer
-    "max_steps": STEPS,
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1e-4,
-    "lr_scheduler_type": "constant",
-    "logging_steps": 1,
-    "report_to": "none",
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-}
-
-
 def logs(name, kind, folder):
     """What the trainer logs at each step."""
     given = dict(reward_funcs=rewards) if name in ("GRPO", "RLOO") else {}
     if name in ("DPO", "KTO"):
         given["ref_model"] = model(kind)
-    arguments = getattr(trl, f"{name}Config")(
-        output_dir=str(folder),
-        seed=0,
-        **(SHORT | ARGUMENTS[name]),
-    )
-    trainer = getattr(trl, f"{name}Trainer")(
-        model=model(kind),
-        args=arguments,
-        train_dataset=Dataset.from_list(DATA[name]),
-        processing_class=tokenizer(),
-        **given,
-    )
-    trainer.train()
-    told = [log for log in trainer.state.log_history if "grad_norm" in log]
+    arguments = partial(getattr(trl, f"{name}Config"), **(SHORT | ARGUMENTS[name]))
+    _, told = run(getattr(trl, f"{name}Trainer"), arguments, folder, DATA[name], model=model(kind), **given)
     assert len(told) == STEPS
     return told
 
@@ -444,11 +381,6 @@ def differences(name, ours, stock):
 @lru_cache
 def stock_logs(name, kind, folder):
     return logs(name, kind, folder)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
 
 
 @pytest.mark.parametrize("kind", ["Qwen2", "Llama", "Gemma2"])
@@ -555,7 +487,7 @@ def async_logs(kind, folder):
         weight_transfer=rollouts,
     )
     trainer.train()
-    told = [log for log in trainer.state.log_history if "grad_norm" in log]
+    told = logs_of(trainer)
     assert len(told) == STEPS
     return told
 
@@ -630,8 +562,9 @@ def sharded_steps(rank, folder):
 
 
 def test_fsdp2_gradients_are_trls_and_those_of_one_process(tmp_path):
-    command = "import sys; sys.path.insert(0, sys.argv[1]); import test_trl; test_trl.sharded_steps(*sys.argv[2:])"
-    arguments = [sys.executable, "-c", command, os.path.dirname(__file__)]
+    command = "import sys; sys.path[:0] = sys.argv[1:3]; import test_trl; test_trl.sharded_steps(*sys.argv[3:])"
+    here = os.path.dirname(__file__)
+    arguments = [sys.executable, "-c", command, here, os.path.dirname(here)]
     ranks = [subprocess.Popen([*arguments, str(rank), str(tmp_path)], stderr=subprocess.PIPE) for rank in (0, 1)]
     try:
         for process in ranks:

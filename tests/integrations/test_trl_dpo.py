@@ -5,7 +5,7 @@ import os
 import socket
 import subprocess
 import sys
-from functools import lru_cache, partial
+from functools import partial
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
@@ -16,9 +16,9 @@ pytest.importorskip("trl", reason="TRL is not installed")
 
 import transformers  # noqa: E402
 import trl  # noqa: E402
-from datasets import Dataset, IterableDataset  # noqa: E402
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors  # noqa: E402
+from datasets import Dataset  # noqa: E402
 from trl import DPOConfig, DPOTrainer  # noqa: E402
+from trl_runs import BOUND, KINDS, ROWS, SHORT, STEPS, apart, model, run, tokenizer  # noqa: E402
 
 import finealign_kernels as fk  # noqa: E402
 from finealign_kernels.integrations import _trl_dpo  # noqa: E402
@@ -26,73 +26,7 @@ from finealign_kernels.integrations import trl as seam  # noqa: E402
 from finealign_kernels.integrations.transformers import model_logprobs  # noqa: E402
 from finealign_kernels.integrations.trl import FineGrainedDPOTrainer, patch_kernels  # noqa: E402
 
-BOUND = 1e-5  # relative, of loss and gradient norm at every step
-STEPS = 5
-
-
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | trim }}</>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
-@lru_cache
-def tokenizer(opens=False):
-    """One token a byte; opens: every text starts with a special token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytes_only = Tokenizer(models.BPE({token: i for i, token in enumerate(["<pad>", "<eos>", *alphabet])}, []))
-    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_only.decoder = decoders.ByteLevel()
-    if opens:
-        bytes_only.post_processor = processors.TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 1)])
-    special = dict(eos_token="<eos>", pad_token="<pad>", bos_token="<eos>")
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=bytes_only, chat_template=TEMPLATE, **special)
-
-
-KINDS = {
-    "Llama": dict(tie_word_embeddings=True),
-    "Qwen2": dict(tie_word_embeddings=False),
-    "Qwen3": dict(head_dim=16),
-    "Gemma2": dict(head_dim=16, final_logit_softcapping=2.0, attn_implementation="eager"),
-    "Granite": dict(logits_scaling=2.0),
-    "Cohere": dict(logit_scale=0.5),
-    "Mixtral": dict(num_local_experts=2, output_router_logits=True, router_aux_loss_coef=0.01),
-}
-
-
-def model(kind="Llama", seed=0):
-    torch.manual_seed(seed)
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=258,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=1,
-        initializer_range=0.1,
-        **KINDS[kind],
-    )
-    return getattr(transformers, f"{kind}ForCausalLM")(config)
-
-
-WORDS = ["a", "bee", "can", "do", "each", "fine", "good", "hive", "in", "jar"]
-
-
-def sentence(i, length):
-    return " ".join(WORDS[(i * k + k) % len(WORDS)] for k in range(1, length + 1))
-
-
-ROWS = [
-    {"prompt": sentence(i, 2) + " ", "chosen": sentence(i + 3, 4), "rejected": sentence(i, 2 + i % 3)}
-    for i in range(12)
-]
 
 
 def chat(row):
@@ -107,45 +41,10 @@ def marked(row):
     return row | {"chosen_spans": [], "rejected_spans": [{"start": start, "end": stop, "kind": "factual"}]}
 
 
-SHORT = dict(
-    max_steps=STEPS,
-    per_device_train_batch_size=4,
-    learning_rate=1e-4,
-    lr_scheduler_type="constant",
-    logging_steps=1,
-    report_to="none",
-    save_strategy="no",
-    disable_tqdm=True,
-    use_cpu=True,
-    bf16=False,
-    gradient_checkpointing=False,
-    seed=0,
-)
-
-
 def trained(cls, folder, *, rows=ROWS, kind="Llama", config=None, ref=True, tokens=None, **options):
-    trainer = cls(
-        options.pop("model", None) or model(kind),
-        ref_model=model(kind) if ref else None,
-        args=DPOConfig(output_dir=str(folder), **(SHORT | (config or {}))),
-        train_dataset=rows if isinstance(rows, IterableDataset) else Dataset.from_list(rows),
-        processing_class=tokens or tokenizer(),
-        **options,
-    )
-    trainer.train()
-    return trainer, [log for log in trainer.state.log_history if "grad_norm" in log]
-
-
-def apart(ours, stock):
-    """Largest relative difference of loss and gradient norm over the steps."""
-    pairs = list(zip(ours, stock, strict=True))
-    assert len(pairs) >= 2
-    return max(abs(one[key] - other[key]) / abs(other[key]) for one, other in pairs for key in ("loss", "grad_norm"))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
+    policy, reference = options.pop("model", None) or model(kind), model(kind) if ref else None
+    arguments = partial(DPOConfig, **(SHORT | (config or {})))
+    return run(cls, arguments, folder, rows, tokens=tokens, model=policy, ref_model=reference, **options)
 
 
 # ---- equality with TRL's own loss ----------------------------------------------------------------------------------

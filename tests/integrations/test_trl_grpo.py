@@ -1,6 +1,7 @@
 """FineGrainedGRPOTrainer: TRL's GRPO for numbers, and rewards of segments on the tokens that earned them."""
 
 import os
+from functools import partial
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -10,9 +11,8 @@ import torch
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
-from datasets import Dataset  # noqa: E402
-from test_trl_dpo import SHORT, model, sentence, tokenizer  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
+from trl_runs import SHORT, model, run, sentence, tokenizer  # noqa: E402
 
 import finealign_kernels as fk  # noqa: E402
 from finealign_kernels.integrations import _trl_grpo  # noqa: E402
@@ -21,29 +21,20 @@ from finealign_kernels.integrations.trl import FineGrainedGRPOTrainer  # noqa: E
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
-
-
 PROMPTS = [{"prompt": sentence(i, 2) + " "} for i in range(12)]
 GENERATED = dict(num_generations=4, max_completion_length=12, temperature=1.0, per_device_train_batch_size=4)
 
 
 def trained(cls, folder, rewards, *, config=None, watch=None, **options):
-    trainer = cls(
-        model(),
-        rewards,
-        GRPOConfig(output_dir=str(folder), **(SHORT | GENERATED | dict(max_steps=3, beta=0.0) | (config or {}))),
-        train_dataset=Dataset.from_list(PROMPTS),
-        processing_class=tokenizer(),
-        **options,
-    )
-    if watch is not None:
-        scored = trainer._generate_and_score_completions
-        trainer._generate_and_score_completions = lambda inputs: watch.append(scored(inputs)) or watch[-1]
-    trainer.train()
-    return trainer, [log for log in trainer.state.log_history if "grad_norm" in log]
+    class Watched(cls):
+        def _generate_and_score_completions(self, inputs):
+            found = super()._generate_and_score_completions(inputs)
+            if watch is not None:
+                watch.append(found)
+            return found
+
+    arguments = partial(GRPOConfig, **(SHORT | GENERATED | dict(max_steps=3, beta=0.0) | (config or {})))
+    return run(Watched, arguments, folder, PROMPTS, model=model(), reward_funcs=rewards, **options)
 
 
 def length(completions, **_):

@@ -1,6 +1,7 @@
 """PointwiseTrainer: TRL's KTO where nothing else is asked for, and losses of single responses that TRL has not."""
 
 import os
+from functools import partial
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
@@ -9,21 +10,15 @@ import torch
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
-from datasets import Dataset  # noqa: E402
-from test_trl_dpo import ROWS, SHORT, apart, fault_logp, model, tokenizer  # noqa: E402
+from test_trl_dpo import fault_logp  # noqa: E402
 from trl import KTOConfig, KTOTrainer  # noqa: E402
+from trl_runs import BOUND, ROWS, SHORT, apart, model, run, tokenizer  # noqa: E402
 
 from finealign_kernels.integrations.trl import PointwiseTrainer  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
-
-
-BOUND = 1e-5  # relative, of loss and gradient norm at every step
 SINGLE = [
     {"prompt": row["prompt"], "completion": row["chosen" if i % 3 else "rejected"], "label": i % 3 > 0}
     for i, row in enumerate(ROWS)
@@ -31,16 +26,9 @@ SINGLE = [
 
 
 def trained(cls, folder, *, rows=SINGLE, kind="Llama", config=None, ref=True, **options):
-    trainer = cls(
-        options.pop("model", None) or model(kind),
-        ref_model=model(kind) if ref else None,
-        args=KTOConfig(output_dir=str(folder), **(SHORT | dict(train_sampling_strategy="sequential") | (config or {}))),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer(),
-        **options,
-    )
-    trainer.train()
-    return trainer, [log for log in trainer.state.log_history if "grad_norm" in log]
+    policy, reference = options.pop("model", None) or model(kind), model(kind) if ref else None
+    arguments = partial(KTOConfig, **(SHORT | dict(train_sampling_strategy="sequential") | (config or {})))
+    return run(cls, arguments, folder, rows, model=policy, ref_model=reference, **options)
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Gemma2", "Mixtral"])

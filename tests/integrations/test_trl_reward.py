@@ -1,6 +1,7 @@
 """FineGrainedRewardTrainer: TRL's own training where nothing else is asked for, and every loss of a reward model."""
 
 import os
+from functools import partial
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
@@ -13,11 +14,10 @@ import transformers  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from torch.testing import assert_close  # noqa: E402
 from trl import RewardConfig, RewardTrainer  # noqa: E402
+from trl_runs import BOUND, SHORT, run  # noqa: E402
 
 import finealign_kernels as fk  # noqa: E402
 from finealign_kernels.integrations.trl import FineGrainedRewardTrainer  # noqa: E402
-
-BOUND = 1e-5  # relative, of loss and gradient norm at every step
 
 
 def ids(seed, length):
@@ -54,17 +54,8 @@ def model():
 
 
 def trained(cls, folder, *, rows=ROWS, config=None, **options):
-    defaults = dict(max_steps=3, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1, use_cpu=True)
-    more = dict(report_to=[], save_strategy="no", disable_tqdm=True, bf16=False, gradient_checkpointing=False, seed=3)
-    trainer = cls(
-        options.pop("model", None) or model(),
-        args=RewardConfig(output_dir=str(folder), **(defaults | more | (config or {}))),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer(),
-        **options,
-    )
-    trainer.train()
-    return trainer, [log for log in trainer.state.log_history if "grad_norm" in log]
+    arguments = partial(RewardConfig, **(SHORT | dict(max_steps=3, learning_rate=1e-2, seed=3) | (config or {})))
+    return run(cls, arguments, folder, rows, tokens=tokenizer(), model=options.pop("model", None) or model(), **options)
 
 
 def same(ours, stock):

@@ -97,6 +97,8 @@ MUTANTS = [
     # groups and heads over ranks
     Mutant("turns of this rank's responses alone", "rl/groups.py", "(wide,), own = rows_of_all(process_group, wide)", "own = slice(None); counts = cu_turns.diff()", "tests/ops/test_over_ranks.py"),
     Mutant("columns of sharded logits counted from 0", "ops/_parallel.py", "min(dist.get_rank(group) * step, vocab)", "0", "tests/ops/test_sharded_heads.py"),
+    Mutant("a compiled shard begins at column 0", "ops/_parallel.py", "return group, shard.start, shard.columns,", "return group, 0, shard.columns,", PARALLEL),
+    Mutant("a compiled head forgets temperatures of rows", "ops/_parallel.py", "inv_temperature if heat is None else heat, support)", "inv_temperature, support)", PARALLEL),
     # sequences over ranks
     Mutant("the label at a chunk's end by this rank's tokens", "ops/context.py", "torch.where(mine, here, slot[after] if self.total else here)", "here", CONTEXT),
     Mutant("labels over the end of a sequence", "ops/context.py", "torch.where(kept.view(-1, *[1] * (flat.dim() - 1)), after, fill)", "after", CONTEXT),
@@ -137,7 +139,7 @@ MUTANTS = [
     Mutant("support: rows that were read are not picked", FORMULA, "None if self.support is None else self.support[at]", "None if self.support is None else self.support[: len(self.support[at])]", SUPPORT),
     Mutant("support: ranks count ids from 0", "ops/_parallel.py", "head._replace(support=head.support - self.start)", "head", SUPPORT),
     Mutant("support: a label outside passes", "ops/_check.py", "lost = (target >= 0) & (ids != target[:, None]).all(-1)", "lost = (target >= 0) & (ids.shape[-1] == 0)", SUPPORT),
-    Mutant("support: gradient in place forgets it", OP, "            _chunked.ban(to[r, c0:c1], head.rows(r), c0)\n", "            pass\n", SUPPORT),
+    Mutant("support: gradient in place forgets it", "ops/_tiles.py", "            _chunked.ban(to[r, c0:c1], head.rows(r), c0)\n", "            pass\n", SUPPORT),
     # label smoothing
     Mutant("smoothing: spread over banned tokens too", FORMULA, "spread = torch.where(z == -torch.inf, 0, coef.spread[:, None])", "spread = coef.spread[:, None]", SMOOTHING),
     Mutant("smoothing: none at the label", FORMULA, "dz_label if coef.spread is None else dz_label + coef.spread[:, None]", "dz_label", SMOOTHING),
@@ -188,15 +190,15 @@ MUTANTS = [
     Mutant("label check off", "ops/_check.py", "flat != flat.clamp(0, vocab - 1)", "flat > vocab", LOGPROBS),
     Mutant("autocast reaches the products", OP, "with torch.autocast(device, enabled=False):", "if True:", LOGPROBS),
     # the vocabulary split over ranks
-    Mutant("ranks: non-owners have no gradient", "ops/_parallel.py", "coef = formula.coefficients(dlogp, dlse, dentropy, dmean, *state)", "coef = formula.coefficients(*(None if d is None else d * (local < 2**29) for d in (dlogp, dlse, dentropy)), dmean, *state)", PARALLEL),
+    Mutant("ranks: non-owners have no gradient", "ops/_parallel.py", "coef, summing = formula.coefficients(dlogp, dlse, dentropy, dmean, *state), Summing(shard)", "coef, summing = formula.coefficients(*(None if d is None else d * (local < 2**29) for d in (dlogp, dlse, dentropy)), dmean, *state), Summing(shard)", PARALLEL),
     Mutant("ranks: log TP added to lse", "ops/_parallel.py", "return formula.combine(part, first, torch.stack", "part = part.repeat_interleave(shard.ranks, 1); first = first.repeat_interleave(shard.ranks, 1)\n    return formula.combine(part, first, torch.stack", PARALLEL),
     Mutant("ranks: padding counted", "ops/_parallel.py", "else min(columns, max(vocab_size - start, 0))", "else columns", PARALLEL),
     Mutant("ranks: dX of this rank alone", "ops/_parallel.py", "self.work = dist.all_reduce(dx, group=group, async_op=True)", "pass", PARALLEL),
     Mutant("ranks: dX rounded before the sum", CHUNKED, "        self.handed = True\n", "        self.handed = True\n        self.dx = self.dx.to(self.hidden.dtype).to(self.dx.dtype)\n", PARALLEL),
     Mutant("ranks: first upstream gradient for all rows", FORMULA, "zero if d is None else d.to(m.dtype) for", "zero if d is None else d[:1].expand_as(m).to(m.dtype) for", PARALLEL),
-    Mutant("ranks: temperature after the softmax", "ops/_parallel.py", "        logp, lse, entropy, squares, mean, top1, m, l, label_slope, allowed = found\n        ctx.save_for_backward(hidden", "        logp, lse, entropy, squares, mean, top1, m, l, label_slope, allowed = found\n        logp = logp * head.inv_temperature\n        ctx.save_for_backward(hidden", PARALLEL),
+    Mutant("ranks: temperature after the softmax", "ops/_parallel.py", "[*exchange(state, target, want, top, shard), local, e, e_max]", "[exchange(state, target, want, top, shard)[0] * head.inv_temperature, *exchange(state, target, want, top, shard)[1:], local, e, e_max]", PARALLEL),
     Mutant("ranks: combined from this rank on", "ops/_parallel.py", "all_gather(wire, shard.group)).permute", "all_gather(wire, shard.group).roll(-dist.get_rank(shard.group), 0)).permute", PARALLEL),
-    Mutant("ranks: no collective where all is masked", "ops/_parallel.py", "        found = exchange(state, target, want, top, shard)\n", "        found = exchange(state, target, want, top, shard) if bool((target >= 0).any()) else formula.combine(state.part[:, None], state.first[:, None], state.label, target, want)\n", PARALLEL),
+    Mutant("ranks: no collective where all is masked", "ops/_parallel.py", "[*exchange(state, target, want, top, shard), local, e, e_max]", "[*(exchange(state, target, want, top, shard) if bool((target >= 0).any()) else formula.combine(state.part[:, None], state.first[:, None], state.label, target, want)), local, e, e_max]", PARALLEL),
     Mutant("ranks: a label that two ranks hold counts twice", "ops/_parallel.py", "lost = (target >= 0) & (owners != 1)", "lost = (target >= 0) & (owners < 1)", PARALLEL),
     Mutant("ranks: the shard's dX overwritten by rows of another", "ops/_parallel.py", "reduce(self.out, dx, group=group, async_op=True)", "reduce(self.out, dx.roll(1, 0), group=group, async_op=True)", PARALLEL),
     Mutant("ranks: dX waits for dW", CHUNKED, "shard if last else None", "None", PARALLEL),

@@ -8,7 +8,6 @@ Which collectives run, and their shapes, depend on the number of rows, the outpu
 labels, compaction, the size of a shard or what needs a gradient.
 """
 
-import functools
 import sys
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..formulas import logprobs as formula
-from . import _choose, _chunked
+from . import _choose, _chunked, _tiles
 from ._check import fail, note_errors
 from ._once import once
 
@@ -182,6 +181,8 @@ def refuse_reference(shard: Shard | None) -> None:
 def all_gather(x: Tensor, group) -> Tensor:
     """(ranks, *x.shape), in the order of the ranks."""
     ranks = dist.get_world_size(group)
+    if torch.compiler.is_compiling():
+        return torch.ops.finealign.all_gather(x, ranks, (dist.group.WORLD if group is None else group).group_name)
     out = x.new_empty(ranks * x.shape[0], *x.shape[1:])
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
     gather(out, x.contiguous(), group=group)
@@ -269,98 +270,116 @@ def _without_lost(target: Tensor, lost: Tensor, owners: Tensor, shard: Shard) ->
 # ---- the head ------------------------------------------------------------------------------------------------------
 
 
-def eager(function):
-    """A function that a compiler leaves out: its collectives run between two graphs.
-
-    torch.compiler.disable would import the compiler with this package, or at an eager call.
-    """
-    outside = torch._disable_dynamo(function)
-
-    @functools.wraps(function)
-    def call(*args):
-        return outside(*args) if torch.compiler.is_compiling() else function(*args)
-
-    return call
-
-
-@eager
 def linear(hidden, weight, bias, target, head, want, workspace, on_device, rows, top: bool, shard: Shard, low=None):
     """Rows (N,) each of hidden (N, D), or (N / ranks, D) where the shard gathers; weight (columns, D) of this rank.
 
-    low: (u, b), a low-rank part of the head, where one rank holds all.
+    low: (u, b), a low-rank part of the head, where one rank holds all. A compiler leaves it out of its graph.
     """
     options = target, head, want, workspace, on_device, rows, top, shard
-    return _Linear.apply(hidden, weight, bias, *(low or (None, None)), *options)
+    if low is None or not torch.compiler.is_compiling():
+        return _Linear.apply(hidden, weight, bias, *(low or (None, None)), *options)
+    return _eager(hidden, weight, bias, *low, *options)
+
+
+@torch._disable_dynamo  # torch.compiler.disable would import the compiler with this package
+def _eager(*args):
+    return _Linear.apply(*args)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, u, b, target, head, want, workspace, on_device, rows, top, shard):
-        low = None if u is None else _chunked.Low(u, b)
-        part = {} if low is None else {"low": low}
-        x = all_gather(hidden, shard.group).flatten(0, 1) if shard.gathers else hidden
-        local, head = shard.local(target), shard.local_head(head)
-        if shard.columns:
-            fwd = _choose.layer(rows).fwd
-            *state, e, e_max = fwd(x, weight, bias, local, head, want, workspace, on_device, rows, shard=True, **part)
-            state = formula.State(*state)
+        options = want, workspace, on_device, rows, top
+        if torch.compiler.is_compiling():
+            found = torch.ops.finealign.parallel_linear_fwd(
+                hidden, weight, bias, target, *_plain(head), *options, *_named(shard)
+            )
         else:
-            state = empty_state(x.shape[0], _chunked.wide(x.dtype), x.device)
-            e, e_max = x.new_empty(0), x.new_empty(0, 0)
-        found = exchange(state, target, want, top, shard)
-        logp, lse, entropy, squares, mean, top1, m, l, label_slope, allowed = found
-        ctx.save_for_backward(hidden, weight, bias, u, b, local, logp, entropy, m, l, label_slope, allowed, e, e_max)
-        ctx.options = head, on_device, rows, shard
+            found = _linear_fwd(hidden, weight, bias, target, head, *options, shard, **_low(u, b))
+        logp, lse, entropy, squares, mean, top1, m, l, label_slope, allowed, local, e, e_max = found
+        *numbers, heat, support = _plain(shard.local_head(head))
+        state = local, logp, entropy, m, l, label_slope, allowed, e, e_max
+        ctx.save_for_backward(hidden, weight, bias, u, b, *state, heat, support)
+        ctx.options = numbers, on_device, rows, shard
         ctx.mark_non_differentiable(squares, top1)
         ctx.set_materialize_grads(False)
         return logp, lse, entropy, squares, mean, top1
 
     @staticmethod
     def backward(ctx, dlogp, dlse, dentropy, _, dmean, *__):
-        hidden, weight, bias, u, b, local, *state, e, e_max = ctx.saved_tensors
-        head, on_device, rows, shard = ctx.options
-        needs = tuple(ctx.needs_input_grad[: 3 if u is None else 5])
-        part = {} if u is None else {"low": _chunked.Low(u, b)}
+        hidden, weight, bias, u, b, *state, heat, support = ctx.saved_tensors
+        numbers, on_device, rows, shard = ctx.options
+        needs = tuple(bool(need) for need in ctx.needs_input_grad[: 3 if u is None else 5])
         with torch.no_grad():
-            x = all_gather(hidden, shard.group).flatten(0, 1) if shard.gathers else hidden
-            coef, summing = formula.coefficients(dlogp, dlse, dentropy, dmean, *state), Summing(shard)
-            if shard.columns:
-                bwd, curved = _choose.layer(rows).bwd, dentropy is not None
-                inputs = x, weight, bias, local, e, e_max
-                grads = bwd(coef, curved, *inputs, head, needs, on_device, rows, shard=summing, **part)
+            given = dlogp, dlse, dentropy, dmean, hidden, weight, bias, *state
+            if torch.compiler.is_compiling():
+                options = *numbers, heat, support, on_device, rows
+                grads = torch.ops.finealign.parallel_linear_bwd(*given, *options, *_named(shard), *needs)
             else:
-                if needs[0]:
-                    summing(x.new_zeros(x.shape, dtype=_chunked.wide(x.dtype)))
-                grads = None, *(None if b is None else torch.zeros_like(b) for b in (weight, bias))
-            dx = summing.result().to(hidden.dtype) if needs[0] else None
-            grads = tuple(grad if need else None for grad, need in zip((dx, *grads[1:]), needs, strict=True))
+                head = _head(*numbers, heat, support)
+                grads = _linear_bwd(*given, head, on_device, rows, shard, needs, **_low(u, b))
+            grads = tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
         sources = (dlogp, dlse, dentropy, dmean, hidden, weight, bias, u, b)
         instead = "without a group, use backend='reference'"
         return *once("linear_logprobs", grads, sources, instead), *[None] * (13 - len(needs))
 
 
+def _low(u: Tensor | None, b: Tensor | None) -> dict:
+    """The low-rank part as an argument, where there is one: not every layer takes it."""
+    return {} if u is None else {"low": _chunked.Low(u, b)}
+
+
+def _linear_fwd(hidden, weight, bias, target, head, want, workspace, on_device, rows, top, shard, static=False, **low):
+    """Rows, this rank's targets, E and its maxima."""
+    x = all_gather(hidden, shard.group).flatten(0, 1) if shard.gathers else hidden
+    local, head = shard.local(target), shard.local_head(head)
+    if shard.columns:
+        fwd = _choose.layer(rows).fwd
+        options = want, workspace, on_device, rows, static
+        *state, e, e_max = fwd(x, weight, bias, local, head, *options, shard=True, **low)
+        state = formula.State(*state)
+    else:
+        state = empty_state(x.shape[0], _chunked.wide(x.dtype), x.device)
+        e, e_max = x.new_empty(0), x.new_empty(0, 0, dtype=_chunked.wide(x.dtype))
+    return [*exchange(state, target, want, top, shard), local, e, e_max]
+
+
+def _linear_bwd(dlogp, dlse, dentropy, dmean, hidden, weight, bias, local, *saved, **low):
+    """Gradients of hidden, weight and bias; None where none is needed. The head is that of this rank's columns."""
+    *state, e, e_max, head, on_device, rows, shard, needs = saved
+    x = all_gather(hidden, shard.group).flatten(0, 1) if shard.gathers else hidden
+    coef, summing = formula.coefficients(dlogp, dlse, dentropy, dmean, *state), Summing(shard)
+    if shard.columns:
+        bwd, curved = _choose.layer(rows).bwd, dentropy is not None
+        inputs = x, weight, bias, local, e, e_max
+        grads = bwd(coef, curved, *inputs, head, needs, on_device, rows, shard=summing, **low)
+    else:
+        if needs[0]:
+            summing(x.new_zeros(x.shape, dtype=_chunked.wide(x.dtype)))
+        grads = None, *(None if b is None else torch.zeros_like(b) for b in (weight, bias))
+    return summing.result().to(hidden.dtype) if needs[0] else None, *grads[1:]
+
+
 # ---- logits that exist ---------------------------------------------------------------------------------------------
 
 
-@eager
-def token(logits, target, head, want, inplace, rows, top: bool, shard: Shard, states, gradient):
-    """Rows (N,) each of this rank's logits (N, columns and padding); states, gradient: the passes over tiles."""
-    return _Token.apply(logits, target, head, want, inplace, rows, top, shard, states, gradient)
+def token(logits, target, head, want, inplace, rows, top: bool, shard: Shard):
+    """Rows (N,) each of this rank's logits (N, columns and padding)."""
+    return _Token.apply(logits, target, head, want, inplace, rows, top, shard)
 
 
 class _Token(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, target, head, want, inplace, rows, top, shard, states, gradient):
-        local, head, x = shard.local(target), shard.local_head(head), logits[:, : shard.columns]
-        if shard.columns:
-            part, first, label = states(x, local, head, want, rows)
-            state = formula.State(*formula.merge(part, first, want), label)
+    def forward(ctx, logits, target, head, want, inplace, rows, top, shard):
+        if torch.compiler.is_compiling():
+            options = *_plain(head), want, rows, top
+            found = torch.ops.finealign.parallel_token_fwd(logits, target, *options, *_named(shard))
         else:
-            state = empty_state(x.shape[0], _chunked.wide(x.dtype), x.device)
-        statistics = exchange(state, target, want, top, shard)
-        logp, lse, entropy, squares, mean, top1, m, l, label_slope, allowed = statistics
-        ctx.save_for_backward(logits, local, logp, entropy, m, l, label_slope, allowed)
-        ctx.options, ctx.gradient = (head, rows), gradient
+            found = _token_fwd(logits, target, head, want, rows, top, shard)
+        logp, lse, entropy, squares, mean, top1, m, l, label_slope, allowed, local = found
+        *numbers, heat, support = _plain(shard.local_head(head))
+        ctx.save_for_backward(logits, local, logp, entropy, m, l, label_slope, allowed, heat, support)
+        ctx.options = numbers, rows
         ctx.columns, ctx.inplace, ctx.spent = shard.columns, inplace, False
         ctx.mark_non_differentiable(squares, top1)
         ctx.set_materialize_grads(False)
@@ -372,15 +391,241 @@ class _Token(torch.autograd.Function):
             raise RuntimeError(
                 "token_logprobs: inplace_backward=True wrote the gradient over the logits; backward runs once"
             )
-        logits, local, *state = ctx.saved_tensors
+        logits, *state, heat, support = ctx.saved_tensors
+        numbers, rows = ctx.options
         with torch.no_grad():
             grad = logits if ctx.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-            if ctx.columns:
-                source = None if ctx.inplace else logits[:, : ctx.columns]
-                out = grad[:, : ctx.columns]
-                coef = formula.coefficients(dlogp, dlse, dentropy, dmean, *state)
-                ctx.gradient(out, source, coef, local, *ctx.options)
-            grad[:, ctx.columns :] = 0
+            source = None if ctx.inplace else logits
+            given = grad, source, dlogp, dlse, dentropy, dmean, *state
+            if torch.compiler.is_compiling():
+                torch.ops.finealign.parallel_token_bwd(*given, *numbers, heat, support, rows, ctx.columns)
+            else:
+                _token_bwd(*given, _head(*numbers, heat, support), rows, ctx.columns)
             ctx.spent = ctx.inplace
         (grad,) = once("token_logprobs", (grad,), (dlogp, dlse, dentropy, dmean, logits))
-        return grad, *[None] * 9
+        return grad, *[None] * 7
+
+
+def _token_fwd(logits, target, head, want, rows, top, shard):
+    """Rows, and this rank's targets."""
+    local, head, x = shard.local(target), shard.local_head(head), logits[:, : shard.columns]
+    if shard.columns:
+        part, first, label = _tiles.states(x, local, head, want, rows)
+        state = formula.State(*formula.merge(part, first, want), label)
+    else:
+        state = empty_state(x.shape[0], _chunked.wide(x.dtype), x.device)
+    return [*exchange(state, target, want, top, shard), local]
+
+
+def _token_bwd(out, logits, dlogp, dlse, dentropy, dmean, local, *saved):
+    """The gradient of this rank's logits into out; logits None: over the logits themselves."""
+    *state, head, rows, columns = saved
+    if columns:
+        coef = formula.coefficients(dlogp, dlse, dentropy, dmean, *state)
+        source = None if logits is None else logits[:, :columns]
+        _tiles.gradient(out[:, :columns], source, coef, local, head, rows)
+    out[:, columns:] = 0
+
+
+# ---- the same as ops, for a compiler: a graph holds each as one node, its collectives inside -------------------------
+
+
+def _plain(head: formula.Head) -> tuple[float, float, float, Tensor | None, Tensor | None]:
+    """scale, softcap, the inverse temperature as a number or as (N,), and the support."""
+    heat = head.inv_temperature if isinstance(head.inv_temperature, Tensor) else None
+    return *head[:2], head.inv_temperature if heat is None else 1.0, heat, head.support
+
+
+def _head(
+    scale: float, softcap: float, inv_temperature: float, heat: Tensor | None, support: Tensor | None
+) -> formula.Head:
+    return formula.Head(scale, softcap, inv_temperature if heat is None else heat, support)
+
+
+def _named(shard: Shard) -> tuple[str, int, int, int, str]:
+    """A shard in words and numbers; -1 for a size that is not known."""
+    group = "" if shard.group is None else shard.group.group_name
+    return group, shard.start, shard.columns, -1 if shard.vocab is None else shard.vocab, shard.hidden_grad
+
+
+def _shard(group: str, start: int, columns: int, vocab: int, hidden_grad: str) -> Shard:
+    group = dist.distributed_c10d._resolve_process_group(group) if group else None
+    return Shard(group, start, columns, None if vocab < 0 else vocab, hidden_grad)
+
+
+def _stats(like: Tensor, n: int) -> list[Tensor]:
+    """Rows (n,) and this rank's targets, of no values."""
+    stats = [like.new_empty(n, dtype=_chunked.wide(like.dtype)) for _ in range(9)]
+    return [*stats[:5], like.new_empty(n, dtype=torch.bool), *stats[5:], like.new_empty(n, dtype=torch.int64)]
+
+
+@torch.library.custom_op("finealign::all_gather", mutates_args=())
+def _all_gather_op(x: Tensor, ranks: int, group: str) -> Tensor:
+    return all_gather(x, dist.distributed_c10d._resolve_process_group(group))
+
+
+@_all_gather_op.register_fake
+def _(x, ranks, group):
+    return x.new_empty(ranks, *x.shape)
+
+
+@torch.library.custom_op("finealign::parallel_linear_fwd", mutates_args=())
+def _linear_fwd_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    scale: float,
+    softcap: float,
+    inv_temperature: float,
+    heat: Tensor | None,
+    support: Tensor | None,
+    want: int,
+    workspace: int,
+    on_device: bool,
+    rows: str,
+    top: bool,
+    group: str,
+    start: int,
+    columns: int,
+    vocab: int,
+    hidden_grad: str,
+) -> list[Tensor]:
+    shard = _shard(group, start, columns, vocab, hidden_grad)
+    head = _head(scale, softcap, inv_temperature, heat, support)
+    options = want, workspace, on_device, rows, top
+    return _apart(_linear_fwd(hidden, weight, bias, target, head, *options, shard, static=True))
+
+
+@_linear_fwd_op.register_fake
+def _(hidden, weight, bias, target, scale, softcap, inv_temperature, heat, support, want, workspace, _, rows, *__):
+    n, vocab, wide = target.shape[0], weight.shape[0], _chunked.wide(hidden.dtype)
+    head = _head(scale, softcap, inv_temperature, heat, support)
+    room = _chunked.kept_rows(n, vocab, hidden.dtype, workspace) if vocab else 0
+    maxima = _choose.layer(rows).maxima(hidden, vocab, head) if vocab else 0
+    e, e_max = hidden.new_empty(room * vocab), hidden.new_empty((room, maxima), dtype=wide)
+    return [*_stats(hidden, n), e, e_max]
+
+
+@torch.library.custom_op("finealign::parallel_linear_bwd", mutates_args=())
+def _linear_bwd_op(
+    dlogp: Tensor | None,
+    dlse: Tensor | None,
+    dentropy: Tensor | None,
+    dmean: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    local: Tensor,
+    logp: Tensor,
+    entropy: Tensor,
+    m: Tensor,
+    l: Tensor,
+    label_slope: Tensor,
+    allowed: Tensor,
+    e: Tensor,
+    e_max: Tensor,
+    scale: float,
+    softcap: float,
+    inv_temperature: float,
+    heat: Tensor | None,
+    support: Tensor | None,
+    on_device: bool,
+    rows: str,
+    group: str,
+    start: int,
+    columns: int,
+    vocab: int,
+    hidden_grad: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> list[Tensor]:
+    shard = _shard(group, start, columns, vocab, hidden_grad)
+    head = _head(scale, softcap, inv_temperature, heat, support)
+    needs, saved = (need_hidden, need_weight, need_bias), (local, logp, entropy, m, l, label_slope, allowed, e, e_max)
+    grads = _linear_bwd(dlogp, dlse, dentropy, dmean, hidden, weight, bias, *saved, head, on_device, rows, shard, needs)
+    wanted = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return _apart([hidden.new_empty(0) if grad is None else grad for grad in wanted])
+
+
+@_linear_bwd_op.register_fake
+def _(dlogp, dlse, dentropy, dmean, hidden, weight, bias, *rest):
+    empty = hidden.new_empty(0)
+    return [
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need else empty.clone()
+        for x, need in zip((hidden, weight, bias), rest[-3:], strict=True)
+    ]
+
+
+@torch.library.custom_op("finealign::parallel_token_fwd", mutates_args=())
+def _token_fwd_op(
+    logits: Tensor,
+    target: Tensor,
+    scale: float,
+    softcap: float,
+    inv_temperature: float,
+    heat: Tensor | None,
+    support: Tensor | None,
+    want: int,
+    rows: str,
+    top: bool,
+    group: str,
+    start: int,
+    columns: int,
+    vocab: int,
+    hidden_grad: str,
+) -> list[Tensor]:
+    shard = _shard(group, start, columns, vocab, hidden_grad)
+    head = _head(scale, softcap, inv_temperature, heat, support)
+    return _apart(_token_fwd(logits, target, head, want, rows, top, shard))
+
+
+@_token_fwd_op.register_fake
+def _(logits, target, *_):
+    return _stats(logits, target.shape[0])
+
+
+@torch.library.custom_op("finealign::parallel_token_bwd", mutates_args=("out",))
+def _token_bwd_op(
+    out: Tensor,
+    logits: Tensor | None,
+    dlogp: Tensor | None,
+    dlse: Tensor | None,
+    dentropy: Tensor | None,
+    dmean: Tensor | None,
+    local: Tensor,
+    logp: Tensor,
+    entropy: Tensor,
+    m: Tensor,
+    l: Tensor,
+    label_slope: Tensor,
+    allowed: Tensor,
+    scale: float,
+    softcap: float,
+    inv_temperature: float,
+    heat: Tensor | None,
+    support: Tensor | None,
+    rows: str,
+    columns: int,
+) -> None:
+    state, head = (
+        (local, logp, entropy, m, l, label_slope, allowed),
+        _head(scale, softcap, inv_temperature, heat, support),
+    )
+    _token_bwd(out, logits, dlogp, dlse, dentropy, dmean, *state, head, rows, columns)
+
+
+@_token_bwd_op.register_fake
+def _(out, *_):
+    return None
+
+
+def _apart(found: list[Tensor]) -> list[Tensor]:
+    """Results of an op: none of them shares memory with another."""
+    seen, out = set(), []
+    for x in found:
+        key = x.untyped_storage().data_ptr() if x.numel() else None
+        out.append(x.clone(memory_format=torch.contiguous_format) if key in seen else x.contiguous())
+        seen.update({key} - {None})
+    return out

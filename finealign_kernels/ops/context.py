@@ -128,7 +128,7 @@ class ContextShard:
         flat = x.detach().movedim(self._dim, 0)
         handed = flat.new_zeros(most, *flat.shape[1:])
         handed[: len(own)] = flat[own]
-        pool = torch.cat([flat, _gathered(handed, self.group).flatten(0, 1)])
+        pool = torch.cat([flat, _parallel.all_gather(handed, self.group).flatten(0, 1)])
         last = self._at(x, self._ends(cu_seqlens)) - 1
         kept = ~torch.isin(self._at(x, self.index), last)
         after = pool[torch.where(kept, source.clamp(max=len(pool) - 1), 0)] if len(source) else flat
@@ -207,7 +207,7 @@ class _Gather(torch.autograd.Function):
         if n:
             parts = [one.reshape(n, tail.numel()) for one, tail in zip(flat, tails, strict=True)]
             wire[:n] = torch.cat([part.contiguous().view(torch.uint8) for part in parts], 1)
-        got = _gathered(wire, shard.group)
+        got = _parallel.all_gather(wire, shard.group)
         got = torch.cat([one[:size] for one, size in zip(got, shard.sizes, strict=True)])
         got = got[shard._at(got, shard._back)]
         whole = []
@@ -230,7 +230,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, shard, total, count):
-        parts = _gathered(torch.stack([total, count]), shard.group)
+        parts = _parallel.all_gather(torch.stack([total, count]), shard.group)
         whole = parts[0].clone()
         for part in parts[1:]:
             whole += part
@@ -240,11 +240,6 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dtotal, _):
         return None, dtotal, None
-
-
-@_parallel.eager
-def _gathered(x: Tensor, group) -> Tensor:
-    return _parallel.all_gather(x, group)
 
 
 def _result(x: Tensor) -> torch.dtype:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..formulas import logprobs as formula
-from ..formulas.logprobs import Coef, Head
-from . import _choose, _chunked, _parallel
+from ..formulas.logprobs import Head
+from . import _choose, _chunked, _parallel, _tiles
 from ._adapter import check_adapter
 from ._check import (
     OUTPUTS,
@@ -114,8 +114,8 @@ def linear_logprobs(
     group        the ranks that the vocabulary is split over (torch.distributed.ProcessGroup): weight (V_local, D) and
                  bias (V_local,) are this rank's; hidden, labels (global ids), mask and options the same on all of them.
                  The outputs are those of the whole head, to the bit the same on all ranks. One all-gather of 16 bytes a
-                 row and rank (4 to 16 more for outputs other than entropy); backward none but the sum of dX. Not yet
-                 run on GPUs
+                 row and rank (4 to 16 more for outputs other than entropy); backward none but the sum of dX. Under
+                 torch.compile it is one node of the graph. Not yet run on GPUs
     vocab_start  id of this rank's first column; None: its rank · V_local. Required where shards differ in size
     vocab_size   true size of the vocabulary: columns behind it are padding, in no softmax and with gradient 0, also
                  without a group. None: all columns count
@@ -259,7 +259,7 @@ def token_logprobs(
     else:
         shard = shard or _parallel.alone(logits.shape[-1])
         options = head, _want(outputs), inplace_backward, name
-        found = _parallel.token(x, target, *options, "is_top1" in outputs, shard, _token_states, _token_gradient)
+        found = _parallel.token(x, target, *options, "is_top1" in outputs, shard)
     return _shaped(found, labels.shape, outputs)
 
 
@@ -462,52 +462,14 @@ def _(dlogp, dlse, dentropy, dmean, hidden, weight, bias, target, *rest):
     return [dhidden, dweight, dbias]
 
 
-def _tiles(logits: Tensor, tile) -> list[tuple[slice, int, int]]:
-    """The tiles of existing logits: whole rows, or bounded ones where the row kernel makes wide copies."""
-    n, vocab = logits.shape
-    height, width = tile or (max(n, 1), vocab)
-    return [(slice(r0, r1), c0, c1) for c0, c1 in _chunked.spans(vocab, width) for r0, r1 in _chunked.spans(n, height)]
-
-
-def _bounded(tile: tuple[int, int] | None, head: Head, vocab: int) -> tuple[int, int] | None:
-    """The tile, of bounded height where its logits are copied."""
-    return (_chunked.tile_of("cpu").rows, vocab) if tile is None and head.support is not None else tile
-
-
-def _banned(logits: Tensor, head: Head, col0: int) -> Tensor:
-    """A tile of logits, -inf outside of the rows' support."""
-    if head.support is None:
-        return logits
-    return logits.masked_fill(formula.outside(head.support, col0, logits.shape[1]), -torch.inf)
-
-
-def _unit_stride(logits: Tensor) -> Tensor:
-    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
-
-
 @torch.library.custom_op("finealign::token_logprobs_fwd", mutates_args=())
 def _token_fwd(
     logits: Tensor, target: Tensor, scale: float, softcap: float, inv_temperature: float, want: int, rows: str
 ) -> list[Tensor]:
     if logits.device.type != "cpu":
         note_errors(target, logits.shape[1])
-    states = _token_states(logits, target, Head(scale, softcap, inv_temperature), want, rows)
+    states = _tiles.states(logits, target, Head(scale, softcap, inv_temperature), want, rows)
     return list(_choose.rows(rows).combine(*states, target, want))
-
-
-def _token_states(logits: Tensor, target: Tensor, head: Head, want: int, rows: str) -> tuple[Tensor, Tensor, Tensor]:
-    """States of a row's spans (N, spans, PARTS), their first maxima (N, spans), the label's logit and slope (N, 2)."""
-    kernels, dtype, x = _choose.rows(rows), _chunked.wide(logits.dtype), _unit_stride(logits)
-    n, vocab = x.shape
-    span = kernels.SPAN or vocab
-    part = torch.zeros(n, -(-vocab // span), formula.PARTS, dtype=dtype, device=x.device)
-    first = torch.zeros(n, part.shape[1], dtype=torch.int64, device=x.device)
-    label = torch.full((n, 2), torch.nan, dtype=dtype, device=x.device)
-    for r, c0, c1 in _tiles(x, _bounded(kernels.TILE, head, vocab)):
-        states = slice(c0 // span, -(-c1 // span))
-        state = part[r, states].squeeze(1), first[r, states].squeeze(1), label[r]
-        kernels.tile_fwd(_banned(x[r, c0:c1], head.rows(r), c0), None, target[r], c0, head.rows(r), want, *state)
-    return part, first, label
 
 
 @_token_fwd.register_fake
@@ -538,19 +500,7 @@ def _token_bwd(
 ) -> None:
     """The gradient of the logits into out; logits None: over the logits themselves."""
     coef = formula.coefficients(dlogp, dlse, dentropy, dmean, logp, entropy, m, l, label_slope, allowed)
-    _token_gradient(out, logits, coef, target, Head(scale, softcap, inv_temperature), rows)
-
-
-def _token_gradient(out: Tensor, logits: Tensor | None, coef: Coef, target: Tensor, head: Head, rows: str) -> None:
-    coef, kernels = coef.stacked(), _choose.rows(rows)
-    to, source = _unit_stride(out), None if logits is None else _unit_stride(logits)
-    for r, c0, c1 in _tiles(to, _bounded(kernels.TILE, head, to.shape[1])):
-        tile = None if source is None else _banned(source[r, c0:c1], head.rows(r), c0)
-        if source is None:
-            _chunked.ban(to[r, c0:c1], head.rows(r), c0)
-        kernels.tile_bwd(to[r, c0:c1], tile, None, None, None, target[r], coef[:, r].contiguous(), c0, head.rows(r))
-    if to is not out:
-        out.copy_(to)
+    _tiles.gradient(out, logits, coef, target, Head(scale, softcap, inv_temperature), rows)
 
 
 @_token_bwd.register_fake

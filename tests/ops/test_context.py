@@ -130,6 +130,25 @@ def test_the_numbers_of_whole_sequences(count):
         assert all(torch.equal(rank[key][1], found[0][key][1]) for rank in found)  # sums to the bit
 
 
+def one_graph(group):
+    """Loss of whole sequences from a rank's tokens, and the step's count, eager and compiled."""
+    shard = fk.ContextShard(CU, group, layout="zigzag")
+    x = shard.local(random(40)).requires_grad_()
+
+    def step(x):
+        whole, kept = shard.gather(x * 2, x > -1)
+        scores = fk.segment_mean(whole, CU, mask=kept) + shard.segment_sum(x)
+        return (scores**2).sum() / fk.sum_over_ranks((x > 0).sum(), group=group)
+
+    losses = [run(x) for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager"))]
+    return [(loss.detach(), *torch.autograd.grad(loss, x)) for loss in losses]
+
+
+def test_compiles_without_a_graph_break():
+    for eager, compiled in ranks.processes(2, one_graph):
+        assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
+
+
 def test_layouts_are_those_of_the_engines():
     """Zigzag of a padded batch as Megatron-Core and torch cut it, of a packed one as Transformer Engine does."""
 

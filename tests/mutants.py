@@ -178,6 +178,7 @@ MUTANTS = [
     Mutant("maxima of the first tile", CHUNKED, "tops[t, i:j]", "tops[0, i:j]", LOGPROBS),
     Mutant("near-uniform rows from bf16 E", CHUNKED, "tokens.log() - coef.entropy < 0.5", "tokens.log() - coef.entropy < -1", LOGPROBS),
     Mutant("rows without E take the products of a block's first", CHUNKED, "[(cut + i, cut + j) for", "[(start + i, start + j) for", LAUNCHES),
+    Mutant("errors counted without order", "ops/_check.py", "word.index_add_(0, at, (target == BAD).sum()[None])", "word.add_((target == BAD).sum())", LAUNCHES),
     Mutant("a second read of the host", CHUNKED, "    stored, count = on_host(from_e.sum(), active.sum())", "    stored, count = on_host(from_e.sum(), active.sum()) if bool(active.any()) else (0, 0)", LAUNCHES),
     Mutant("dW of several blocks not summed in float32", CHUNKED, "direct=len(blocks) == 1 and dtype == weight.dtype", "direct=dtype == weight.dtype", LAUNCHES),
     Mutant("no active row leaves dW unwritten", CHUNKED, "self.slice.zero_()", "pass", LOGPROBS),

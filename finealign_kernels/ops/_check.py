@@ -18,7 +18,7 @@ PACKED = ("quant_state", "SCB")  # what a tensor of bitsandbytes, of 4 or 8 bits
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 # rows with a wrong label, counted on a device whose values are not read on the host, for each size of a vocabulary
-_words: dict[tuple[torch.device, int], Tensor] = {}
+_words: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}  # a count (1,), and where it is: [0]
 
 
 def fail(name: str, expected: str, got: object, kind: type[Exception] = ValueError):
@@ -231,16 +231,18 @@ def targets(labels: Tensor, mask: Tensor | None, ignore_index: int, vocab: int, 
 
 
 def note_errors(target: Tensor, vocab: int) -> None:
-    """Counts rows whose label is out of range in the device's error word, without reading it."""
-    word = _words.get((target.device, vocab))
-    if word is None:
-        word = _words[target.device, vocab] = torch.zeros((), dtype=torch.int64, device=target.device)
-    word.add_((target == BAD).sum())
+    """Counts rows whose label is out of range in the device's error word, without reading it. The addition is atomic:
+    streams that meet there lose no count. A word first made while a graph is captured is 0 again in each replay."""
+    key = target.device, vocab
+    if key not in _words:
+        _words[key] = torch.zeros(2, 1, dtype=torch.int64, device=target.device).unbind()
+    word, at = _words[key]
+    word.index_add_(0, at, (target == BAD).sum()[None])
 
 
 def check_errors() -> None:
     """Raises IndexError if a label was out of range since the last call, on any device. It is a host sync."""
-    for (device, vocab), word in _words.items():
+    for (device, vocab), (word, _) in _words.items():
         count = int(word)
         if count:
             word.zero_()

@@ -175,3 +175,12 @@ def test_blocks_of_any_size(monkeypatch, dtype, workspace, left_out, gradient):
         error = (found.double() - expected).norm() / expected.norm()
         # E, dZ and the result are rounded to bfloat16 once each; a sum of blocks in it would be 2.6e-3 to 4e-3 off
         assert error < (1e-6 if dtype == torch.float32 else 2.5e-3)
+
+
+def test_labels_out_of_range_are_counted_by_an_atomic_addition():
+    """Two streams that meet at the error word would lose a count to one that is read, added to and written."""
+    with Count() as count:
+        _check.note_errors(torch.full((1,), _check.BAD), VOCAB)
+    with pytest.raises(IndexError, match="1 labels"):
+        _check.check_errors()
+    assert "index_add_" in count.launches and "add_" not in count.launches

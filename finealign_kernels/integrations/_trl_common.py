@@ -1,5 +1,6 @@
 """What the trainers of pairs and of single responses share: columns of numbers a token, reference, weights, metrics."""
 
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -41,7 +42,7 @@ class FineGrained:
             fail("pivots", f"be a function for {describe(loss)}, which has no reference", "a mapping")
         if pivot_start is not None:
             check_number("pivot_start", pivot_start, least=0, most=1)
-        self._pivots, self._pivot_start = pivots, pivot_start
+        self._pivots, self._pivot_start, self._pivots_from = pivots, pivot_start, None
         self._sums = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._seen, self._told_nothing_kept = 0, False
 
@@ -166,7 +167,8 @@ class FineGrained:
         """Is the training as far as pivots are used from."""
         own = "token_score" not in inputs and not callable(self._pivots)
         start = self._pivot_start if self._pivot_start is not None else 0.5 if own else 0.0
-        return self.state.global_step >= start * self.state.max_steps
+        self._pivots_from = math.ceil(start * self.state.max_steps) + 1
+        return self.state.global_step + 1 >= self._pivots_from
 
     def _pivot_weights(self, inputs: Mapping, logp: Tensor, ref_logp, mask: Tensor, side) -> Tensor:
         if callable(self._pivots):
@@ -202,6 +204,8 @@ class FineGrained:
             elif bool((counts > 0).any()):  # of the micro-batches that have any
                 logs[prefix + key] = (sums / counts)[counts > 0].mean().item()
         self._sums[mode].clear()
+        if self._pivots_from is not None and "tokens/kept" in logs:
+            logs["pivots/from_step"] = self._pivots_from
         both = [logs.get(f"{prefix}rewards/{side}") for side in ("chosen", "rejected")]
         if None not in both:
             logs.setdefault(f"{prefix}rewards/margins", both[0] - both[1])

@@ -64,8 +64,8 @@ class FineGrainedDPOTrainer(FineGrained, DPOTrainer):
     pivot_start   share of the training before such pivots are used, 0.5 where the scores are the policy's own
 
     Of args it reads loss_type, beta, label_smoothing, discopop_tau, f_divergence_type, ld_alpha and use_weighting as
-    TRL does. It logs what TRL logs (rewards with the weights in them) and tokens/kept, the share of completion
-    tokens whose weight is not 0.
+    TRL does. It logs what TRL logs (rewards with the weights in them), tokens/kept, the share of completion tokens
+    whose weight is not 0, and with pivots pivots/from_step, the first step that they are used in.
 
     Raises  RuntimeError for a TRL that is not known here; ValueError naming what does not go together.
     """

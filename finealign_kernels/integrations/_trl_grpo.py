@@ -84,8 +84,8 @@ class FineGrainedGRPOTrainer(GRPOTrainer):
                 the completion: what is still to come before it is chosen. Called without gradient, and not trained here
     gae         gamma and lam of "gae" by name; 1 and 0.95
     pivots      arguments of adaptive_mask by name: tokens whose score, the reward of their segment, agrees with the
-                sign of their advantage keep it, the others get 0. Or a function (rewards, advantages, mask) -> weights,
-                (B, T) each
+                sign of their advantage keep it, the others get 0; from the first step on. Or a function
+                (rewards, advantages, mask) -> weights, (B, T) each
 
     Where every function returns numbers, the advantages are TRL's own. With args.importance_sampling_level "sequence"
     the loss of advantages that differ between tokens is that of "gspo_token"; TRL's would give every token their mean.

@@ -52,17 +52,32 @@ class PointwiseOptions(SequenceOptions, total=False):
 
 
 def few_positions(function: F) -> F:
-    """Decorator: more arguments by position than there are is an error that says how sums of responses go in."""
+    """Decorator: four sums of responses in TRL's order are taken as two pairs; other arguments by position beyond those
+    that there are raise an error that says how sums go in."""
     taken = [p for p in inspect.signature(function).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     names = [p.name for p in taken]
 
     @functools.wraps(function)
     def wrapped(*given, **options):
+        if len(given) == len(names) + 2 and _are_sums(names, given[-4:], options):
+            first, second = (Sums(x[:, None] for x in pair) for pair in (given[-4:-2], given[-2:]))
+            given = (*given[:-4], first, second)
         if len(given) > len(names):
             raise TypeError(_too_many(function.__name__, names, len(given)))
         return function(*given, **options)
 
     return wrapped
+
+
+class Sums(tuple):
+    """A pair (P, 1) of log-probs of whole responses, chosen and rejected: no number of tokens is known."""
+
+
+def _are_sums(names: list[str], given: tuple, options: dict) -> bool:
+    """TRL's and OpenRLHF's order: chosen and rejected of the policy, then of the reference, (P,) each."""
+    tokens = any(options.get(name) is not None for name in ("mask", "cu_seqlens", "token_weight", "segment_ids"))
+    sums = all(isinstance(x, Tensor) and x.dim() == 1 and x.shape == given[0].shape for x in given)
+    return names[-2:] == ["logp", "ref_logp"] and "target" not in options and sums and not tokens
 
 
 def _too_many(name: str, names: list[str], count: int) -> str:

@@ -17,7 +17,7 @@ from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like, warn_of_to
 from ..ops._once import once
 from ..ops.segments import segment_sum
 from ..ops.sequence_loss import batch_loss, over_count, sequence_loss
-from .options import few_positions, short_form
+from .options import Sums, few_positions, short_form
 from .reduce import (
     check_average,
     check_denominator,
@@ -57,7 +57,7 @@ class PreferenceLoss(NamedTuple):
     losses: Tensor
     chosen_rewards: Tensor  # beta h of the chosen response
     rejected_rewards: Tensor
-    margins: Tensor  # chosen_rewards - rejected_rewards
+    margins: Tensor  # beta (h_chosen - h_rejected): chosen_rewards - rejected_rewards, also where these overflow
     accuracies: Tensor  # 1 where the chosen reward is the larger one
     nll: Tensor  # the NLL term of the chosen responses, as reduced; 0 where there is none
 
@@ -158,6 +158,8 @@ def preference_loss(
         h = Σ_t w_t (logp_t - ref_logp_t),   m = beta (h_chosen - h_rejected) - shift,   loss = mean of phi(m)
 
     logp          (2B, T) with mask; or flat (N,) with cu_seqlens (2B + 1,); or a pair (B, T⁺), (B, T⁻). float, nats
+                  By position also TRL's four sums of whole responses, (B,) each: chosen, rejected, reference's chosen,
+                  reference's rejected; where nothing counts tokens (no average, no NLL, no weights)
     ref_logp      as logp, of the frozen reference; or (2B,) sums of whole responses, without weights and average.
                   Required by rows with a reference, refused by the others
     mask          as logp, bool (or ints, 0 and 1): True for response tokens; others may hold NaN
@@ -170,7 +172,8 @@ def preference_loss(
     nll           NLL of the chosen responses, added: "sequence", a mean over pairs of each response's own average, or
                   "token", one mean over the batch's chosen tokens: Σ w (-logp) / Σ w (average "all": / mask tokens)
     nll_weight    weight of that term; None: 1 for a row that has the term (CPO's α), 0 for the others
-    nll_denominator  a number or tensor to divide the sum over tokens by instead (a global count)
+    nll_denominator  a number or tensor to divide the sum over tokens by instead (a global count); needed with a
+                  denominator, which counts pairs
     divergence    from the reference, for losses of the difference of two log-ratios: h becomes g(h), after its average:
                   "reverse_kl" h, "forward_kl" 1 - e^-h, "js" log 2 + log σ(h), "alpha" (e^((α-1)h) - 1) / (α-1)
     pair_weight   (P,) float, multiplies the loss of each pair (WPO: wpo_weights); a constant. 0 leaves a NaN out
@@ -195,10 +198,18 @@ def preference_loss(
     nll_weight = (1.0 if row.nll else 0.0) if nll_weight is None else nll_weight
     nll = (row.nll or "token") if nll is None else nll
     nll_weight = check_number("nll_weight", nll_weight)
+    if isinstance(logp, Sums) and (average or nll_weight):
+        what = "an NLL" if nll_weight else f"average={average!r}"
+        fail(
+            "logp", f"hold log-probs of tokens for {describe(name)} with {what}, which count them", "sums of responses"
+        )
     if nll not in ("sequence", "token"):
         fail("nll", "be 'sequence' or 'token'", repr(nll))
     if nll_denominator is not None and (nll != "token" or not nll_weight):
         fail("nll_denominator", "be None but for an NLL over tokens", repr(nll_denominator))
+    if denominator is not None and nll_denominator is None and nll == "token" and nll_weight:
+        wanted = "be given with a denominator of pairs: the chosen tokens that the step's NLL is divided by"
+        fail("nll_denominator", wanted, None)
     check_bool("drop_empty", drop_empty)
     check_one_of("divergence", divergence, tuple(DIVERGENCE))
     alpha = check_number("alpha", alpha)
@@ -253,13 +264,14 @@ def preference_loss(
         loss = loss + nll_weight * term
     else:
         term = torch.zeros_like(loss)
-    chosen, rejected = (beta * score.detach()).chunk(2)
+    score = score.detach()
+    chosen, rejected = (beta * score).chunk(2)
     return PreferenceLoss(
         loss=loss,
         losses=losses.detach(),
         chosen_rewards=chosen,
         rejected_rewards=rejected,
-        margins=chosen - rejected,
+        margins=beta * torch.sub(*score.chunk(2)),
         accuracies=(chosen > rejected).to(score.dtype),
         nll=term.detach(),
     )

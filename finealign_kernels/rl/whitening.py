@@ -45,6 +45,8 @@ def whiten(
     cu_seqlens   of (N,), if at hand; only checked: the moments are the batch's
     sum_moments  takes the triple (3,) float64 of `moments` and returns its sum over all ranks (an all_reduce, say)
 
+    A valid value that is NaN or infinite makes every result NaN; float64 values beyond 1e154, whose squares overflow,
+    give 0.
     Where fewer than two values are valid, or where all are one value (v <= 2^-46 Σx²/n), the result is 0, or μ.
     Whitening two values maps them to ±1, so with fewer than about eight values it is mostly noise.
     Returns float32 (float64 for float64) in the shape of x, detached. Raises ValueError, TypeError.

@@ -461,7 +461,7 @@ def test_pivots_by_scores_of_the_data(folder):
 def test_implicit_pivots_start_when_the_policy_has_moved(folder):
     config = dict(max_steps=6)
     _, told = trained(FineGrainedDPOTrainer, folder, pivots=dict(baseline="row"), config=config)
-    assert [log["tokens/kept"] for log in told[:3]] == [1, 1, 1]
+    assert [log["tokens/kept"] for log in told[:3]] == [1, 1, 1] and {log["pivots/from_step"] for log in told} == {4}
     assert all(0 < log["tokens/kept"] < 1 for log in told[3:]) and all(log["grad_norm"] > 0 for log in told)
     _, segments = trained(
         FineGrainedDPOTrainer, folder, pivots=dict(kind="salience", percent=20.0, baseline=0.0), config=config

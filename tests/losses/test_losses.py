@@ -238,10 +238,11 @@ def test_any_split_with_a_global_denominator(name):
 def test_reductions(name):
     logp, ref, mask, _ = batch()
     losses = run(name, logp, ref, mask=mask)[0].losses
+    more = {"nll_denominator": 3.0} if PREFERENCE[name].nll == "token" else {}
     for options, expected in (
         (dict(reduction="mean"), losses.mean()),
         (dict(reduction="sum"), losses.sum()),
-        (dict(denominator=torch.tensor(7.0)), losses.sum() / 7),
+        (dict(denominator=torch.tensor(7.0), **more), losses.sum() / 7),
         (dict(reduction="none"), losses),
     ):
         out, _ = run(name, logp, ref, mask=mask, **options)

@@ -49,6 +49,30 @@ def test_a_global_count_of_0_of_an_nll_beside_a_preference(mask):
     assert out.nll.item() == 0 and out.loss.isfinite()
 
 
+@pytest.mark.parametrize("name, more", (("cpo", {}), ("dpo", {"nll_weight": 0.5}), ("simpo", {"nll_weight": 0.5})))
+def test_a_count_of_pairs_alone_is_refused_beside_an_nll_over_tokens(name, more):
+    """One denominator would be the step's, the other this call's; an NLL over pairs follows the count of pairs."""
+    x = log_probs()
+    given = (x, x) if name == "dpo" else (x,)
+    with pytest.raises(ValueError, match="nll_denominator must be given with a denominator of pairs"):
+        fk.preference_loss(name, *given, denominator=4, **more)
+    whole = fk.preference_loss(name, *given, **more)
+    tokens = x[: len(x) // 2].numel()
+    split = fk.preference_loss(name, *given, denominator=len(x) // 2, nll_denominator=tokens, **more)
+    assert_close(split.loss, whole.loss)
+    fk.orpo(x, denominator=4)
+    fk.preference_loss(name, *given, denominator=4, **{**more, "nll_weight": 0.0})
+
+
+@pytest.mark.parametrize("name", ("simpo", "orpo", "cpo"))
+def test_margins_where_rewards_overflow(name):
+    """Both rewards of a pair are beyond float32; their difference is not."""
+    x = torch.tensor([[-3e38], [-3e38], [-2e38], [-3e38]])
+    out = fk.preference_loss(name, x, beta=2.0)
+    assert out.chosen_rewards.isinf().all() and out.margins[1] == 0 and out.accuracies[1] == 0
+    assert not out.margins.isnan().any()
+
+
 @pytest.mark.parametrize("desirable", (True, False))
 def test_an_absent_class_adds_0(desirable):
     x, target = log_probs(), torch.full((4,), desirable)

@@ -49,22 +49,42 @@ def test_the_rows_own_hyper_parameters_are_listed():
 
 
 FOUR = ("dpo", "ipo", "slic", "cdpo", "robust")
+SUMS = SUM[:2], SUM[2:], REF.sum(1)[:2], REF.sum(1)[2:]  # chosen, rejected, the reference's
 
 
 @pytest.mark.parametrize("name", FOUR)
-def test_four_sums_in_the_order_of_other_libraries(name):
-    chosen, rejected, ref_chosen, ref_rejected = SUM[:2], SUM[2:], REF.sum(1)[:2], REF.sum(1)[2:]
-    call = r"\(chosen\[:, None\], rejected\[:, None\]\), \(ref_chosen\[:, None\], ref_rejected\[:, None\]\)"
-    with pytest.raises(
-        TypeError, match=rf"{name} takes logp, ref_logp by position, got 4 arguments; .*, {name}\({call}\)"
-    ):
-        getattr(fk, name)(chosen, rejected, ref_chosen, ref_rejected)
-    with pytest.raises(TypeError, match=rf"got 5 arguments; .* preference_loss\(name, {call}\)"):
-        fk.preference_loss(name, chosen, rejected, ref_chosen, ref_rejected)
-    pairs = (chosen[:, None], rejected[:, None]), (ref_chosen[:, None], ref_rejected[:, None])  # as it says
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=str)
+def test_four_sums_in_the_order_of_other_libraries(name, dtype):
+    """Loss and gradient are those of the tokens."""
     options = {} if name not in ("cdpo", "robust") else {"smoothing": 0.1}
-    got, want = (getattr(fk, name)(*given, **options).losses for given in (pairs, (X, REF)))
-    torch.testing.assert_close(got, want)
+    sums, x = [s.to(dtype).requires_grad_() for s in SUMS], torch.cat(SUMS[:2]).to(dtype).requires_grad_()
+    want = getattr(fk, name)(x[:, None], torch.cat(SUMS[2:]).to(dtype)[:, None], **options)
+    expected = torch.autograd.grad(want.loss, x)[0].chunk(2)
+    for found in (getattr(fk, name)(*sums, **options), fk.preference_loss(name, *sums, **options)):
+        torch.testing.assert_close(found.losses, want.losses)
+        torch.testing.assert_close(torch.autograd.grad(found.loss, sums[:2]), expected)
+    if dtype == torch.float32:
+        torch.testing.assert_close(want.losses, getattr(fk, name)(X, REF, **options).losses)
+
+
+def test_four_sums_where_tokens_are_counted():
+    with pytest.raises(
+        ValueError, match="logp must hold log-probs of tokens for 'dpo' with average='kept', which count"
+    ):
+        fk.dpo(*SUMS, average="kept")
+    with pytest.raises(ValueError, match="logp must hold log-probs of tokens for 'dpo' with an NLL, which count them"):
+        fk.dpo(*SUMS, nll_weight=0.1)
+
+
+@pytest.mark.parametrize("given", ((X[:2], X[2:], REF[:2], REF[2:]), (*SUMS[:3], SUMS[3][:1]), (*SUMS[:3], 1.0)))
+def test_what_four_sums_are_not(given):
+    call = r"\(chosen\[:, None\], rejected\[:, None\]\), \(ref_chosen\[:, None\], ref_rejected\[:, None\]\)"
+    with pytest.raises(TypeError, match=rf"dpo takes logp, ref_logp by position, got 4 arguments; .*, dpo\({call}\)"):
+        fk.dpo(*given)
+    with pytest.raises(TypeError, match=rf"got 5 arguments; .* preference_loss\(name, {call}\)"):
+        fk.preference_loss("dpo", *given)
+    with pytest.raises(TypeError, match="by position, got 4 arguments"):
+        fk.dpo(*SUMS, mask=MASK)
 
 
 @pytest.mark.parametrize("name", ("simpo", "cpo", "orpo"))

@@ -237,6 +237,7 @@ def test_where_there_is_nothing_to_whiten(backend, mode, unbiased, dtype):
         assert not whiten(torch.full((3,), nan, dtype=dtype), mask=none, shift_mean=shift, **options).any()
         assert whiten(torch.zeros(0, dtype=dtype), shift_mean=shift, **options).shape == (0,)
         assert whiten(tensor([1.0, nan, 2.0]).to(dtype), shift_mean=shift, **options).isnan().all()
+        assert whiten(tensor([1.0, -inf, 2.0]).to(dtype), shift_mean=shift, **options).isnan().all()
 
 
 def test_two_values_become_one_each_way(backend):

@@ -4,6 +4,11 @@ Pairs are answers whose scores differ, so that nearly all have such conflicts: t
 facts. `full` trains on all tokens, `masked` on those whose true worth agrees with their side, `adaptive` on those that
 an adaptive mask keeps by the scores of a model trained on the pairs before (log π / π_ref of `full`). The preferences
 are about half of the topics; forgetting is what the others' answers lose in likelihood.
+
+More settings say where an adaptive mask loses: `adaptive other` scores with a model trained on other pairs, which have
+no conflict; `adaptive other ends` keeps stops and end tokens, whatever their score; `adaptive true` scores with the
+true worth, so that only the rule of the mask is left: it drops tokens of score 0, which `masked` keeps. `right` is the
+share of facts and faults that a mask keeps or drops as `masked` does.
 """
 
 import torch
@@ -13,7 +18,10 @@ import finealign_kernels as fk
 from . import world
 from .runs import Effect, Study
 
-ARMS = ("dpo full", "dpo masked", "dpo adaptive", "sft full", "sft masked", "ppo full", "ppo adaptive")
+ARMS = (
+    *("dpo full", "dpo masked", "dpo adaptive", "dpo adaptive other", "dpo adaptive other ends", "dpo adaptive true"),
+    *("sft full", "sft masked", "ppo full", "ppo adaptive", "ppo adaptive other"),
+)
 SOME = world.TOPICS // 2  # topics of the preferences
 STEPS, LR = 100, 1e-4
 
@@ -28,6 +36,14 @@ def conflicting(n: int, generator: torch.Generator) -> world.Answers:
     conflict = (world.marks(chosen) < 0).any(1) & (world.marks(rejected) > 0).any(1)
     kept = (conflict & (a != b)).nonzero()[:n, 0]
     return world.answers_of(torch.cat([chosen.ids[kept], rejected.ids[kept]]))
+
+
+def unconflicting(n: int, generator: torch.Generator) -> world.Answers:
+    """n chosen answers without a fault, then n rejected ones without a fact, to the same prompts."""
+    good = world.write(n, generator, habits={"fact": 0.7, "filler": 0.3}, topics=SOME)
+    bad = world.write(n, generator, habits={"elsewhere": 0.35, "false": 0.35, "filler": 0.3}, topics=SOME)
+    bad = torch.cat([good.ids[:, : world.PROMPT], bad.ids[:, world.PROMPT :]], 1)
+    return world.answers_of(torch.cat([good.ids, bad]))
 
 
 def agreeing(answers: world.Answers) -> torch.Tensor:
@@ -81,7 +97,7 @@ def ppo(policy, reference, scorer, seed: int, steps: int, each) -> None:
 
 
 def run(arm: str, seed: int, quick: bool) -> dict:
-    row, kind = arm.split()
+    row, kind = arm.split(maxsplit=1)
     generator = torch.Generator().manual_seed(seed)
     data = conflicting(256 if quick else 768, generator)
     held_out = world.write(256, generator)
@@ -97,25 +113,35 @@ def run(arm: str, seed: int, quick: bool) -> dict:
             curve.append({"step": step, **world.judge(policy, reference, seed, n, topics)})
 
     scorer = None
-    if kind == "adaptive":
-        scorer = world.start(seed)
-        trained("dpo", scorer, data, frozen, torch.ones_like(frozen), torch.Generator().manual_seed(seed + 77), steps)
+    if kind in ("adaptive", "adaptive other", "adaptive other ends"):
+        scorer, pairs, judged = world.start(seed), data, frozen
+        if kind != "adaptive":
+            pairs = unconflicting(len(data.ids) // 2, torch.Generator().manual_seed(seed + 55))
+            judged = world.frozen_logp(reference, pairs)
+        draw = torch.Generator().manual_seed(seed + 77)
+        trained("dpo", scorer, pairs, judged, torch.ones_like(judged), draw, steps)
+    weight = torch.ones_like(frozen)
+    if kind == "masked":
+        weight = agreeing(data)
+    elif kind == "adaptive true":
+        weight = fk.adaptive_mask(world.marks(data), mask=data.mask).token_weight
+    elif scorer:
+        q = fk.implicit_scores(world.frozen_logp(scorer, data), frozen, mask=data.mask)
+        weight = fk.adaptive_mask(q, mask=data.mask).token_weight
+        if kind == "adaptive other ends":
+            weight = torch.where(data.ids[:, 1:] <= world.STOP, 1.0, weight)  # END, BEGIN, STOP
     if row == "ppo":
         ppo(policy, reference, scorer, seed, steps, each)
     else:
-        weight = torch.ones_like(frozen)
-        if kind == "masked":
-            weight = agreeing(data)
-        elif kind == "adaptive":
-            q = fk.implicit_scores(world.frozen_logp(scorer, data), frozen, mask=data.mask)
-            weight = fk.adaptive_mask(q, mask=data.mask).token_weight
         trained(row, policy, data, frozen, weight, generator, steps, each)
     nll = fk.nll_loss(world.frozen_logp(policy, held_out), mask=held_out.mask).loss
     before = fk.nll_loss(world.frozen_logp(reference, held_out), mask=held_out.mask).loss
     last = curve[-1]
     faults = last["elsewhere"] + last["false"] + last["repeat"]
     named = {name: last[name] for name in ("score", "fact", "kl")}
-    return {**named, "faults": faults, "forgotten": float(nll - before), "curve": curve}
+    worth = world.marks(data) != 0
+    right = (weight == agreeing(data))[worth].double().mean()
+    return {**named, "faults": faults, "forgotten": float(nll - before), "right": float(right), "curve": curve}
 
 
 STUDY = Study(
@@ -128,10 +154,15 @@ STUDY = Study(
     (
         Effect("score", "dpo masked", "dpo full", +1, quick=True),
         Effect("score", "dpo adaptive", "dpo full", +1),
+        Effect("score", "dpo adaptive other", "dpo full", +1),
+        Effect("score", "dpo adaptive other ends", "dpo full", +1),
+        Effect("score", "dpo adaptive true", "dpo full", +1),
+        Effect("right", "dpo adaptive other", "dpo adaptive", +1),
         Effect("forgotten", "dpo masked", "dpo full", -1),
         Effect("forgotten", "dpo adaptive", "dpo full", -1),
         Effect("score", "sft masked", "sft full", +1),
         Effect("score", "ppo adaptive", "ppo full", +1),
+        Effect("score", "ppo adaptive other", "ppo full", +1),
         Effect("forgotten", "ppo adaptive", "ppo full", -1),
     ),
     ("step", "score"),

@@ -2,6 +2,9 @@
 
 One in four answers is good (a true score of 1 or more). The arms see the same answers: binary labels, continuous ones
 σ(score), good answers as demonstrations (ULMA), pairs made from the labels (DPO), good answers alone (SFT).
+
+Two more settings: `slow` learns at a third of the rate, since some arms run far from their base; `demonstrations` adds
+256 answers that hold facts alone, as demonstrations are written to be good: ULMA and SFT take them as positives.
 """
 
 import torch
@@ -11,7 +14,12 @@ import finealign_kernels as fk
 from . import world
 from .runs import Effect, Study
 
-ARMS = ("pdpo", "pdpo_soft", "ulma", "dpo on pairs", "unlikelihood", "sft on positives")
+LOSSES = ("pdpo", "pdpo_soft", "ulma", "dpo on pairs", "unlikelihood", "sft on positives")
+ARMS = (
+    *LOSSES,
+    *(f"{name}, slow" for name in LOSSES[:4]),
+    *(f"{name}, demonstrations" for name in ("pdpo", "ulma", "sft on positives")),
+)
 
 
 def labelled(n: int, generator: torch.Generator) -> tuple[world.Answers, torch.Tensor]:
@@ -26,7 +34,12 @@ def labelled(n: int, generator: torch.Generator) -> tuple[world.Answers, torch.T
 
 def run(arm: str, seed: int, quick: bool) -> dict:
     generator = torch.Generator().manual_seed(seed)
+    arm, _, setting = arm.partition(", ")
     data, scores = labelled(256 if quick else 1024, generator)
+    if setting == "demonstrations":
+        shown = world.write(256, generator, habits={"fact": 1.0}, sentences=(1, 3))
+        data = world.Answers(torch.cat([data.ids, shown.ids]), torch.cat([data.mask, shown.mask]))
+        scores = torch.cat([scores, torch.ones(256)])  # good by declaration: nobody judged them
     good, bad = (scores >= 1).nonzero()[:, 0], (scores < 1).nonzero()[:, 0]
     policy, reference = world.start(seed), world.start(seed)
     frozen = world.frozen_logp(reference, data)
@@ -54,7 +67,7 @@ def run(arm: str, seed: int, quick: bool) -> dict:
         if step % 20 == 0:
             curve.append(world.judge(policy, reference, seed, 64 if quick else 256))
 
-    world.train(policy, 60 if quick else 200, loss_of, 3e-4, each)
+    world.train(policy, 60 if quick else 200, loss_of, 1e-4 if setting == "slow" else 3e-4, each)
     best = max(curve, key=lambda point: point["score"])
     return {
         "score": curve[-1]["score"],
@@ -82,6 +95,12 @@ STUDY = Study(
         Effect("best score", "ulma", "pdpo", +1),
         Effect("best score", "ulma", "dpo on pairs", +1),
         Effect("best score", "pdpo_soft", "ulma", +1),
+        Effect("score", "ulma, slow", "pdpo, slow", +1),
+        Effect("score", "ulma, slow", "dpo on pairs, slow", +1),
+        Effect("score", "pdpo_soft, slow", "pdpo, slow", +1),
+        Effect("score", "ulma, demonstrations", "ulma", +1),
+        Effect("score", "ulma, demonstrations", "sft on positives, demonstrations", +1),
+        Effect("score", "ulma, demonstrations", "pdpo, demonstrations", +1),
     ),
     ("kl", "score"),
     "`best score` is the best of a run, `score` its last. Scale: a model of 60 thousand parameters, one rate of "

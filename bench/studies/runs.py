@@ -31,6 +31,7 @@ class Study(NamedTuple):
     effects: tuple[Effect, ...]
     axes: tuple[str, str]  # of the picture, names of a curve's numbers
     scale: str  # what the size of this study leaves open
+    needs: Callable[[], str | None] = lambda: None  # why it cannot run here, or None
 
 
 class Found(NamedTuple):
@@ -151,6 +152,10 @@ def main(studies: dict[str, Study], argv=None) -> int:
     failed = False
     for name in args.names or studies:
         study, path = studies[name], args.out / f"study-{name}.jsonl"
+        left_out = "no sign that must hold" if args.quick and not quick_runs(study) else study.needs()
+        if left_out:
+            print(f"{name} is left out: {left_out}", file=sys.stderr)
+            continue
         rows = [] if args.quick else read(path)
         for seed, arm in quick_runs(study) if args.quick else missing(study, rows, args.seeds):
             row = {"study": name, "arm": arm, "seed": seed, **study.run(arm, seed, args.quick)}

@@ -96,11 +96,21 @@ def test_an_unknown_study_is_refused(capsys):
     assert "got toi" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", studies.STUDIES)
+@pytest.mark.parametrize("name", [name for name, study in studies.STUDIES.items() if runs.quick_runs(study)])
 def test_a_short_run_holds_its_sign(name, tmp_path):
     if name == "trainers":
         pytest.importorskip("trl")
     assert runs.main(studies.STUDIES, [name, "--quick", "--out", str(tmp_path)]) == 0
+
+
+def test_a_study_that_lacks_its_data_says_so_and_the_next_one_runs(tmp_path, capsys):
+    lacking = toy(0.5)._replace(name="lacking", needs=lambda: "its file is not at nowhere.json")
+    silent = toy(0.5)._replace(name="silent", effects=())
+    both = {"lacking": lacking, "silent": silent, "toy": toy(0.5)}
+    assert runs.main(both, ["--quick", "--out", str(tmp_path)]) == 0
+    told = capsys.readouterr()
+    assert "lacking is left out: its file is not at nowhere.json" in told.err
+    assert "silent is left out: no sign that must hold" in told.err and "## toy" in told.out
 
 
 def test_strength_finds_planted_flips_and_flipping_helps():

@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="what run.py --json wrote")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     args = parser.parse_args(argv)
-    rows = [row for file in args.files for row in json.loads(file.read_text()) if "median_s" in row]
+    rows = [row for file in args.files for row in json.loads(file.read_text()) if {"suite", "median_s"} <= row.keys()]
     args.out.mkdir(parents=True, exist_ok=True)
     for picture in draw(rows, args.out):
         print(picture)

@@ -210,6 +210,13 @@ Tensor new_vector(int64_t size, ScalarType type, const Tensor& like) {
   return advised(torch::stable::empty({&size, 1}, type, std::nullopt, like.device()));
 }
 
+// Room for `size` of T, made of doubles and integers of 8 bytes.
+template <typename T>
+Tensor room_for(int64_t size, const Tensor& like) {
+  static_assert(sizeof(T) % sizeof(double) == 0 && alignof(T) <= alignof(double));
+  return new_vector(size * static_cast<int64_t>(sizeof(T) / sizeof(double)), ScalarType::Double, like);
+}
+
 Tensor new_rows(int64_t rows, int64_t columns, ScalarType type, const Tensor& like) {
   const int64_t sizes[] = {rows, columns};
   return advised(torch::stable::empty({sizes, 2}, type, std::nullopt, like.device()));
@@ -568,7 +575,8 @@ void run(const Scan& op, [[maybe_unused]] const Tensor& like) {
 #ifdef FINEALIGN_CUDA
   if (!like.is_cpu()) {
     const DeviceGuard guard(like.get_device_index());
-    const char* failure = scan_cuda(op, current_stream(like));
+    Tensor room = room_for<Link>(slots(op.segments, kPiece), like);
+    const char* failure = scan_cuda(op, static_cast<Link*>(room.mutable_data_ptr()), current_stream(like));
     STD_TORCH_CHECK(failure == nullptr, "reverse_scan: ", failure);
     return;
   }
@@ -582,7 +590,9 @@ void run(const Advantages& op, [[maybe_unused]] const Tensor& like) {
     const DeviceGuard guard(like.get_device_index());
     const bool adds = op.reward_moments || op.advantage_moments;
     Tensor parts = new_vector(adds ? 3 * moment_parts(op.segments.total) : 0, ScalarType::Double, like);
-    const char* failure = advantages_cuda(op, parts.mutable_data_ptr(), current_stream(like));
+    Tensor room = room_for<Link>(op.returns ? slots(op.segments, kPiece) : 0, like);
+    const char* failure = advantages_cuda(op, parts.mutable_data_ptr(), static_cast<Link*>(room.mutable_data_ptr()),
+                                          current_stream(like));
     STD_TORCH_CHECK(failure == nullptr, "advantages: ", failure);
     return;
   }

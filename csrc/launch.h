@@ -92,6 +92,18 @@ struct Segments {
   FINEALIGN_BOTH bool keeps(int64_t token) const { return mask == nullptr || mask[token] != 0; }
 };
 
+// Few segments of many tokens leave most of a GPU idle if a block takes a whole one. Then each is cut into pieces of `size`
+// tokens, counted from its start, that blocks or warps take by their slots: start(s) / size + s is that of the first piece
+// of segment s, those behind it follow. No two pieces share a slot, and there are slots(segments, size) in all; 0 where
+// segments stay whole. What is computed is the same either way, bit for bit.
+constexpr int64_t kFew = 256;  // segments that do not fill a GPU
+FINEALIGN_BOTH inline int64_t slots(const Segments& segments, int64_t size) {
+  if (segments.count == 0 || segments.count > kFew) return 0;
+  const bool some_are_long = segments.cu_seqlens != nullptr && segments.total > 64 * size;  // bounds are not known here
+  if (segments.total / segments.count <= size && !some_are_long) return 0;
+  return segments.total / size + segments.count;
+}
+
 // What a segment and its tokens exchange; `last` is the last token that the mask keeps. For each of the three, reduce
 // (tokens to segments) and spread (segments to tokens) are each other's transpose.
 enum class Over : int32_t { sum = 0, mean = 1, last = 2 };
@@ -353,9 +365,23 @@ struct Scan {
 
 void scan_cpu(const Scan& op, Parallel parallel);
 
-// Queued on the stream; null, or why not. A sequence with invalid bounds gives NaN and is not read. There lanes compose
-// a span of tokens each in a tree (kernels/cuda/scan.cuh): as near to exact as on a CPU, not bit for bit the same.
-const char* scan_cuda(const Scan& op, void* stream);
+// y -> b + a y.
+struct Map {
+  double a, b;
+};
+
+// What blocks that walk pieces of one sequence tell each other, at their slots.
+constexpr int64_t kPiece = 4096;  // tokens
+struct Link {
+  Map whole;     // of the piece
+  double enter;  // y before it
+  double value;  // GAE: V of what comes before it, as Ahead in kernels/cuda/scan.cuh
+  int64_t state;
+};
+
+// Queued on the stream; null, or why not. links: room for slots(segments, kPiece) of them.
+// A sequence with invalid bounds gives NaN and is not read. There lanes compose a span of tokens each in a tree (kernels/cuda/scan.cuh): as near to exact as on a CPU, not bit for bit the same.
+const char* scan_cuda(const Scan& op, Link* links, void* stream);
 
 // ---- advantages (csrc/cpu/advantages.cpp) --------------------------------------------------------------------------
 
@@ -418,6 +444,6 @@ constexpr int64_t kMomentTokens = 8192;
 FINEALIGN_BOTH inline int64_t moment_parts(int64_t total) { return (total + kMomentTokens - 1) / kMomentTokens; }
 
 // As scan_cuda. Rewards of segments are placed before: rewards is given. parts: room for moment_parts(total) Moments.
-const char* advantages_cuda(const Advantages& op, void* parts, void* stream);
+const char* advantages_cuda(const Advantages& op, void* parts, Link* links, void* stream);
 
 }  // namespace finealign

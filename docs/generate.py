@@ -4,6 +4,7 @@ A table stands between <!-- name --> and <!-- /name --> on its page; tests/house
 """
 
 import ast
+import importlib.util
 import json
 import re
 import sys
@@ -265,7 +266,16 @@ def picture() -> str:
 
 PICTURE = ROOT / "docs/images/tokens.svg"
 
+
 # name of a table -> its page, and what makes it
+def goals() -> str:
+    """Of the first GPU run, by bench/goals.py."""
+    spec = importlib.util.spec_from_file_location("goals", ROOT / "bench/goals.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.table(module.published(ROOT))
+
+
 TABLES = {
     "losses": ("tables.md", losses),
     "policies": ("tables.md", policies),
@@ -275,6 +285,7 @@ TABLES = {
     "history": ("performance.md", history),
     "accuracy": ("accuracy.md", accuracy),
     "glue": ("../examples/README.md", glue),
+    "goals": ("status.md", goals),
 }
 
 

@@ -3,7 +3,12 @@
 // A sequence is cut into spans of kSpan tokens, counted from its start. In a span each lane composes the maps
 // y -> d_t + a_t y of its own tokens, the lanes' maps are composed in a tree, and y enters the span last: through the
 // spans before it, one after the other. A warp walks a short sequence alone, the warps of a block take a span each of a
-// longer one, with the same arithmetic, so that bits depend on a sequence's own tokens alone. All of it is float64.
+// longer one, with the same arithmetic. A sequence of more than kPiece tokens is cut into pieces, counted from its start
+// too: in each y enters its spans as above, and it enters the piece through the maps of whole pieces before it, one after
+// the other. One block walks piece after piece, or a block takes each where there are few sequences: the maps of all pieces
+// first, then what enters them, then y. So bits depend on a sequence's own tokens alone. All of it is float64.
+//
+// Tokens and mask are read before anything is decided by the mask, and those of the next round before this one's scan.
 #pragma once
 
 #include "formulas.cuh"
@@ -13,18 +18,16 @@ namespace finealign {
 
 constexpr int kEach = 4;               // tokens of a lane, one behind the other
 constexpr int kSpan = kLanes * kEach;  // tokens of a warp
+static_assert(kPiece % (kWarps * kSpan) == 0 && kPiece >= kChunk, "a warp alone walks one piece, a block whole rounds");
 
 // ---- maps ----------------------------------------------------------------------------------------------------------
 
-// y -> b + a y.
-struct Map {
-  double a, b;
+// Decays above 1 may overflow in a product; what meets 0 stays 0 all the same.
+__device__ __forceinline__ double through(Map map, double y) {
+  return y == 0 && map.a == map.a ? map.b : fma(map.a, y, map.b);
+}
 
-  // Decays above 1 may overflow in a product; what meets 0 stays 0 all the same.
-  __device__ __forceinline__ double operator()(double y) const { return y == 0 && a == a ? b : fma(a, y, b); }
-};
-
-__device__ __forceinline__ Map after(Map later, Map earlier) { return {later.a * earlier.a, later(earlier.b)}; }
+__device__ __forceinline__ Map after(Map later, Map earlier) { return {later.a * earlier.a, through(later, earlier.b)}; }
 
 // What a token takes for the value of the next valid one: nothing is known before the first token, then no valid token
 // has been seen, then one has.
@@ -101,15 +104,15 @@ __device__ __forceinline__ Part parts_before(Part& mine, Part none, Join join) {
 }
 
 // What enters this warp's span. `carry` is what enters the first one of the team's spans, and is moved past all of them;
-// `whole` is each warp's own part, in all its lanes.
+// `own` is each warp's own part, in all its lanes.
 template <int kTeam, typename Part, typename Value, typename Join>
-__device__ __forceinline__ Value entering(Part whole, Value& carry, Part* shared, Join join) {
+__device__ __forceinline__ Value entering(Part own, Value& carry, Part* shared, Join join) {
   Value enter = carry;
   if constexpr (kTeam == 1) {
-    carry = join(whole, carry);
+    carry = join(own, carry);
   } else {
     const int warp = threadIdx.x / kLanes;
-    if (threadIdx.x % kLanes == 0) shared[warp] = whole;
+    if (threadIdx.x % kLanes == 0) shared[warp] = own;
     __syncthreads();
 #pragma unroll 1
     for (int w = 0; w < kTeam; ++w) {
@@ -121,41 +124,85 @@ __device__ __forceinline__ Value entering(Part whole, Value& carry, Part* shared
   return enter;
 }
 
-// y of the span's tokens, over d. `carry` is y before the team's spans, and is moved past them.
-template <bool kForward, int kTeam>
-__device__ __forceinline__ void scan_span(double (&d)[kEach], const double (&a)[kEach], double& carry, Map* shared) {
+// y where it enters a span, and the map of a piece's spans until there, which is made only where it is needed.
+struct Course {
+  double y;
+  bool maps;
+  Map whole;
+};
+
+// y of the span's tokens, over d, where kWrites. `course` is moved past the team's spans.
+template <bool kForward, int kTeam, bool kWrites>
+__device__ __forceinline__ void scan_span(double (&d)[kEach], const double (&a)[kEach], Course& course, Map* shared) {
   Map own{1, 0};
 #pragma unroll
   for (int e = 0; e < kEach; ++e) {
     const int i = kForward ? e : kEach - 1 - e;
     own = after(Map{a[i], d[i]}, own);
   }
-  const auto join = [](Map later, Map earlier) { return after(later, earlier); };
-  const Map left = parts_before<kForward>(own, Map{1, 0}, join);
-  const Map whole = from_lane(own, kForward ? kLanes - 1 : 0);
-  double y = left(entering<kTeam>(whole, carry, shared, [](Map map, double at) { return map(at); }));
+  const Map left = parts_before<kForward>(own, Map{1, 0}, [](Map later, Map earlier) { return after(later, earlier); });
+  const Map span = from_lane(own, kForward ? kLanes - 1 : 0);
+  const auto move = [&](Map map, double y) {
+    if (course.maps) course.whole = after(map, course.whole);
+    return kWrites ? through(map, y) : y;
+  };
+  double y = through(left, entering<kTeam>(span, course.y, shared, move));
+  if constexpr (!kWrites) return;
 #pragma unroll
   for (int e = 0; e < kEach; ++e) {
     const int i = kForward ? e : kEach - 1 - e;
-    d[i] = y = Map{a[i], d[i]}(y);
+    d[i] = y = through(Map{a[i], d[i]}, y);
   }
 }
 
-// The tokens of one lane in one span: [first, first + kEach), of which those from stop on are none.
+// The tokens of one lane in one span, counted from a piece's first: [first, first + kEach), those from stop on are none.
 struct Place {
-  int64_t first, stop;
+  int first, stop;
   __device__ __forceinline__ bool has(int e) const { return first + e < stop; }
 };
 
-// each(place) for every round of a sequence's spans, from its end where not kForward; kTeam warps take one each.
-template <bool kForward, int kTeam, typename Each>
-__device__ __forceinline__ void for_spans(int64_t start, int64_t stop, Each each) {
-  const int64_t spans = (stop - start + kSpan - 1) / kSpan;
-  const int warp = kTeam == 1 ? 0 : threadIdx.x / kLanes;
-  for (int64_t round = 0; round < spans; round += kTeam) {
-    const int64_t index = round + warp, span = kForward ? index : spans - 1 - index;
-    const int64_t first = start + span * kSpan + threadIdx.x % kLanes * kEach;
-    each(Place{first, index < spans ? stop : first});
+template <bool kForward, int kTeam>
+__device__ __forceinline__ Place place_of(int tokens, int round) {
+  const int spans = (tokens + kSpan - 1) / kSpan, index = round * kTeam + (kTeam == 1 ? 0 : threadIdx.x / kLanes);
+  const int first = (kForward ? index : spans - 1 - index) * kSpan + threadIdx.x % kLanes * kEach;
+  return {index < spans ? first : 0, index < spans ? tokens : 0};
+}
+
+// each(place, what fetch(place) has read) for every round of a piece's spans, from its end where not kForward; kTeam warps
+// take one each.
+template <bool kForward, int kTeam, typename Fetch, typename Each>
+__device__ __forceinline__ void for_spans(int tokens, Fetch fetch, Each each) {
+  const int rounds = (tokens + kTeam * kSpan - 1) / (kTeam * kSpan);
+  Place place = place_of<kForward, kTeam>(tokens, 0);
+  auto ahead = fetch(place);
+#pragma unroll 1
+  for (int round = 0; round < rounds; ++round) {
+    const Place here = place;
+    auto read = ahead;
+    place = place_of<kForward, kTeam>(tokens, round + 1);
+    ahead = fetch(place);  // nothing, after the last
+    each(here, read);
+  }
+}
+
+__device__ __forceinline__ int64_t pieces_of(Bounds b) { return (b.stop - b.start + kPiece - 1) / kPiece; }
+
+// Tokens [start, stop) of piece `index`.
+__device__ __forceinline__ Bounds piece_of(Bounds b, int64_t index) {
+  const int64_t start = b.start + index * kPiece;
+  return {start, start + kPiece < b.stop ? start + kPiece : b.stop, true};
+}
+
+// walk(index, course) moves the course past a piece; for each piece of a sequence in order.
+template <bool kForward, int kTeam, typename Walk>
+__device__ __forceinline__ void for_pieces(Bounds b, Walk walk) {
+  const int64_t pieces = kTeam == 1 ? 1 : pieces_of(b);  // a warp alone takes what one chunk holds
+  double y = 0;
+#pragma unroll 1
+  for (int64_t k = 0; k < pieces; ++k) {
+    Course course{y, k + 1 < pieces, {1, 0}};
+    walk(kForward ? k : pieces - 1 - k, course);
+    y = through(course.whole, y);
   }
 }
 
@@ -167,33 +214,64 @@ __device__ __forceinline__ void fill_nan(T* out, Bounds b, int thread, int threa
 
 // ---- reverse_scan ----------------------------------------------------------------------------------------------------
 
-template <typename T, bool kForward, int kTeam>
-__device__ __forceinline__ void scan_sequence(const Scan& op, int64_t s, Bounds b, Map* shared) {
-  const T *x = static_cast<const T*>(op.x), *decay = static_cast<const T*>(op.decay);
-  if (b.start == b.stop) return;  // with no token at all, decay is null too
+// What a lane reads of its tokens; `decays` are those that stand before their y.
+template <typename T>
+struct ScanTokens {
+  T x[kEach], decay[kEach];
+  bool keeps[kEach], decays[kEach];
+};
+
+// Piece `index` of sequence s: y is written where kWrites; `course` is moved past the piece.
+template <typename T, bool kForward, int kTeam, bool kWrites>
+__device__ __forceinline__ void scan_piece(const Scan& op, int64_t s, Bounds b, int64_t index, Course& course,
+                                           Map* shared) {
+  const Bounds piece = piece_of(b, index);
+  const T *x = static_cast<const T*>(op.x) + piece.start, *decay = static_cast<const T*>(op.decay);
+  const uint8_t* mask = op.segments.mask;
+  T* out = static_cast<T*>(op.out) + piece.start;
+  if (decay != nullptr) decay += piece.start;
+  if (mask != nullptr) mask += piece.start;
   const double rate = op.rates ? op.rates[s * op.rate_stride] : 0;  // no tokens: decay is null as well
-  double carry = 0;
-  for_spans<kForward, kTeam>(b.start, b.stop, [&](Place place) {
+  const int lowest = index == 0 ? 0 : -1;  // nothing of the sequence stands before its first token
+  const auto fetch = [&](Place place) {
+    ScanTokens<T> read;
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      const int i = place.first + e, at = kForward ? i - 1 : i;
+      const bool has = place.has(e), steps = has && at >= lowest;
+      read.x[e] = has ? x[i] : T(0);
+      read.decay[e] = steps && decay != nullptr ? decay[at] : T(0);
+      read.keeps[e] = has && (mask == nullptr || mask[i] != 0);
+      read.decays[e] = steps && (mask == nullptr || mask[at] != 0);
+    }
+    return read;
+  };
+  for_spans<kForward, kTeam>(static_cast<int>(piece.stop - piece.start), fetch, [&](Place place, const auto& read) {
     double d[kEach], a[kEach];
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
-      const int64_t i = place.first + e, at = kForward ? i - 1 : i;  // whose decay stands before y
-      d[e] = place.has(e) && op.segments.keeps(i) ? static_cast<double>(x[i]) : 0;
-      a[e] = 1;
-      if (place.has(e) && at < b.start) a[e] = 0;
-      else if (place.has(e) && op.segments.keeps(at)) a[e] = decay ? static_cast<double>(decay[at]) : rate;
+      d[e] = read.keeps[e] ? static_cast<double>(read.x[e]) : 0;  // select: a masked token may hold NaN
+      const bool starts = kForward && place.has(e) && place.first + e - 1 < lowest;
+      a[e] = read.decays[e] ? (decay != nullptr ? static_cast<double>(read.decay[e]) : rate) : starts ? 0 : 1;
     }
-    scan_span<kForward, kTeam>(d, a, carry, shared);
+    scan_span<kForward, kTeam, kWrites>(d, a, course, shared);
+    if constexpr (!kWrites) return;
 #pragma unroll
-    for (int e = 0; e < kEach; ++e) {
-      const int64_t i = place.first + e;
-      if (place.has(e)) static_cast<T*>(op.out)[i] = op.segments.keeps(i) ? static_cast<T>(d[e]) : T(0);
-    }
+    for (int e = 0; e < kEach; ++e)
+      if (place.has(e)) out[place.first + e] = read.keeps[e] ? static_cast<T>(d[e]) : T(0);
+  });
+}
+
+template <typename T, bool kForward, int kTeam>
+__device__ __forceinline__ void scan_sequence(const Scan& op, int64_t s, Bounds b, Map* shared) {
+  if (b.start == b.stop) return;  // with no token at all, decay is null too
+  for_pieces<kForward, kTeam>(b, [&](int64_t index, Course& course) {
+    scan_piece<T, kForward, kTeam, true>(op, s, b, index, course, shared);
   });
 }
 
 template <typename T, bool kForward>
-__global__ void __launch_bounds__(kThreads, 3) scan_kernel(Scan op, int each) {
+__global__ void __launch_bounds__(kThreads, 2) scan_kernel(Scan op, int each) {
   __shared__ Map shared[kWarps];
   T* out = static_cast<T*>(op.out);
   for_segments(
@@ -206,6 +284,59 @@ __global__ void __launch_bounds__(kThreads, 3) scan_kernel(Scan op, int each) {
         if (b.valid) scan_sequence<T, kForward, kWarps>(op, s, b, shared);
         else fill_nan(out, b, threadIdx.x, kThreads);
       });
+}
+
+// A block a slot: the map of a piece that others come after.
+template <typename T, bool kForward>
+__global__ void __launch_bounds__(kThreads, 3) scan_maps_kernel(Scan op, Link* links) {
+  __shared__ Map shared[kWarps];
+  if (!all_valid(op.segments)) return;
+  const Piece at = piece_at(op.segments, blockIdx.x, kPiece);
+  if (at.index >= at.count || at.index == (kForward ? at.count - 1 : 0)) return;
+  Course course{0, true, {1, 0}};
+  scan_piece<T, kForward, kWarps, false>(op, at.segment, bounds(op.segments, at.segment), at.index, course, shared);
+  if (threadIdx.x == 0) links[blockIdx.x].whole = course.whole;
+}
+
+// A warp a sequence: what enters each piece, through the maps of those before it.
+template <bool kForward>
+__global__ void __launch_bounds__(kThreads) enter_kernel(Segments segments, Link* links) {
+  if (!all_valid(segments)) return;
+  const int64_t s = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes;
+  if (s >= segments.count) return;
+  const int64_t pieces = pieces_of(bounds(segments, s));
+  const int lane = threadIdx.x % kLanes;
+  links += first_slot(segments, s, kPiece);
+  double y = 0;
+  for (int64_t k = lane; k - lane < pieces; k += kLanes) {
+    const int64_t index = kForward ? k : pieces - 1 - k;
+    const Map whole = k + 1 < pieces ? links[index].whole : Map{1, 0};
+    double enter = 0;
+#pragma unroll 4
+    for (int l = 0; l < kLanes; ++l) {
+      if (l == lane) enter = y;
+      y = through(from_lane(whole, l), y);
+    }
+    if (k < pieces) links[index].enter = enter;
+  }
+}
+
+// A block a slot: y of a piece. With invalid bounds somewhere blocks take whole sequences.
+template <typename T, bool kForward>
+__global__ void __launch_bounds__(kThreads, 2) scan_pieces_kernel(Scan op, const Link* links) {
+  __shared__ Map shared[kWarps];
+  if (!all_valid(op.segments)) {
+    const int64_t s = blockIdx.x;
+    if (s >= op.segments.count) return;
+    const Bounds b = bounds(op.segments, s);
+    if (b.valid) scan_sequence<T, kForward, kWarps>(op, s, b, shared);
+    else fill_nan(static_cast<T*>(op.out), b, threadIdx.x, kThreads);
+    return;
+  }
+  const Piece at = piece_at(op.segments, blockIdx.x, kPiece);
+  if (at.index >= at.count) return;
+  Course course{links[blockIdx.x].enter, false, {1, 0}};
+  scan_piece<T, kForward, kWarps, true>(op, at.segment, bounds(op.segments, at.segment), at.index, course, shared);
 }
 
 // ---- advantages ------------------------------------------------------------------------------------------------------
@@ -227,57 +358,91 @@ __global__ void __launch_bounds__(kThreads, 4) shape_kernel(Advantages op) {
   const T* ref_logp = static_cast<const T*>(op.ref_logp);
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < op.segments.total; i += step) {
+    const T old = old_logp[i], ref = ref_logp[i], given = rewards[i];
     const bool keep = op.segments.keeps(i);
-    const double d = keep ? static_cast<double>(old_logp[i]) - static_cast<double>(ref_logp[i]) : 0;
+    const double d = keep ? static_cast<double>(old) - static_cast<double>(ref) : 0;
     const double kl = keep ? divergence(op.estimator, d) : 0;
-    double reward = keep ? static_cast<double>(rewards[i]) : 0;
+    double reward = keep ? static_cast<double>(given) : 0;
     if (op.kl_coef != 0) reward -= op.kl_coef * kl;
     static_cast<T*>(op.shaped)[i] = static_cast<T>(reward);
     static_cast<T*>(op.kl)[i] = static_cast<T>(kl);
   }
 }
 
-template <typename T, int kTeam>
-__device__ __forceinline__ void gae_sequence(const Advantages& op, int64_t s, Bounds b, Map* maps, Ahead* aheads) {
-  const T* rewards = static_cast<const T*>(op.shaped ? op.shaped : op.rewards);
+template <typename T>
+struct GaeTokens {
+  T reward[kEach], value[kEach];
+  bool keeps[kEach];
+};
+
+// Piece `index` of sequence s, as scan_piece; `next` is moved past it too.
+template <typename T, int kTeam, bool kWrites>
+__device__ __forceinline__ void gae_piece(const Advantages& op, int64_t s, Bounds b, int64_t index, Course& course,
+                                          Ahead& next, Map* maps, Ahead* aheads) {
+  const Bounds piece = piece_of(b, index);
+  const T* rewards = static_cast<const T*>(op.shaped ? op.shaped : op.rewards) + piece.start;
   const T* values = static_cast<const T*>(op.values);
-  T *advantages = static_cast<T*>(op.advantages), *returns = static_cast<T*>(op.returns);
+  const uint8_t* mask = op.segments.mask;
+  T *advantages = static_cast<T*>(op.advantages) + piece.start, *returns = static_cast<T*>(op.returns) + piece.start;
+  if (values != nullptr) values += piece.start;
+  if (mask != nullptr) mask += piece.start;
   const double gamma = op.gamma[s * op.gamma_stride], decay = gamma * op.lam[s * op.lam_stride];
   const bool zero = op.zero, whitens = op.whiten_rewards.moments != nullptr;
   const Standard by = standard_of(op.whiten_rewards);
-  double carry = 0;
-  Ahead next{op.bootstrap ? op.bootstrap[s] : 0, 0};
   const auto join = [zero](Ahead later, Ahead earlier) { return after(later, earlier, zero); };
-  for_spans<false, kTeam>(b.start, b.stop, [&](Place place) {
+  const auto fetch = [&](Place place) {
+    GaeTokens<T> read;
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      const bool has = place.has(e);
+      read.reward[e] = has ? rewards[place.first + e] : T(0);
+      read.value[e] = has && values != nullptr ? values[place.first + e] : T(0);
+      read.keeps[e] = has && (mask == nullptr || mask[place.first + e] != 0);
+    }
+    return read;
+  };
+  for_spans<false, kTeam>(static_cast<int>(piece.stop - piece.start), fetch, [&](Place place, const auto& read) {
     double v[kEach], d[kEach], a[kEach];
-    bool valid[kEach];
     Ahead own{0, 0};
 #pragma unroll
     for (int e = kEach - 1; e >= 0; --e) {
-      const int64_t i = place.first + e;
-      valid[e] = place.has(e) && op.segments.keeps(i);
-      v[e] = valid[e] && values ? static_cast<double>(values[i]) : 0;
-      d[e] = valid[e] ? static_cast<double>(rewards[i]) : 0;
-      if (place.has(e)) own = join(Ahead{v[e], valid[e] ? 2 : 1}, own);
+      v[e] = read.keeps[e] ? static_cast<double>(read.value[e]) : 0;  // select: a masked token may hold NaN
+      d[e] = read.keeps[e] ? static_cast<double>(read.reward[e]) : 0;
+      if (place.has(e)) own = join(Ahead{v[e], read.keeps[e] ? 2 : 1}, own);
     }
     const Ahead right = parts_before<false>(own, Ahead{0, 0}, join);
     Ahead ahead = join(right, entering<kTeam>(from_lane(own, 0), next, aheads, join));
 #pragma unroll
     for (int e = kEach - 1; e >= 0; --e) {
+      const bool valid = read.keeps[e];
       if (whitens) d[e] = whitened(d[e], by, op.whiten_rewards.shift);
       const double delta = fma(gamma, ahead.value, d[e] - v[e]);
       const double step = zero && ahead.state == 2 ? gamma * ahead.value : 0;  // of a masked token
-      d[e] = valid[e] ? delta : place.has(e) ? step : 0;
-      a[e] = valid[e] || (zero && place.has(e)) ? decay : 1;
-      if (place.has(e)) ahead = join(Ahead{v[e], valid[e] ? 2 : 1}, ahead);
+      d[e] = valid ? delta : place.has(e) ? step : 0;
+      a[e] = valid || (zero && place.has(e)) ? decay : 1;
+      if (place.has(e)) ahead = join(Ahead{v[e], valid ? 2 : 1}, ahead);
     }
-    scan_span<false, kTeam>(d, a, carry, maps);
+    scan_span<false, kTeam, kWrites>(d, a, course, maps);
+    if constexpr (!kWrites) return;
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
       if (!place.has(e)) continue;
-      advantages[place.first + e] = valid[e] ? static_cast<T>(d[e]) : T(0);
-      returns[place.first + e] = valid[e] ? static_cast<T>(d[e] + v[e]) : T(0);
+      advantages[place.first + e] = read.keeps[e] ? static_cast<T>(d[e]) : T(0);
+      returns[place.first + e] = read.keeps[e] ? static_cast<T>(d[e] + v[e]) : T(0);
     }
+  });
+}
+
+// What comes after the last token of sequence s.
+__device__ __forceinline__ Ahead bootstrap_of(const Advantages& op, int64_t s) {
+  return {op.bootstrap ? op.bootstrap[s] : 0, 0};
+}
+
+template <typename T, int kTeam>
+__device__ __forceinline__ void gae_sequence(const Advantages& op, int64_t s, Bounds b, Map* maps, Ahead* aheads) {
+  Ahead next = bootstrap_of(op, s);
+  for_pieces<false, kTeam>(b, [&](int64_t index, Course& course) {
+    gae_piece<T, kTeam, true>(op, s, b, index, course, next, maps, aheads);
   });
 }
 
@@ -300,6 +465,74 @@ __global__ void __launch_bounds__(kThreads, 2) gae_kernel(Advantages op, int eac
       });
 }
 
+// One block: what comes after the tokens before `from`, of sequence s: the first token with mask there, found kPiece tokens
+// at a time.
+template <typename T>
+__device__ __forceinline__ Ahead ahead_from(const Advantages& op, int64_t s, Bounds b, int64_t from) {
+  __shared__ int firsts[kWarps];
+  const T* values = static_cast<const T*>(op.values);
+  const Ahead last = bootstrap_of(op, s);
+  for (int64_t start = from; start < b.stop; start += kPiece) {
+    const int64_t stop = start + kPiece < b.stop ? start + kPiece : b.stop;
+    int first = kPiece;
+#pragma unroll 4
+    for (int64_t i = start + threadIdx.x; i < stop; i += kThreads)
+      if (op.segments.keeps(i) && i - start < first) first = static_cast<int>(i - start);
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+      const int other = __shfl_xor_sync(kAllLanes, first, half);
+      first = other < first ? other : first;
+    }
+    if (threadIdx.x % kLanes == 0) firsts[threadIdx.x / kLanes] = first;
+    __syncthreads();
+    for (int w = 0; w < kWarps; ++w) first = firsts[w] < first ? firsts[w] : first;
+    __syncthreads();  // before the next tokens are looked at
+    if (first == kPiece) continue;
+    const int64_t i = start + first;
+    return after(Ahead{0, i > from ? 1 : 0}, Ahead{values != nullptr ? static_cast<double>(values[i]) : 0, 2}, op.zero);
+  }
+  return after(Ahead{0, from < b.stop ? 1 : 0}, last, op.zero);
+}
+
+// As scan_maps_kernel, and what the pieces' last tokens take for the value of the next.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 2) gae_maps_kernel(Advantages op, Link* links) {
+  __shared__ Map maps[kWarps];
+  __shared__ Ahead aheads[kWarps];
+  if (!all_valid(op.segments)) return;
+  const Piece at = piece_at(op.segments, blockIdx.x, kPiece);
+  if (at.index >= at.count) return;
+  const Bounds b = bounds(op.segments, at.segment);
+  Ahead next = ahead_from<T>(op, at.segment, b, piece_of(b, at.index).stop);
+  if (threadIdx.x == 0) links[blockIdx.x].value = next.value, links[blockIdx.x].state = next.state;
+  if (at.index == 0) return;  // nothing comes after it
+  Course course{0, true, {1, 0}};
+  gae_piece<T, kWarps, false>(op, at.segment, b, at.index, course, next, maps, aheads);
+  if (threadIdx.x == 0) links[blockIdx.x].whole = course.whole;
+}
+
+// As scan_pieces_kernel.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 2) gae_pieces_kernel(Advantages op, const Link* links) {
+  __shared__ Map maps[kWarps];
+  __shared__ Ahead aheads[kWarps];
+  if (!all_valid(op.segments)) {
+    const int64_t s = blockIdx.x;
+    if (s >= op.segments.count) return;
+    const Bounds b = bounds(op.segments, s);
+    if (b.valid) return gae_sequence<T, kWarps>(op, s, b, maps, aheads);
+    fill_nan(static_cast<T*>(op.advantages), b, threadIdx.x, kThreads);
+    fill_nan(static_cast<T*>(op.returns), b, threadIdx.x, kThreads);
+    return;
+  }
+  const Piece at = piece_at(op.segments, blockIdx.x, kPiece);
+  if (at.index >= at.count) return;
+  const Link link = links[blockIdx.x];
+  Course course{link.enter, false, {1, 0}};
+  Ahead next{link.value, static_cast<int>(link.state)};
+  const Bounds b = bounds(op.segments, at.segment);
+  gae_piece<T, kWarps, true>(op, at.segment, b, at.index, course, next, maps, aheads);
+}
+
 // Block: the moments of kMomentTokens tokens, to parts[block]. Tokens count where the mask, or else `kept`, is not 0.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4) moments_kernel(const T* x, const uint8_t* mask, const float* kept,
@@ -307,10 +540,11 @@ __global__ void __launch_bounds__(kThreads, 4) moments_kernel(const T* x, const 
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kMomentTokens;
   const int64_t stop = first + kMomentTokens < total ? first + kMomentTokens : total;
   Moments sum{0, 0, 0};
+#pragma unroll 4
   for (int64_t i = first + threadIdx.x; i < stop; i += kThreads) {
-    if (kept ? kept[i] == 0 : mask != nullptr && mask[i] == 0) continue;  // select: it may be NaN
     const double value = x[i];
-    sum = {sum.n + 1, sum.sum + value, fma(value, value, sum.squares)};
+    const bool counts = kept ? kept[i] != 0 : mask == nullptr || mask[i] != 0;
+    if (counts) sum = {sum.n + 1, sum.sum + value, fma(value, value, sum.squares)};  // select: it may be NaN
   }
   add_block(sum, parts + blockIdx.x);
 }

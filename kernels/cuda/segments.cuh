@@ -44,6 +44,39 @@ __device__ __forceinline__ Bounds bounds(const Segments& segments, int64_t s) {
   return {from, last ? segments.total : clamp(stop, from, segments.total), false};
 }
 
+// ---- pieces of long segments ---------------------------------------------------------------------------------------
+
+// A piece of a segment, counted from its start, at one of the slots of launch.h.
+struct Piece {
+  int64_t segment, index, count;  // index >= count: the slot is nobody's
+};
+
+__device__ __forceinline__ int64_t first_slot(const Segments& segments, int64_t s, int64_t size) {
+  return segments.start(s) / size + s;
+}
+
+// Bounds must be valid.
+__device__ __forceinline__ Piece piece_at(const Segments& segments, int64_t slot, int64_t size) {
+  int64_t low = 0, high = segments.count - 1;
+  while (low < high) {
+    const int64_t middle = high - (high - low) / 2;
+    if (first_slot(segments, middle, size) <= slot) low = middle;
+    else high = middle - 1;
+  }
+  const int64_t tokens = segments.start(low + 1) - segments.start(low);
+  return {low, slot - first_slot(segments, low, size), (tokens + size - 1) / size};
+}
+
+// One block: whether all bounds are valid. Where they are not, slots say nothing.
+__device__ __forceinline__ bool all_valid(const Segments& segments) {
+  if (segments.cu_seqlens == nullptr) return true;
+  bool valid = true;
+  for (int64_t s = threadIdx.x; s < segments.count; s += kThreads) valid = valid && bounds(segments, s).valid;
+  return __syncthreads_and(valid) != 0;
+}
+
+// ---- sums ----------------------------------------------------------------------------------------------------------
+
 // One warp: all lanes return the tally of the first chunk of [start, stop). x may be null where no sum is wanted.
 template <typename T>
 __device__ __forceinline__ Tally chunk_tally(const Segments& segments, const T* x, int64_t start, int64_t stop) {

@@ -1,6 +1,7 @@
 """The bench itself: what is measured, what is written, and that a wrong answer is never timed."""
 
 import dataclasses
+import importlib
 import json
 import os
 import re
@@ -621,6 +622,67 @@ def test_a_call_goes_on_without_an_extension_that_cannot_be_imported(session):
 def test_nothing_runs_where_nothing_could_be_built(session):
     status, told, calls = session(BUILD="python3 FAILS")
     assert status == 100 and calls[0] == "FAILS" and len(calls) == 2 and calls[1].startswith("bench/gather.py")
+
+
+# goals as ratios to what the same run timed
+
+
+@pytest.fixture
+def goals(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "bench")
+    return importlib.import_module("goals")
+
+
+def gpu_rows(slower=1.0):
+    """A dense and a pivot race at two shapes, times of the GPU and of a call, a sweep, and rows of other steps."""
+    common = {"suite": "head", "device": "cuda", "versions": {"machine": "Some GPU 80GB"}}
+    rows = [{"ceiling": "copy", "median_s": 1.0}, {"profile": "ours", "kernel": "gemm", "seconds": 1.0}]
+    for shape, scale in (([96, 64, 3001], 10.0), ([8192, 4096, 128256], 1.0)):
+        for case, impl, seconds in (
+            ("dense", "gemm3", 10),
+            ("dense", "ours", 12 * slower),
+            ("dense", "fused", 11 * slower),
+            ("dense", "trl", 15),
+            ("pivots20", "trl", 26),
+            ("pivots20", "ours", 10),
+        ):
+            row = {"case": case, "impl": impl, "shape": shape, "queued_s": seconds * (scale if impl != "trl" else 1)}
+            rows.append({**common, **row, "median_s": 99.0})
+    common = {"kernel": "head_fwd_tma"}
+    for launch, share, shipped in (([128], 0.7, False), ([256], 0.81, True), ("bare", 1.0, False)):
+        rows.append({**common, "launch": launch, "share_of_bare": share, "shipped": shipped})
+    return [*rows, {**common, "launch": [512], "failed": "no room"}]
+
+
+def test_goals_are_ratios_of_one_run(goals):
+    lines = goals.table([gpu_rows(), gpu_rows(slower=1.2)]).splitlines()
+    assert lines[0] == "| | goal | estimate (H100) | Some GPU 80GB | Some GPU 80GB |"
+    assert len(lines) == 2 + len(goals.GOALS)
+    assert [line.split(" | ")[-2:] for line in lines[2:6]] == [
+        ["0.81", "0.81 |"],  # the launch that ships
+        ["1.10", "1.32, missed |"],  # the faster layer, at the larger shape, by the time on the GPU
+        ["1.36", "1.14, missed |"],
+        ["2.60", "2.60 |"],
+    ]
+    assert lines[6].endswith("| not timed | not timed |")
+    assert goals.table([]).count("not yet run on a GPU") == len(goals.GOALS)
+
+
+def test_one_command_takes_results_into_the_pages(goals, tmp_path, capsys):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "bench/results").mkdir(parents=True)
+    page, results = tmp_path / "docs/status.md", tmp_path / "results.json"
+    page.write_text("before\n<!-- goals -->\n" + goals.table([]) + "<!-- /goals -->\nbehind\n")
+    results.write_text(json.dumps(gpu_rows()))
+    for _ in range(2):  # the same again changes nothing
+        goals.main([str(results), "--root", str(tmp_path)])
+        assert page.read_text() == (
+            "before\n<!-- goals -->\n" + goals.table([gpu_rows()]) + "<!-- /goals -->\nbehind\n"
+        )
+    assert [file.name for file in (tmp_path / "bench/results").iterdir()] == ["gpu-some-gpu-80gb.json"]
+    page.write_text("no table")
+    with pytest.raises(ValueError, match="has no <!-- goals -->"):
+        goals.main([str(results), "--root", str(tmp_path)])
 
 
 def test_the_vocabulary_parallel_head_races_on_gloo_ranks(tmp_path, capsys):

@@ -6,7 +6,8 @@
 // a barrier or shuffle that some threads never reach as a deadlock report. What it cannot show: races between two
 // instructions of one warp, speed, occupancy.
 //
-// Covered: 1-D grids and blocks, static shared memory, __syncthreads, __syncwarp, __shfl_*_sync, the float types.
+// Covered: 1-D grids and blocks, static shared memory, __syncthreads, __syncthreads_and, __syncwarp, __shfl_*_sync, the
+// float types.
 #pragma once
 #include <ucontext.h>
 
@@ -56,6 +57,7 @@ struct Thread {
   State state = State::ready;
   unsigned mask = 0, source = 0;  // of the shuffle it waits in: lanes that take part, lane it reads
   alignas(16) unsigned char sent[16], received[16];
+  bool vote = false;
 };
 
 struct Block {
@@ -225,6 +227,15 @@ inline void launch(unsigned blocks, unsigned threads, Order order, unsigned seed
 #define gridDim emu::grid_size
 
 inline void __syncthreads() { emu::wait(emu::State::at_block_barrier); }
+
+inline int __syncthreads_and(int vote) {
+  emu::block->threads[emu::block->current].vote = vote != 0;
+  __syncthreads();
+  bool all = true;
+  for (const emu::Thread& thread : emu::block->threads) all = all && thread.vote;
+  __syncthreads();  // before another vote
+  return all;
+}
 
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int source) {

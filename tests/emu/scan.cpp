@@ -10,7 +10,7 @@ using namespace finealign;
 namespace {
 
 struct How {
-  int each, order;
+  int each, order;  // each 0: a block takes a piece of a sequence
   unsigned seed;
 };
 
@@ -24,7 +24,27 @@ int run(unsigned blocks, How how, std::function<void()> kernel) {
   return 0;
 }
 
-unsigned blocks_of(const Segments& segments, How how) { return (segments.count + how.each - 1) / how.each; }
+// The launches of csrc/cuda/scan.cu, in room full of NaN.
+template <bool kForward, typename Op>
+int run(void (*kernel)(Op, int), void (*maps)(Op, Link*), void (*pieces)(Op, const Link*), const Op& op, How how) {
+  const Segments& segments = op.segments;
+  if (how.each > 0)
+    return run((segments.count + how.each - 1) / how.each, how, [&] { kernel(op, how.each); });
+  std::vector<Link> links(segments.total / kPiece + segments.count, Link{{NAN, NAN}, NAN, NAN, 77});
+  const unsigned slots = links.size();
+  const int failed = run(slots, how, [&] { maps(op, links.data()); }) ||
+                     run((segments.count + kWarps - 1) / kWarps, how, [&] { enter_kernel<kForward>(segments, links.data()); });
+  return failed || run(slots, how, [&] { pieces(op, links.data()); });
+}
+
+template <typename T, bool kForward>
+int run(const Scan& op, How how) {
+  return run<kForward>(scan_kernel<T, kForward>, scan_maps_kernel<T, kForward>, scan_pieces_kernel<T, kForward>, op, how);
+}
+template <typename T>
+int run(const Advantages& op, How how) {
+  return run<false>(gae_kernel<T>, gae_maps_kernel<T>, gae_pieces_kernel<T>, op, how);
+}
 
 }  // namespace
 
@@ -34,15 +54,12 @@ extern "C" int emu_size(int which) {
 }
 
 extern "C" int emu_scan(const Scan* op, How how) {
-  const bool wide = op->dtype == DType::f64;
-  const auto kernel = op->forward ? (wide ? scan_kernel<double, true> : scan_kernel<float, true>)
-                                  : (wide ? scan_kernel<double, false> : scan_kernel<float, false>);
-  return run(blocks_of(op->segments, how), how, [&] { kernel(*op, how.each); });
+  if (op->dtype == DType::f64) return op->forward ? run<double, true>(*op, how) : run<double, false>(*op, how);
+  return op->forward ? run<float, true>(*op, how) : run<float, false>(*op, how);
 }
 
 extern "C" int emu_gae(const Advantages* op, How how) {
-  const auto kernel = op->dtype == DType::f64 ? gae_kernel<double> : gae_kernel<float>;
-  return run(blocks_of(op->segments, how), how, [&] { kernel(*op, how.each); });
+  return op->dtype == DType::f64 ? run<double>(*op, how) : run<float>(*op, how);
 }
 
 // A kernel of one token a thread, in so few blocks that each walks on.

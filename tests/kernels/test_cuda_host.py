@@ -1,96 +1,18 @@
 """Device code of kernels/cuda: run on the CPU in several thread orders (tests/emu), compiled for every GPU named."""
 
 import ctypes
-import importlib.util
 import itertools
 import math
-import os
 import re
-import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
+from cuda_host import CUDA, DTYPES, NVCC, ORDERS, ROOT, DeviceFailure, Zoned, on_host, with_nvcc
 
-from finealign_kernels.ops import _native
-
-ROOT = Path(__file__).resolve().parents[2]
-CUDA = ROOT / "kernels" / "cuda"
-CXX = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
-NVCC = shutil.which("nvcc") or next(iter(map(str, Path("/usr/local").glob("cuda*/bin/nvcc"))), None)
 ARCHS = ("80", "90a", "100f", "120")
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # DType in csrc/launch.h
 SUM, MEAN, LAST = OVER = (0, 1, 2)
-ORDERS = {"forward": 0, "backward": 1, "random": 2}
-PAD = 64  # elements of red zone on both sides of every buffer
-
-
-def cuda_headers() -> str | None:
-    """The folder of cuda_bf16.h: beside nvcc (which may be a wrapper: it says where it lives), or inside Triton."""
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
-    if NVCC:
-        said = subprocess.run([NVCC, "--dryrun", "-c", "none.cu"], capture_output=True, text=True)
-        homes += re.findall(r"TOP=(\S+)", said.stdout + said.stderr)
-    folders = [Path(home) / "include" for home in (*homes, "/usr/local/cuda")]
-    triton = importlib.util.find_spec("triton")
-    if triton and triton.origin:
-        folders.append(Path(triton.origin).parent / "backends/nvidia/include")
-    return next((str(folder) for folder in folders if (folder / "cuda_bf16.h").is_file()), None)
-
-
-HEADERS = cuda_headers()
-missing = (
-    ("no C++ compiler" if not CXX else None)
-    or ("no CUDA headers (cuda_bf16.h)" if not HEADERS else None)
-    or _native.reason  # the CPU kernels say what is right
-)
-on_host = pytest.mark.skipif(missing is not None, reason=str(missing))
-with_nvcc = pytest.mark.skipif(not NVCC, reason="no nvcc")
-
-
-FLAGS = ["-std=c++17", "-O0", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas", "-isystem", HEADERS]
-
-
-@pytest.fixture(scope="session")
-def shim(tmp_path_factory) -> Path:
-    """The shim as a precompiled header, which halves the time of every build after it."""
-    folder = tmp_path_factory.mktemp("shim")
-    header = ROOT / "tests/emu/cuda_host_shim.h"
-    subprocess.run([CXX, *FLAGS, "-w", "-x", "c++-header", header, "-o", folder / "cuda_host_shim.h.gch"], check=True)
-    return folder
-
-
-def build(name: str, folder: Path, shim: Path, device_code: Path = CUDA) -> ctypes.CDLL:
-    """tests/emu/NAME.cpp with the .cuh files of device_code before those of kernels/cuda."""
-    out, places = folder / f"{name}.so", (shim, device_code, CUDA, ROOT / "csrc", ROOT / "tests/emu")
-    include = [word for place in places for word in ("-I", place)]
-    subprocess.run([CXX, *FLAGS, *include, "-shared", ROOT / f"tests/emu/{name}.cpp", "-o", out], check=True)
-    return ctypes.CDLL(str(out))
-
-
-class Zoned:
-    """A tensor with a red zone on both sides."""
-
-    def __init__(self, values: torch.Tensor, pad: float):
-        self.whole = torch.full((values.numel() + 2 * PAD,), pad, dtype=values.dtype)
-        self.inner = self.whole[PAD:-PAD]
-        self.inner.copy_(values)
-        self.pad = self.whole[0].clone()
-
-    @property
-    def pointer(self) -> ctypes.c_void_p:
-        return ctypes.c_void_p(self.inner.data_ptr())
-
-    def zones_untouched(self) -> bool:
-        zones = torch.cat([self.whole[:PAD], self.whole[-PAD:]])
-        return torch.equal(zones, self.pad.expand_as(zones))
-
-
-class DeviceFailure(Exception):
-    """A deadlock or an illegal shuffle."""
 
 
 def run(lib, which, source, mask, cu_seqlens, total, over, dtype, each=1, order=0, pad=float("nan")):
@@ -164,9 +86,9 @@ def check(lib, name, dtype):
                 assert torch.equal(actual, exact), (which, masked, over, order)
 
 
-@pytest.fixture(scope="session")
-def lib(tmp_path_factory, shim):
-    return build("segments", tmp_path_factory.mktemp("emu"), shim)
+@pytest.fixture
+def lib(host):
+    return host("segments")
 
 
 @on_host
@@ -192,41 +114,6 @@ def check_bad_cu_seqlens(lib):
 
 @on_host
 def test_bad_cu_seqlens_give_nan_and_touch_nothing_else(lib):
-    check_bad_cu_seqlens(lib)
-
-
-SEGMENT_BUGS = {
-    "no barrier before reading": ("    __syncthreads();\n#pragma", "#pragma"),
-    "no barrier before the next round": ("    __syncthreads();  // before the next round writes chunks\n", ""),
-    "barrier in a branch": ("__syncthreads();  // before", "if (mine < stop) __syncthreads();  // before"),
-    "shuffle of a part of the warp": (
-        "const Tally chunk = mine < stop",
-        "const Tally chunk = mine + threadIdx.x % kLanes < stop",
-    ),
-    "half the warp is not added": ("int half = kLanes / 2", "int half = kLanes / 4"),
-    "last token left out": ("i < n; i += kLanes", "i < n - 1; i += kLanes"),
-    "one token beyond the end": ("i < n; i += kLanes", "i <= n; i += kLanes"),
-    "empty segment not written": ("b.stop - b.start <= kChunk)", "b.stop > b.start && b.stop - b.start <= kChunk)"),
-    "segments beyond the last": (
-        "const int64_t end = first + each < segments.count ? first + each : segments.count;",
-        "const int64_t end = first + each;",
-    ),
-    "segment skipped": ("s += kWarps) {", "s += kWarps + 1) {"),
-    "summed in the dtype of x": ("sum += load(x[i]);", "sum = load(static_cast<T>(sum + load(x[i])));"),
-    "chunks added in float32": ("  double sum;\n", "  float sum;\n"),
-    "mask not looked at": ("mask[i] == 0) continue", "false) continue"),
-    "masked tokens counted": ("    ++kept;\n    last = i;", "    last = i;\n    kept = i / kLanes + 1;"),
-    "first instead of last": ("last > other ? last : other", "last < other ? last : other"),
-    "end instead of last kept": ("i == tally.last", "i == b.stop - 1"),
-    "mean over none": ("tally.kept > 0 ? tally.kept : 1));\n  else *out", "tally.kept));\n  else *out"),
-    "bounds not checked": ("stop <= segments.total && ends_fit", "ends_fit"),
-    "head not filled": ("first ? 0 : clamp(start", "clamp(start"),
-}
-
-
-def check_segments(lib):
-    for sizes in ("empty", "mixed", "rounds"):
-        check(lib, sizes, torch.bfloat16)
     check_bad_cu_seqlens(lib)
 
 
@@ -359,9 +246,9 @@ def check_bad_bounds_of_sequences(lib):
         assert not (dlogp == -77).any() and dlogp.isnan().any()
 
 
-@pytest.fixture(scope="session")
-def sequence_lib(tmp_path_factory, shim):
-    return build("sequence_loss", tmp_path_factory.mktemp("emu"), shim)
+@pytest.fixture
+def sequence_lib(host):
+    return host("sequence_loss")
 
 
 @on_host
@@ -374,28 +261,6 @@ def test_sequence_losses_on_the_host(sequence_lib, layout, dtype):
 @on_host
 def test_sequences_of_bad_cu_seqlens_give_nan_and_touch_nothing_else(sequence_lib):
     check_bad_bounds_of_sequences(sequence_lib)
-
-
-SEQUENCE_BUGS = {
-    "mask not looked at": ("mask[i] == 0) continue", "false) continue"),
-    "weight of 0 not left out": ("else if (w != 0) part", "else part"),
-    "weights counted": ("part.weight += counts ? A(1) : w;", "part.weight += A(1);"),
-    "half the warp is not added": ("int half = kLanes / 2", "int half = kLanes / 4"),
-    "no barrier before the losses": ("  __syncthreads();\n  if (threadIdx.x < n)", "  if (threadIdx.x < n)"),
-    "no barrier before the next round": ("    __syncthreads();  // before the next round writes parts\n", ""),
-    "rejected of the next": ("score[threadIdx.x + n]", "score[threadIdx.x + 1]"),
-    "reference's sum added": ("score -= static_cast", "score += static_cast"),
-    "divided before": ("(op.slope)[s] / under", "(op.slope)[s]"),
-    "weight lost in backward": ("each = (weight[i] != 0 ? value : A(0)) * weight[i]", "each = value"),
-    "bounds not looked at": ("valid ? total.score : static_cast<double>(NAN)", "total.score"),
-    "first and phi exchanged": ("k == 0 ? op.first : op.phi", "k == 0 ? op.phi : op.first"),
-}  # fmt: skip
-
-
-def check_all_sequences(lib):
-    for layout in ("ragged", "rounds"):
-        check_sequences(lib, layout, torch.bfloat16, SIDES if layout == "ragged" else SIDES[:3])
-    check_bad_bounds_of_sequences(lib)
 
 
 # ---- policy losses -------------------------------------------------------------------------------------------------
@@ -537,9 +402,9 @@ def check_bad_bounds_of_policies(lib):
             assert dlogp.isnan().all() == dentropy.isnan().all() == bad and not (losses == -77).any()
 
 
-@pytest.fixture(scope="session")
-def policy_lib(tmp_path_factory, shim):
-    return build("policy_loss", tmp_path_factory.mktemp("emu"), shim)
+@pytest.fixture
+def policy_lib(host):
+    return host("policy_loss")
 
 
 @on_host
@@ -554,69 +419,7 @@ def test_policies_of_bad_cu_seqlens_are_nan(policy_lib):
     check_bad_bounds_of_policies(policy_lib)
 
 
-POLICY_BUGS = {
-    "mask not looked at by rows": ("if (!op.segments.keeps(i)) continue;", ""),
-    "mask not looked at by tokens": ("if (op.segments.keeps(i)) one_token", "if (true) one_token"),
-    "half the warp is not added": ("int half = kLanes / 2", "int half = kLanes / 4"),
-    "no barrier before the next round": ("    __syncthreads();  // before the next round writes parts\n", ""),
-    "no barrier before the totals": ("  __syncthreads();\n  if (threadIdx.x != 0)", "  if (threadIdx.x != 0)"),
-    "no barrier before the results": ("  __syncthreads();\n  const int term", "  const int term"),
-    "rows do not go on": ("op.segments.start(s + 1) <= i) ++s", "op.segments.start(s + 1) < i) ++s"),
-    "bounds not looked at": ("bad += bounds(op.segments, s).valid ? 0 : 1;", ""),
-    "rows not all counted": ("s += chunks * kLanes", "s += chunks * kLanes + 1"),
-    "empty rows counted": ("op.rows[s].length > 0 ? 1 : 0", "1"),
-    "tokens for weights": ("if (!op.kept) part.weight = part.length;", "part.weight = part.length;"),
-    "stretch lost": ("psi.slope * stretch_of(op.ratio, row)", "psi.slope"),
-    "sampler by token lost": ("if (op.sampler != nullptr && !op.sampler_by_row) weight", "if (false) weight"),
-    "the row's ratio in k3_is": ("op.ratio == RatioOf::token ? ratio : ratio_of(log_ratio)", "ratio"),
-    "one token beyond the end": ("for (int64_t i = first; i < stop;", "for (int64_t i = first; i <= stop;"),
-    "backward stops early": ("i < op.total; i += step", "i < op.total; i += op.total"),
-}  # fmt: skip
-
-
-def check_all_policies(lib):
-    for layout in ("ragged", "rounds", "many"):
-        check_policies(lib, layout, torch.bfloat16)
-    check_bad_bounds_of_policies(lib)
-
-
-# ---- planted bugs --------------------------------------------------------------------------------------------------
-
-# file of kernels/cuda -> what is planted in it (the text that is replaced, and by what), and the checks that must fail
-PLANTED = {
-    "segments": (SEGMENT_BUGS, check_segments),
-    "sequence_loss": (SEQUENCE_BUGS, check_all_sequences),
-    "policy_loss": (POLICY_BUGS, check_all_policies),
-}
-
-
-@pytest.fixture(scope="session")
-def mutants(tmp_path_factory, shim):
-    """mutants(MODULE): kernels/cuda/MODULE.cuh built with each of its bugs, once."""
-
-    @cache
-    def build_all(module: str) -> dict[str, ctypes.CDLL]:
-        bugs, _ = PLANTED[module]
-        source = (CUDA / f"{module}.cuh").read_text()
-
-        def make(name):
-            old, new = bugs[name]
-            assert source.count(old) == 1, f"{name}: its text stands {source.count(old)} times in {module}.cuh"
-            folder = tmp_path_factory.mktemp("mutant")
-            (folder / f"{module}.cuh").write_text(source.replace(old, new))
-            return build(module, folder, shim, folder)
-
-        with ThreadPoolExecutor(2) as pool:
-            return dict(zip(bugs, pool.map(make, bugs), strict=True))
-
-    return build_all
-
-
-@on_host
-@pytest.mark.parametrize("module, name", [(module, name) for module, (bugs, _) in PLANTED.items() for name in bugs])
-def test_planted_bug_is_found(mutants, module, name):
-    with pytest.raises((AssertionError, DeviceFailure)):
-        PLANTED[module][1](mutants(module)[name])
+# ---- for GPUs -----------------------------------------------------------------------------------------------
 
 
 @with_nvcc

@@ -415,10 +415,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sequence_loss_fwd_on_gpu(
     const std::optional<Tensor>& hypers, const std::optional<Tensor>& sign) {
   const DeviceGuard guard(logp.get_device_index());
   SequenceResults out;
-  const char* failure = sequence_loss_forward_cuda(
-      make_sequence_forward(logp, ref_logp, ref_sum, mask, token_weight, cu_seqlens, average, pairs, form, phi, first,
-                            beta, scale, shift, shifts, hyper, hypers, sign, out),
-      current_stream(logp));
+  SequenceLossForward op = make_sequence_forward(logp, ref_logp, ref_sum, mask, token_weight, cu_seqlens, average, pairs,
+                                                 form, phi, first, beta, scale, shift, shifts, hyper, hypers, sign, out);
+  Tensor room = room_for<Stretch>(slots(op.tokens.segments, kChunk), logp);
+  op.parts = static_cast<Stretch*>(room.mutable_data_ptr());
+  const char* failure = sequence_loss_forward_cuda(op, current_stream(logp));
   STD_TORCH_CHECK(failure == nullptr, "sequence_loss_fwd: ", failure);
   return {out.losses, out.score, out.slope, out.denominator};
 }
@@ -514,10 +515,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss_fwd(
     const DeviceGuard guard(logp.get_device_index());
     const int64_t rows = op.sums_rows() ? op.segments.count : 0;
     constexpr int64_t kDouble = sizeof(double);
-    const int64_t bytes = rows * sizeof(Row) + op.chunks() * sizeof(Terms) + sizeof(Totals);
+    const int64_t row_parts = op.sums_rows() ? slots(op.segments, kChunk) : 0;
+    const int64_t bytes = (rows + row_parts) * sizeof(Row) + op.chunks() * sizeof(Terms) + sizeof(Totals);
     Tensor room = new_vector(bytes / kDouble, ScalarType::Double, logp);
     op.rows = static_cast<Row*>(room.mutable_data_ptr());
-    op.parts = reinterpret_cast<Terms*>(op.rows + rows);
+    op.row_parts = op.rows + rows;
+    op.parts = reinterpret_cast<Terms*>(op.row_parts + row_parts);
     op.totals = reinterpret_cast<Totals*>(op.parts + op.chunks());
     const char* failure = policy_loss_forward_cuda(op, current_stream(logp));
     STD_TORCH_CHECK(failure == nullptr, "policy_loss_fwd: ", failure);

@@ -186,6 +186,11 @@ struct TokenWeights {
   FINEALIGN_BOTH bool counts() const { return average == Average::all || (average == Average::kept && !weight); }
 };
 
+// Sums of a stretch of tokens: Σ w (logp - ref), and what an average divides by.
+struct Stretch {
+  double score, weight;
+};
+
 // score = (Σ_t w_t (logp_t - ref_logp_t) - ref_sum) / denominator over the tokens with mask and w_t != 0
 // loss = scale · what the form says
 // Sums as launch.h says above, each product and sum of w_t x_t one fma; everything behind them float64, each result
@@ -207,6 +212,7 @@ struct SequenceLossForward {
   void* score;        // (count,)
   void* slope;        // (count,) d loss / d score
   void* denominator;  // (count,), never 0; null without an average, where it is 1
+  Stretch* parts;     // room that a GPU needs: (slots(segments, kChunk),), for the chunks of few long sequences
 
   FINEALIGN_BOTH int64_t items() const {
     return pairs == Pairs::none ? tokens.segments.count : tokens.segments.count / 2;
@@ -311,6 +317,7 @@ struct PolicyLossForward {
 
   // Room that a GPU needs: (count,) where rows are summed, (chunks(),), (1,).
   Row* rows;
+  Row* row_parts;  // (slots(segments, kChunk),): where rows are summed, chunks of few long ones
   Terms* parts;
   Totals* totals;
 
@@ -380,7 +387,8 @@ struct Link {
 };
 
 // Queued on the stream; null, or why not. links: room for slots(segments, kPiece) of them.
-// A sequence with invalid bounds gives NaN and is not read. There lanes compose a span of tokens each in a tree (kernels/cuda/scan.cuh): as near to exact as on a CPU, not bit for bit the same.
+// A sequence with invalid bounds gives NaN and is not read. There lanes compose a span of tokens each in a tree
+// (kernels/cuda/scan.cuh): as near to exact as on a CPU, not bit for bit the same.
 const char* scan_cuda(const Scan& op, Link* links, void* stream);
 
 // ---- advantages (csrc/cpu/advantages.cpp) --------------------------------------------------------------------------

@@ -17,11 +17,13 @@ template <typename T>
 const char* forward(const PolicyLossForward& op, cudaStream_t stream) {
   const int64_t count = op.segments.count;
   const int each = count <= 2048 ? 1 : kWarps;  // few rows: a whole block for each; many: as many as warps
-  const int64_t by_rows = (count + each - 1) / each, by_chunks = (op.chunks() + kWarps - 1) / kWarps;
-  if (by_rows > INT32_MAX || by_chunks > INT32_MAX) return "too many tokens for one launch";
-  const auto rows = static_cast<unsigned>(by_rows), chunks = static_cast<unsigned>(by_chunks);
-  if (op.sums_rows() && rows > 0) policy_rows_kernel<T><<<rows, kThreads, 0, stream>>>(op, each);
-  if (chunks > 0) policy_parts_kernel<T><<<chunks, kThreads, 0, stream>>>(op);
+  const int64_t by_rows = (count + each - 1) / each, by_slots = (slots(op.segments, kChunk) + kWarps - 1) / kWarps;
+  if (by_rows > INT32_MAX || op.chunks() > INT32_MAX) return "too many tokens for one launch";
+  const auto rows = static_cast<unsigned>(by_rows), chunks = static_cast<unsigned>(op.chunks());
+  const auto warps = (chunks + kWarps - 1) / kWarps, long_ones = static_cast<unsigned>(by_slots);
+  if (op.sums_rows() && long_ones > 0) policy_row_parts_kernel<T><<<long_ones, kThreads, 0, stream>>>(op);
+  if (op.sums_rows() && rows > 0) policy_rows_kernel<T><<<rows, kThreads, 0, stream>>>(op, each, long_ones > 0);
+  if (chunks > 0) policy_parts_kernel<T><<<warps, kThreads, 0, stream>>>(op);
   policy_totals_kernel<<<1, kThreads, 0, stream>>>(op);
   if (chunks > 0) policy_tokens_kernel<T><<<chunks, kThreads, 0, stream>>>(op);
   policy_results_kernel<typename Wide<T>::type><<<1, kThreads, 0, stream>>>(op);

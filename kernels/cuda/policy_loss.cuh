@@ -1,7 +1,10 @@
 // Policy losses of tokens on a GPU: rows, totals of the batch, every token once, the results. csrc/launch.h fixes the order
 // of every sum and formulas.cuh the arithmetic, so the bits are a CPU's.
 //
-// A warp takes a chunk of the flat batch, a lane every 32nd of its tokens. No atomics; what one kernel sums the next reads.
+// Rows are summed by a warp a chunk, those of few long rows by warps all over the GPU, which a block then adds in order. Of
+// each chunk of the flat batch a block makes the tokens' terms, 256 at a time, and adds them by lanes out of shared memory. A
+// thread reads what it needs of a token, and of several, before the mask decides. No atomics; what one kernel sums the next
+// reads.
 #pragma once
 #include "formulas.cuh"
 #include "segments.cuh"
@@ -19,10 +22,14 @@ __device__ __forceinline__ double number(const void* x, int64_t i) {
   return load(static_cast<const T*>(x)[i]);
 }
 
+// 0 where x is null.
 template <typename T>
-__device__ __forceinline__ double log_ratio_at(const PolicyLossForward& op, int64_t i) {
-  const double logp = number<T>(op.logp, i);
-  return op.old_logp != nullptr ? logp - number<T>(op.old_logp, i) : no_log_ratio(logp);
+__device__ __forceinline__ T raw(const void* x, int64_t i) {
+  return x != nullptr ? static_cast<const T*>(x)[i] : T(0.0f);
+}
+
+__device__ __forceinline__ double log_ratio_of(const PolicyLossForward& op, double logp, double old_logp) {
+  return op.old_logp != nullptr ? logp - old_logp : no_log_ratio(logp);
 }
 
 // ---- rows and totals -----------------------------------------------------------------------------------------------
@@ -32,12 +39,29 @@ template <typename T>
 __device__ __forceinline__ Row chunk_row(const PolicyLossForward& op, bool log_ratios, int64_t start, int64_t stop) {
   using A = typename Wide<T>::type;
   const int64_t end = stop - start < kChunk ? stop : start + kChunk;
+  const void *logp = log_ratios ? op.logp : nullptr, *old_logp = log_ratios ? op.old_logp : nullptr;
+  const void* weight = op.kept ? op.weight : nullptr;
   Row part{0, 0, 0};
-  for (int64_t i = start + threadIdx.x % kLanes; i < end; i += kLanes) {
-    if (!op.segments.keeps(i)) continue;  // select, do not multiply: a masked token may hold NaN
-    part.length += 1;
-    if (op.kept) part.weight += number<A>(op.weight, i);
-    if (log_ratios) part.log_ratio += log_ratio_at<T>(op, i);
+#pragma unroll 1
+  for (int64_t first = start + threadIdx.x % kLanes; first < end; first += kAhead * kLanes) {
+    T logps[kAhead], olds[kAhead];
+    A weights[kAhead];
+    bool keeps[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int64_t i = first + k * kLanes;
+      const bool has = i < end;
+      logps[k] = raw<T>(has ? logp : nullptr, i), olds[k] = raw<T>(has ? old_logp : nullptr, i);
+      weights[k] = raw<A>(has ? weight : nullptr, i);
+      keeps[k] = has && op.segments.keeps(i);
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      if (!keeps[k]) continue;  // select, do not multiply: a masked token may hold NaN
+      part.length += 1;
+      if (op.kept) part.weight += weights[k];
+      if (log_ratios) part.log_ratio += log_ratio_of(op, load(logps[k]), load(olds[k]));
+    }
   }
   part = {add_lanes(part.weight), add_lanes(part.length), add_lanes(part.log_ratio)};
   if (!op.kept) part.weight = part.length;
@@ -66,10 +90,23 @@ __device__ __forceinline__ Row block_row(const PolicyLossForward& op, bool log_r
   return row;
 }
 
-// rows of each row; nothing is read of one with invalid bounds.
+// row_parts of rows of several chunks, a warp a slot.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 2) policy_rows_kernel(PolicyLossForward op, int each) {
+__global__ void __launch_bounds__(kThreads, 2) policy_row_parts_kernel(PolicyLossForward op) {
+  if (!all_valid(op.segments)) return;
+  const int64_t slot = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes;
+  const Piece at = piece_at(op.segments, slot, kChunk);
+  if (at.index >= at.count || at.count == 1) return;
+  const int64_t start = op.segments.start(at.segment) + at.index * kChunk;
+  const Row part = chunk_row<T>(op, op.ratio != RatioOf::token, start, op.segments.start(at.segment + 1));
+  if (threadIdx.x % kLanes == 0) op.row_parts[slot] = part;
+}
+
+// rows of each row; nothing is read of one with invalid bounds. split: row_parts hold the chunks of long ones.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 2) policy_rows_kernel(PolicyLossForward op, int each, bool split) {
   const bool log_ratios = op.ratio != RatioOf::token;
+  split = split && all_valid(op.segments);
   for_segments(
       op.segments, each,
       [&](int64_t s, Bounds b) {
@@ -77,7 +114,11 @@ __global__ void __launch_bounds__(kThreads, 2) policy_rows_kernel(PolicyLossForw
         if (threadIdx.x % kLanes == 0) op.rows[s] = row;
       },
       [&](int64_t s, Bounds b) {
-        const Row row = b.valid ? block_row<T>(op, log_ratios, b.start, b.stop) : Row{0, 0, 0};
+        Row row{0, 0, 0};
+        if (split)
+          add_in_order(op.row_parts + first_slot(op.segments, s, kChunk), (b.stop - b.start + kChunk - 1) / kChunk,
+                       [&](const Row& part) { append(row, part); });
+        else if (b.valid) row = block_row<T>(op, log_ratios, b.start, b.stop);
         if (threadIdx.x == 0) op.rows[s] = row;
       });
 }
@@ -107,8 +148,10 @@ __global__ void __launch_bounds__(kThreads, 4) policy_parts_kernel(PolicyLossFor
 
 // One warp: all lanes return the sum of a term over all chunks.
 __device__ __forceinline__ double sum_parts(const PolicyLossForward& op, int term) {
+  const int64_t chunks = op.chunks();
   double sum = 0;
-  for (int64_t k = threadIdx.x % kLanes; k < op.chunks(); k += kLanes) sum += op.parts[k].of[term];
+#pragma unroll 8
+  for (int64_t k = threadIdx.x % kLanes; k < chunks; k += kLanes) sum += op.parts[k].of[term];
   return add_lanes(sum);
 }
 
@@ -142,70 +185,114 @@ __device__ __forceinline__ int64_t row_of(const Segments& segments, int64_t toke
   return low;
 }
 
-// Writes the results of token i, which the mask keeps, of row s, and adds its terms.
+// What a token adds to the terms that are not counted; factors of a fused multiply-add are kept apart.
+enum : int { kAddWeight, kAddLoss, kAddKlShare, kAddKl, kAddEntropyShare, kAddEntropy, kAddRatio, kAddLogRatio, kAddends };
+constexpr int kSums = kOldKl + 1;  // terms that are not counted
+
+// What is counted of the tokens of a thread.
+struct Counts {
+  int low, high, dual, tokens;
+};
+
+// Writes the results of token i: addends, and counts where the mask keeps it.
 template <typename T>
-__device__ __forceinline__ void one_token(const PolicyLossForward& op, const Divisors& by, int64_t i, int64_t s,
-                                          Terms& sum) {
+__device__ __forceinline__ void one_token(const PolicyLossForward& op, const Divisors& by, int64_t i, bool walks,
+                                          double (&adds)[kAddends], Counts& count) {
   using A = typename Wide<T>::type;
+  // read first, whatever the mask says: the loads do not wait for one another
+  const T read_logp = raw<T>(op.logp, i), read_old = raw<T>(op.old_logp, i), read_ref = raw<T>(op.ref_logp, i);
+  const T read_entropy = raw<T>(op.entropy, i);
+  A advantage = raw<A>(op.advantage_by_row ? nullptr : op.advantage, i);
+  A sampler = raw<A>(op.sampler_by_row ? nullptr : op.sampler, i);
+  const A token_weight = raw<A>(op.weight, i);
+  const bool keeps = op.segments.keeps(i);
+  const int64_t s = walks ? row_of(op.segments, i) : 0;
+  if (op.advantage_by_row) advantage = raw<A>(op.advantage, s);
+  if (op.sampler_by_row) sampler = raw<A>(op.sampler, s);
+#pragma unroll
+  for (int k = 0; k < kAddends; ++k) adds[k] = 0;
+  if (!keeps) {  // select, do not multiply: it may hold NaN
+    static_cast<A*>(op.losses)[i] = 0, static_cast<A*>(op.dlogp)[i] = 0;
+    if (op.dentropy != nullptr) static_cast<A*>(op.dentropy)[i] = 0;
+    return;
+  }
   const Row* row = op.sums_rows() ? op.rows + s : nullptr;
   const Shares share = shares_of(op, by, row);
-  const double logp = number<T>(op.logp, i), log_ratio = log_ratio_at<T>(op, i);
-  const double advantage = number<A>(op.advantage, op.advantage_by_row ? s : i);
+  const double logp = load(read_logp), log_ratio = log_ratio_of(op, logp, load(read_old));
   double weight = share.policy;
-  if (op.sampler != nullptr && op.sampler_by_row) weight *= number<A>(op.sampler, s);
-  if (op.weight != nullptr) weight *= number<A>(op.weight, i);
-  if (op.sampler != nullptr && !op.sampler_by_row) weight *= number<A>(op.sampler, i);
+  if (op.sampler != nullptr && op.sampler_by_row) weight *= sampler;
+  if (op.weight != nullptr) weight *= token_weight;
+  if (op.sampler != nullptr && !op.sampler_by_row) weight *= sampler;
 
   const double read = op.ratio == RatioOf::token ? log_ratio : log_ratio_of(op.ratio, *row), ratio = ratio_of(read);
   const Item psi = policy_loss_of(op.psi, read, ratio, advantage, logp, op.first, op.second, op.dual);
   Item kl{0, 0};
   if (op.ref_logp != nullptr) {
     const double own_ratio = op.ratio == RatioOf::token ? ratio : ratio_of(log_ratio);
-    kl = divergence_of(op.estimator, logp - number<T>(op.ref_logp, i), log_ratio, own_ratio);
-    sum.of[kKlTerm] = fma(share.kl, kl.value, sum.of[kKlTerm]);
+    kl = divergence_of(op.estimator, logp - load(read_ref), log_ratio, own_ratio);
+    adds[kAddKlShare] = share.kl, adds[kAddKl] = kl.value;
   }
   const double push = op.kl_coef != 0 ? kl.slope : 0;
   const double slope = policy_slope_of(weight, psi.slope * stretch_of(op.ratio, row), op.kl_coef * share.kl, push);
   static_cast<A*>(op.losses)[i] = static_cast<A>(psi.value);
   static_cast<A*>(op.dlogp)[i] = static_cast<A>(slope);
-  if (op.entropy != nullptr)
-    sum.of[kEntropyTerm] = fma(share.entropy, number<T>(op.entropy, i), sum.of[kEntropyTerm]);
+  if (op.entropy != nullptr) adds[kAddEntropyShare] = share.entropy, adds[kAddEntropy] = load(read_entropy);
   if (op.dentropy != nullptr) static_cast<A*>(op.dentropy)[i] = static_cast<A>(-op.entropy_coef * share.entropy);
 
-  sum.of[kPolicyTerm] = fma(weight, weight != 0 ? psi.value : 0, sum.of[kPolicyTerm]);
-  sum.of[kRatio] = sum_of(sum.of[kRatio], ratio);
-  sum.of[kOldKl] += -log_ratio;
-  sum.of[kLow] += advantage < 0 && ratio < op.below ? 1 : 0;
-  sum.of[kHigh] += advantage > 0 && ratio > op.above ? 1 : 0;
-  sum.of[kDual] += advantage < 0 && ratio > op.dual ? 1 : 0;
-  sum.of[kTokens] += 1;
+  adds[kAddWeight] = weight, adds[kAddLoss] = weight != 0 ? psi.value : 0;
+  adds[kAddRatio] = ratio, adds[kAddLogRatio] = log_ratio;
+  count.low += advantage < 0 && ratio < op.below ? 1 : 0;
+  count.high += advantage > 0 && ratio > op.above ? 1 : 0;
+  count.dual += advantage < 0 && ratio > op.dual ? 1 : 0;
+  count.tokens += 1;
 }
 
-// losses, dlogp, dentropy; the terms of each chunk.
+// losses, dlogp, dentropy; the terms of each chunk. A block takes a chunk, 256 tokens at a time: each thread makes one's
+// addends, then warp w adds term w as launch.h says, lane j those of tokens j, j + kLanes, ...; zeros change no sum.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2) policy_tokens_kernel(PolicyLossForward op) {
-  using A = typename Wide<T>::type;
-  const int64_t k = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kLanes;
-  if (k >= op.chunks()) return;
+  __shared__ double shared[kAddends][kThreads];
+  __shared__ Counts counts[kWarps];
+  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const Divisors by = divisors_of(op, *op.totals);
   const bool walks = op.sums_rows() || op.advantage_by_row || op.sampler_by_row;
-  const int64_t first = k * kChunk + threadIdx.x % kLanes;
-  const int64_t stop = (k + 1) * kChunk < op.segments.total ? (k + 1) * kChunk : op.segments.total;
-  int64_t s = walks && first < stop ? row_of(op.segments, first) : 0;
-  Terms sum{};
-  for (int64_t i = first; i < stop; i += kLanes) {
-    while (walks && s + 1 < op.segments.count && op.segments.start(s + 1) <= i) ++s;
-    if (op.segments.keeps(i)) one_token<T>(op, by, i, s, sum);
-    else {
-      static_cast<A*>(op.losses)[i] = 0, static_cast<A*>(op.dlogp)[i] = 0;
-      if (op.dentropy != nullptr) static_cast<A*>(op.dentropy)[i] = 0;
-    }
-  }
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kChunk;
+  double sum = 0;
+  Counts count{0, 0, 0, 0};
+#pragma unroll 1
+  for (int round = 0; round < kChunk / kThreads; ++round) {
+    const int64_t i = first + round * kThreads + threadIdx.x;
+    double adds[kAddends] = {};
+    if (i < op.segments.total) one_token<T>(op, by, i, walks, adds, count);
 #pragma unroll
-  for (int term = 0; term < kTerms; ++term) {
-    const double total = add_lanes(sum.of[term]);
-    if (threadIdx.x % kLanes == 0) op.parts[k].of[term] = total;
+    for (int k = 0; k < kAddends; ++k) shared[k][threadIdx.x] = adds[k];
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kWarps; ++k) {
+      const int j = k * kLanes + lane;
+      if (warp == kPolicyTerm) sum = fma(shared[kAddWeight][j], shared[kAddLoss][j], sum);
+      else if (warp == kKlTerm) sum = fma(shared[kAddKlShare][j], shared[kAddKl][j], sum);
+      else if (warp == kEntropyTerm) sum = fma(shared[kAddEntropyShare][j], shared[kAddEntropy][j], sum);
+      else if (warp == kRatio) sum = sum_of(sum, shared[kAddRatio][j]);
+      else if (warp == kOldKl) sum += -shared[kAddLogRatio][j];
+    }
+    __syncthreads();  // before the next round writes
   }
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    count.low += __shfl_xor_sync(kAllLanes, count.low, half), count.high += __shfl_xor_sync(kAllLanes, count.high, half);
+    count.dual += __shfl_xor_sync(kAllLanes, count.dual, half);
+    count.tokens += __shfl_xor_sync(kAllLanes, count.tokens, half);
+  }
+  const double total = add_lanes(sum);
+  double* out = op.parts[blockIdx.x].of;
+  if (lane == 0 && warp < kSums) out[warp] = total;
+  if (lane == 0) counts[warp] = count;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int w = 1; w < kWarps; ++w)
+    count = {count.low + counts[w].low, count.high + counts[w].high, count.dual + counts[w].dual,
+             count.tokens + counts[w].tokens};
+  out[kLow] = count.low, out[kHigh] = count.high, out[kDual] = count.dual, out[kTokens] = count.tokens;
 }
 
 // loss and numbers, by one block.

@@ -15,6 +15,7 @@ constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kLanes;
 constexpr unsigned kAllLanes = 0xffffffffu;
 static_assert(kLanes == 32, "a lane of the sum is a lane of a warp");
+constexpr int kAhead = 8;  // tokens that a lane reads before it adds the first of them
 
 // What is known of a stretch of tokens.
 struct Tally {
@@ -73,6 +74,20 @@ __device__ __forceinline__ bool all_valid(const Segments& segments) {
   bool valid = true;
   for (int64_t s = threadIdx.x; s < segments.count; s += kThreads) valid = valid && bounds(segments, s).valid;
   return __syncthreads_and(valid) != 0;
+}
+
+// One block: add(parts[0]), add(parts[1]), ..., by all threads.
+template <typename Part, typename Add>
+__device__ __forceinline__ void add_in_order(const Part* parts, int64_t count, Add add) {
+  __shared__ Part shared[kThreads];
+  for (int64_t first = 0; first < count; first += kThreads) {
+    const int n = static_cast<int>(count - first < kThreads ? count - first : kThreads);
+    if (threadIdx.x < n) shared[threadIdx.x] = parts[first + threadIdx.x];
+    __syncthreads();
+#pragma unroll 4
+    for (int k = 0; k < n; ++k) add(shared[k]);
+    __syncthreads();  // before the next are read
+  }
 }
 
 // ---- sums ----------------------------------------------------------------------------------------------------------

@@ -2,21 +2,19 @@
 //
 // A block takes `each` consecutive items, one or two sequences an item. First each of its warps takes sequences of one
 // chunk for itself, then all warps take the longer ones together, then a thread an item makes losses of the scores. The
-// additions are those of launch.h either way. No atomics, nothing shared between blocks.
+// additions are those of launch.h either way. Where few sequences are long, warps all over the GPU sum their chunks first, and
+// blocks spread a piece each. A lane reads several tokens before the mask decides on the first. No atomics.
 #pragma once
 #include "formulas.cuh"
 #include "segments.cuh"
 
 namespace finealign {
 
-// Sums of a stretch of tokens: Σ w (logp - ref), and what an average divides by.
-struct Part {
-  double score, weight;
-};
+constexpr int64_t kSpread = 4096;  // tokens that a block writes of a long sequence
 
 // One warp: all lanes return the sums of the first chunk of [start, stop).
 template <typename T>
-__device__ __forceinline__ Part chunk_part(const SequenceLossForward& op, int64_t start, int64_t stop) {
+__device__ __forceinline__ Stretch chunk_part(const SequenceLossForward& op, int64_t start, int64_t stop) {
   using A = typename Wide<T>::type;
   const T *logp = static_cast<const T*>(op.logp) + start, *ref = static_cast<const T*>(op.ref_logp);
   const A* weight = static_cast<const A*>(op.tokens.weight);
@@ -26,15 +24,31 @@ __device__ __forceinline__ Part chunk_part(const SequenceLossForward& op, int64_
   if (mask != nullptr) mask += start;
   const int n = static_cast<int>(stop - start < kChunk ? stop - start : kChunk);
   const bool counts = op.tokens.counts();
-  Part part{0, 0};
-  for (int i = threadIdx.x % kLanes; i < n; i += kLanes) {
-    if (mask != nullptr && mask[i] == 0) continue;  // select, do not multiply: a masked token may hold NaN
-    A x = load(logp[i]);
-    if (ref != nullptr) x -= load(ref[i]);
-    const A w = weight != nullptr ? weight[i] : A(1);
-    if (weight == nullptr) part.score += x;
-    else if (w != 0) part.score = fma(static_cast<double>(w), static_cast<double>(x), part.score);
-    part.weight += counts ? A(1) : w;
+  Stretch part{0, 0};
+#pragma unroll 1
+  for (int first = threadIdx.x % kLanes; first < n; first += kAhead * kLanes) {
+    T logps[kAhead], refs[kAhead];
+    A weights[kAhead];
+    bool keeps[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int i = first + k * kLanes;
+      const bool has = i < n;
+      logps[k] = has ? logp[i] : T(0.0f);
+      refs[k] = has && ref != nullptr ? ref[i] : T(0.0f);
+      weights[k] = has && weight != nullptr ? weight[i] : A(1);
+      keeps[k] = has && (mask == nullptr || mask[i] != 0);
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      if (!keeps[k]) continue;  // select, do not multiply: a masked token may hold NaN
+      A x = load(logps[k]);
+      if (ref != nullptr) x -= load(refs[k]);
+      const A w = weights[k];
+      if (weight == nullptr) part.score += x;
+      else if (w != 0) part.score = fma(static_cast<double>(w), static_cast<double>(x), part.score);
+      part.weight += counts ? A(1) : w;
+    }
   }
   for (int half = kLanes / 2; half > 0; half /= 2) {
     part.score += __shfl_xor_sync(kAllLanes, part.score, half);
@@ -43,27 +57,44 @@ __device__ __forceinline__ Part chunk_part(const SequenceLossForward& op, int64_
   return part;
 }
 
+__device__ __forceinline__ void append(Stretch& total, const Stretch& part) {
+  total.score += part.score, total.weight += part.weight;
+}
+
 // One block: all threads return the sums of a sequence.
 template <typename T>
-__device__ __forceinline__ Part block_part(const SequenceLossForward& op, int64_t start, int64_t stop) {
-  __shared__ Part parts[kWarps];
+__device__ __forceinline__ Stretch block_part(const SequenceLossForward& op, int64_t start, int64_t stop) {
+  __shared__ Stretch parts[kWarps];
   const int warp = threadIdx.x / kLanes;
-  Part total{0, 0};
+  Stretch total{0, 0};
   for (int64_t i = start; i < stop; i += kWarps * kChunk) {
     const int64_t mine = i + warp * kChunk;
-    const Part part = mine < stop ? chunk_part<T>(op, mine, stop) : Part{0, 0};
+    const Stretch part = mine < stop ? chunk_part<T>(op, mine, stop) : Stretch{0, 0};
     if (threadIdx.x % kLanes == 0) parts[warp] = part;
     __syncthreads();
 #pragma unroll 1
-    for (int w = 0; w < kWarps; ++w) total.score += parts[w].score, total.weight += parts[w].weight;
+    for (int w = 0; w < kWarps; ++w) append(total, parts[w]);
     __syncthreads();  // before the next round writes parts
   }
   return total;
 }
 
+// parts of sequences of several chunks, a warp a slot.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 2) sequence_parts_kernel(SequenceLossForward op) {
+  const Segments& segments = op.tokens.segments;
+  if (!all_valid(segments)) return;
+  const int64_t slot = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes;
+  const Piece at = piece_at(segments, slot, kChunk);
+  if (at.index >= at.count || at.count == 1) return;
+  const int64_t start = segments.start(at.segment) + at.index * kChunk;
+  const Stretch part = chunk_part<T>(op, start, segments.start(at.segment + 1));
+  if (threadIdx.x % kLanes == 0) op.parts[slot] = part;
+}
+
 // The score of a sequence, not rounded, from its sums; the rounded results are written.
 template <typename T>
-__device__ __forceinline__ double finish_score(const SequenceLossForward& op, int64_t s, bool valid, Part total) {
+__device__ __forceinline__ double finish_score(const SequenceLossForward& op, int64_t s, bool valid, Stretch total) {
   using A = typename Wide<T>::type;
   double score = valid ? total.score : static_cast<double>(NAN);
   if (op.ref_sum != nullptr) score -= static_cast<const A*>(op.ref_sum)[s];
@@ -100,6 +131,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, 2) sequence_loss_forward_kernel(SequenceLossForward op, int each) {
   __shared__ double score[2 * kWarps];  // of chosen and rejected sequences
   const Segments& segments = op.tokens.segments;
+  const bool split = op.parts != nullptr && all_valid(segments);
   const int64_t items = op.items(), first = static_cast<int64_t>(blockIdx.x) * each;
   const int n = static_cast<int>(items - first < each ? items - first : each);
   const int sequences = op.pairs == Pairs::none ? n : 2 * n;
@@ -109,13 +141,17 @@ __global__ void __launch_bounds__(kThreads, 2) sequence_loss_forward_kernel(Sequ
   for (int q = threadIdx.x / kLanes; q < sequences; q += kWarps) {
     const Bounds b = bounds(segments, sequence(q));
     if (b.stop - b.start > kChunk) continue;
-    const Part total = b.valid ? chunk_part<T>(op, b.start, b.stop) : Part{0, 0};
+    const Stretch total = b.valid ? chunk_part<T>(op, b.start, b.stop) : Stretch{0, 0};
     if (threadIdx.x % kLanes == 0) score[q] = finish_score<T>(op, sequence(q), b.valid, total);
   }
   for (int q = 0; q < sequences; ++q) {
     const Bounds b = bounds(segments, sequence(q));
     if (b.stop - b.start <= kChunk) continue;
-    const Part total = b.valid ? block_part<T>(op, b.start, b.stop) : Part{0, 0};
+    Stretch total{0, 0};
+    if (split)
+      add_in_order(op.parts + first_slot(segments, sequence(q), kChunk), (b.stop - b.start + kChunk - 1) / kChunk,
+                   [&](const Stretch& part) { append(total, part); });
+    else if (b.valid) total = block_part<T>(op, b.start, b.stop);
     if (threadIdx.x == 0) score[q] = finish_score<T>(op, sequence(q), b.valid, total);
   }
   __syncthreads();
@@ -132,10 +168,22 @@ __device__ __forceinline__ void spread(const SequenceLossBackward& op, int64_t s
   // an item that is not counted has upstream 0, whatever its slope
   const A value = static_cast<A>(upstream == 0 ? 0 : upstream * static_cast<const A*>(op.slope)[s] / under);
   const A* weight = static_cast<const A*>(op.tokens.weight);
-  for (int64_t i = b.start + thread; i < b.stop; i += threads) {
-    A each = value;
-    if (weight != nullptr) each = (weight[i] != 0 ? value : A(0)) * weight[i];
-    store(static_cast<T*>(op.dlogp) + i, !b.valid ? static_cast<A>(NAN) : op.tokens.segments.keeps(i) ? each : A(0));
+#pragma unroll 1
+  for (int64_t first = b.start + thread; first < b.stop; first += kAhead * threads) {
+    A weights[kAhead];
+    bool keeps[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int64_t i = first + k * threads;
+      weights[k] = i < b.stop && weight != nullptr ? weight[i] : A(1);
+      keeps[k] = i < b.stop && op.tokens.segments.keeps(i);
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int64_t i = first + k * threads;
+      const A each = weight != nullptr ? (weights[k] != 0 ? value : A(0)) * weights[k] : value;
+      if (i < b.stop) store(static_cast<T*>(op.dlogp) + i, !b.valid ? static_cast<A>(NAN) : keeps[k] ? each : A(0));
+    }
   }
 }
 
@@ -145,6 +193,22 @@ __global__ void __launch_bounds__(kThreads, 4) sequence_loss_backward_kernel(Seq
   for_segments(
       op.tokens.segments, each, [&](int64_t s, Bounds b) { spread<T>(op, s, b, threadIdx.x % kLanes, kLanes); },
       [&](int64_t s, Bounds b) { spread<T>(op, s, b, threadIdx.x, kThreads); });
+}
+
+// The same, a block a slot: tokens of a piece. With invalid bounds somewhere blocks take whole sequences.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 4) sequence_spread_kernel(SequenceLossBackward op) {
+  const Segments& segments = op.tokens.segments;
+  if (!all_valid(segments)) {
+    const int64_t s = blockIdx.x;
+    if (s < segments.count) spread<T>(op, s, bounds(segments, s), threadIdx.x, kThreads);
+    return;
+  }
+  const Piece at = piece_at(segments, blockIdx.x, kSpread);
+  if (at.index >= at.count) return;
+  const int64_t before = at.index * kSpread, start = segments.start(at.segment) + before;
+  const int64_t end = segments.start(at.segment + 1), stop = end - start < kSpread ? end : start + kSpread;
+  spread<T>(op, at.segment, {start, stop, true}, threadIdx.x, kThreads);
 }
 
 }  // namespace finealign

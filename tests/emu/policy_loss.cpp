@@ -22,12 +22,15 @@ struct Launcher {
 
 template <typename T>
 void forward(const PolicyLossForward& op, int64_t each, const Launcher& launch) {
-  const int64_t chunks = (op.chunks() + kWarps - 1) / kWarps;
+  const bool split = each == 0;  // chunks of long rows apart
+  if (split) each = 1;
+  const int64_t slots = op.segments.total / kChunk + op.segments.count;
+  if (op.sums_rows() && split) launch((slots + kWarps - 1) / kWarps, [&] { policy_row_parts_kernel<T>(op); });
   if (op.sums_rows())
-    launch((op.segments.count + each - 1) / each, [&] { policy_rows_kernel<T>(op, static_cast<int>(each)); });
-  launch(chunks, [&] { policy_parts_kernel<T>(op); });
+    launch((op.segments.count + each - 1) / each, [&] { policy_rows_kernel<T>(op, static_cast<int>(each), split); });
+  launch((op.chunks() + kWarps - 1) / kWarps, [&] { policy_parts_kernel<T>(op); });
   launch(1, [&] { policy_totals_kernel(op); });
-  launch(chunks, [&] { policy_tokens_kernel<T>(op); });
+  launch(op.chunks(), [&] { policy_tokens_kernel<T>(op); });
   launch(1, [&] { policy_results_kernel<typename Wide<T>::type>(op); });
 }
 
@@ -63,7 +66,7 @@ extern "C" int emu_policy_forward(void** at, const int64_t* n, const double* x, 
   op.entropy_by_token = n[13] != 0, op.entropy_denominator = {x[9], number(11)};
   op.loss = at[12], op.numbers = at[13], op.losses = at[14], op.dlogp = at[15], op.dentropy = at[16];
   op.rows = static_cast<Row*>(at[17]), op.parts = static_cast<Terms*>(at[18]);
-  op.totals = static_cast<Totals*>(at[19]);
+  op.totals = static_cast<Totals*>(at[19]), op.row_parts = static_cast<Row*>(at[20]);
   const Launcher launch{static_cast<emu::Order>(order), seed};
   return run(op.dtype, [&](auto type) { forward<decltype(type)>(op, each, launch); });
 }

@@ -9,16 +9,35 @@ using namespace finealign;
 
 namespace {
 
-template <typename Op>
-int run(void (*kernel)(Op, int), const Op& op, int64_t work, int each, int order, unsigned seed) {
+int run(int64_t blocks, int order, unsigned seed, std::function<void()> kernel) {
   try {
-    const unsigned blocks = static_cast<unsigned>((work + each - 1) / each);
-    emu::launch(blocks, kThreads, static_cast<emu::Order>(order), seed, [&] { kernel(op, each); });
+    emu::launch(static_cast<unsigned>(blocks), kThreads, static_cast<emu::Order>(order), seed, std::move(kernel));
   } catch (const std::exception& error) {
     std::fprintf(stderr, "emu: %s\n", error.what());
     return 1;
   }
   return 0;
+}
+
+int64_t slots_of(const Segments& segments, int64_t size) { return segments.total / size + segments.count; }
+
+// The launches of csrc/cuda/sequence_loss.cu; each 0: pieces of sequences.
+template <typename T>
+int forward(SequenceLossForward op, int each, int order, unsigned seed) {
+  const int64_t slots = slots_of(op.tokens.segments, kChunk);
+  std::vector<Stretch> parts(slots, Stretch{NAN, NAN});
+  if (each == 0) {
+    each = 1, op.parts = parts.data();
+    if (run((slots + kWarps - 1) / kWarps, order, seed, [&] { sequence_parts_kernel<T>(op); })) return 1;
+  }
+  return run((op.items() + each - 1) / each, order, seed, [&] { sequence_loss_forward_kernel<T>(op, each); });
+}
+
+template <typename T>
+int backward(const SequenceLossBackward& op, int each, int order, unsigned seed) {
+  const Segments& segments = op.tokens.segments;
+  if (each == 0) return run(slots_of(segments, kSpread), order, seed, [&] { sequence_spread_kernel<T>(op); });
+  return run((segments.count + each - 1) / each, order, seed, [&] { sequence_loss_backward_kernel<T>(op, each); });
 }
 
 Segments segments_of(const void* cu_seqlens, bool wide, int64_t count, int64_t total, const uint8_t* mask) {
@@ -41,10 +60,10 @@ extern "C" int emu_sequence_forward(const void* logp, const void* ref_logp, cons
   op.shift = shift, op.shifts = shifts, op.hyper = hyper, op.hypers = hypers, op.sign = sign;
   op.losses = losses, op.score = score, op.slope = slope, op.denominator = denominator;
   switch (op.dtype) {
-    case DType::f32: return run(sequence_loss_forward_kernel<float>, op, op.items(), each, order, seed);
-    case DType::bf16: return run(sequence_loss_forward_kernel<__nv_bfloat16>, op, op.items(), each, order, seed);
-    case DType::f16: return run(sequence_loss_forward_kernel<__half>, op, op.items(), each, order, seed);
-    case DType::f64: return run(sequence_loss_forward_kernel<double>, op, op.items(), each, order, seed);
+    case DType::f32: return forward<float>(op, each, order, seed);
+    case DType::bf16: return forward<__nv_bfloat16>(op, each, order, seed);
+    case DType::f16: return forward<__half>(op, each, order, seed);
+    case DType::f64: return forward<double>(op, each, order, seed);
   }
   return 1;
 }
@@ -57,10 +76,10 @@ extern "C" int emu_sequence_backward(const void* upstream, int64_t upstream_stri
   const SequenceLossBackward op{tokens, static_cast<Pairs>(pairs), upstream, upstream_stride, slope, denominator,
                                 dlogp,  static_cast<DType>(dtype)};
   switch (op.dtype) {
-    case DType::f32: return run(sequence_loss_backward_kernel<float>, op, count, each, order, seed);
-    case DType::bf16: return run(sequence_loss_backward_kernel<__nv_bfloat16>, op, count, each, order, seed);
-    case DType::f16: return run(sequence_loss_backward_kernel<__half>, op, count, each, order, seed);
-    case DType::f64: return run(sequence_loss_backward_kernel<double>, op, count, each, order, seed);
+    case DType::f32: return backward<float>(op, each, order, seed);
+    case DType::bf16: return backward<__nv_bfloat16>(op, each, order, seed);
+    case DType::f16: return backward<__half>(op, each, order, seed);
+    case DType::f64: return backward<double>(op, each, order, seed);
   }
   return 1;
 }

@@ -50,8 +50,8 @@ def check_segments(lib):
 
 
 SEQUENCE_BUGS = {
-    "mask not looked at": ("mask[i] == 0) continue", "false) continue"),
-    "weight of 0 not left out": ("else if (w != 0) part", "else part"),
+    "mask not looked at": ("(mask == nullptr || mask[i] != 0);", "true;"),
+    "weight of 0 not left out": ("else if (w != 0) part.score", "else part.score"),
     "weights counted": ("part.weight += counts ? A(1) : w;", "part.weight += A(1);"),
     "half the warp is not added": ("int half = kLanes / 2", "int half = kLanes / 4"),
     "no barrier before the losses": ("  __syncthreads();\n  if (threadIdx.x < n)", "  if (threadIdx.x < n)"),
@@ -59,8 +59,10 @@ SEQUENCE_BUGS = {
     "rejected of the next": ("score[threadIdx.x + n]", "score[threadIdx.x + 1]"),
     "reference's sum added": ("score -= static_cast", "score += static_cast"),
     "divided before": ("(op.slope)[s] / under", "(op.slope)[s]"),
-    "weight lost in backward": ("each = (weight[i] != 0 ? value : A(0)) * weight[i]", "each = value"),
+    "weight lost in backward": ("each = (weight[i] != 0 ? value : A(0)) * weight[i];", "each = value;"),
     "bounds not looked at": ("valid ? total.score : static_cast<double>(NAN)", "total.score"),
+    "parts of another": ("op.parts + first_slot(segments, sequence(q), kChunk)", "op.parts"),
+    "a piece again": ("before = at.index * kSpread", "before = 0 * kSpread"),
     "first and phi exchanged": ("k == 0 ? op.first : op.phi", "k == 0 ? op.phi : op.first"),
 }  # fmt: skip
 
@@ -72,13 +74,14 @@ def check_all_sequences(lib):
 
 
 POLICY_BUGS = {
-    "mask not looked at by rows": ("if (!op.segments.keeps(i)) continue;", ""),
-    "mask not looked at by tokens": ("if (op.segments.keeps(i)) one_token", "if (true) one_token"),
-    "half the warp is not added": ("int half = kLanes / 2", "int half = kLanes / 4"),
+    "mask not looked at by rows": ("keeps[k] = has && op.segments.keeps(i);", "keeps[k] = has;"),
+    "mask not looked at by tokens": ("if (!keeps) {", "if (false) {"),
+    "half the lanes left out": ("x += __shfl_xor_sync(kAllLanes, x, half);", "x += 0 * __shfl_xor_sync(~0u, x, half);"),
     "no barrier before the next round": ("    __syncthreads();  // before the next round writes parts\n", ""),
-    "no barrier before the totals": ("  __syncthreads();\n  if (threadIdx.x != 0)", "  if (threadIdx.x != 0)"),
+    "no barrier before terms are added": ("= adds[k];\n    __syncthreads();", "= adds[k];"),
+    "no barrier before the totals": ("sums[warp] = sum;\n  }\n  __syncthreads();\n", "sums[warp] = sum;\n  }\n"),
     "no barrier before the results": ("  __syncthreads();\n  const int term", "  const int term"),
-    "rows do not go on": ("op.segments.start(s + 1) <= i) ++s", "op.segments.start(s + 1) < i) ++s"),
+    "the row before": ("<= token) low = middle;", "< token) low = middle;"),
     "bounds not looked at": ("bad += bounds(op.segments, s).valid ? 0 : 1;", ""),
     "rows not all counted": ("s += chunks * kLanes", "s += chunks * kLanes + 1"),
     "empty rows counted": ("op.rows[s].length > 0 ? 1 : 0", "1"),
@@ -86,7 +89,12 @@ POLICY_BUGS = {
     "stretch lost": ("psi.slope * stretch_of(op.ratio, row)", "psi.slope"),
     "sampler by token lost": ("if (op.sampler != nullptr && !op.sampler_by_row) weight", "if (false) weight"),
     "the row's ratio in k3_is": ("op.ratio == RatioOf::token ? ratio : ratio_of(log_ratio)", "ratio"),
-    "one token beyond the end": ("for (int64_t i = first; i < stop;", "for (int64_t i = first; i <= stop;"),
+    "one token beyond the end": ("if (i < op.segments.total) one_token", "if (i <= op.segments.total) one_token"),
+    "terms added out of order": ("const int j = k * kLanes + lane;", "const int j = (kWarps - 1 - k) * kLanes + lane;"),
+    "a warp's counts left out": ("w = 1; w < kWarps; ++w)\n    count", "w = 2; w < kWarps; ++w)\n    count"),
+    "chunks of a long row out of order": ("op.row_parts[slot] = part;", "op.row_parts[slot ^ 1] = part;"),
+    "the first chunk of a long row, each time": ("+ at.index * kChunk;\n  const Row part", ";\n  const Row part"),
+    "the first part left out": ("for (int k = 0; k < n; ++k) add(", "for (int k = 1; k < n; ++k) add(", "segments"),
     "backward stops early": ("i < op.total; i += step", "i < op.total; i += op.total"),
 }  # fmt: skip
 

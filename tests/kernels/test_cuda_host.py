@@ -212,7 +212,7 @@ def check_sequences(lib, layout, dtype, cases=SIDES):
     count = x.shape[0] if ends is None else ends.shape[0] - 1
     whole = (x.nan_to_num(), ref.nan_to_num())
     for n, case in enumerate(cases):
-        average, order, each = n % 3, n % 3, (1, 3, 8)[n // 3 % 3]
+        average, order, each = n % 3, n % 3, (0, 3, 8, 1)[n % 4]
         rest = (average, *case, *numbers_of(case, count))
         ends_ = ends.int() if ends is not None and n % 2 else ends
         sums = torch.linspace(-1, 1, count, dtype=weight.dtype)
@@ -234,15 +234,20 @@ def check_sequences(lib, layout, dtype, cases=SIDES):
 
 
 def check_bad_bounds_of_sequences(lib):
-    for ends in ([1, 4, 8], [0, 4, 7], [-3, 4, 8], [0, 4, 60], [0, 60, 8]):
+    wrong = ([1, 4, 8], [0, 4, 7], [-3, 4, 8], [0, 4, 60], [0, 60, 8])
+    for ends, each in itertools.product(wrong, (0, 1)):
         cu_seqlens = torch.tensor(ends)
         bad = torch.tensor([a < 0 or a > b or b > 8 for a, b in zip(ends, ends[1:], strict=False)])
         bad[0] |= ends[0] != 0
         bad[-1] |= ends[-1] != 8
         numbers = (1, 0, 0, 0, 0, 1.0, 1.0, 0.0, None, 0.0, None, None)
-        losses, score, slope, _ = forward_on_host(lib, torch.ones(8), None, None, None, None, cu_seqlens, *numbers)
+        losses, score, slope, _ = forward_on_host(
+            lib, torch.ones(8), None, None, None, None, cu_seqlens, *numbers, each=each
+        )
         assert torch.equal(losses.isnan(), bad) and torch.equal(score.isnan(), bad)
-        dlogp = backward_on_host(lib, torch.ones(2), torch.ones(2), None, None, None, cu_seqlens, 0, 8, torch.float32)
+        dlogp = backward_on_host(
+            lib, torch.ones(2), torch.ones(2), None, None, None, cu_seqlens, 0, 8, torch.float32, each
+        )
         assert not (dlogp == -77).any() and dlogp.isnan().any()
 
 
@@ -315,6 +320,7 @@ def policy_on_host(lib, arguments, each=1, order=0):
     wide, total = torch.promote_types(x.dtype, torch.float32), x.numel()
     count = x.shape[0] if ends is None else ends.shape[0] - 1
     chunks, moves = -(-total // 1024), entropy is not None and entropy_coef != 0
+    slots = total // 1024 + count
     tensors = (ends, mask, x, old, ref, entropy, advantage, weight, sampler, denominator_at, longest_at, of_entropy_at)
     flat = [
         t if t is None else t.reshape(-1).to(torch.uint8) if t.dtype == torch.bool else t.reshape(-1) for t in tensors
@@ -323,7 +329,9 @@ def policy_on_host(lib, arguments, each=1, order=0):
     inputs = [None if t is None else Zoned(t, pad) for t, pad in zip(flat, pads, strict=True)]
     sizes = (1, 8, total, total, total if moves else 0)
     outs = [Zoned(torch.full((size,), -77.0, dtype=wide), -99.0) for size in sizes]
-    room = [Zoned(torch.full((n,), torch.nan, dtype=torch.float64), -99.0) for n in (3 * count, 9 * chunks, 4)]
+    room = [
+        Zoned(torch.full((n,), torch.nan, dtype=torch.float64), -99.0) for n in (3 * count, 9 * chunks, 4, 3 * slots)
+    ]
     pointers = [t and t.pointer for t in inputs] + [t.pointer for t in outs] + [t.pointer for t in room]
     if not moves:
         pointers[16] = None
@@ -334,7 +342,7 @@ def policy_on_host(lib, arguments, each=1, order=0):
     )  # fmt: skip
     numbers = (*bounds, kl_coef, entropy_coef, denominator, longest, of_entropy)
     code = lib.emu_policy_forward(
-        (ctypes.c_void_p * 20)(*pointers),
+        (ctypes.c_void_p * 21)(*pointers),
         (ctypes.c_int64 * 14)(*integers),
         (ctypes.c_double * 10)(*numbers),
         ctypes.c_int64(each),
@@ -372,7 +380,7 @@ def policy_backward_on_host(lib, upstream, d, dtype, blocks, order):
 def check_policies(lib, layout, dtype, cases=(*POLICIES, BARE)):
     """Bits of the native CPU kernels, which test_policy_loss.py holds to float64."""
     for n, case in enumerate(cases):
-        order, each = n % 3, (1, 3, 8)[n // 3 % 3]
+        order, each = n % 3, (0, 3, 8, 1)[n % 4]
         arguments = policy_arguments(layout, dtype, case, n)
         exact = torch.ops.finealign.policy_loss_fwd(*arguments)
         actual = policy_on_host(lib, arguments, each, order)
@@ -397,7 +405,7 @@ def check_bad_bounds_of_policies(lib):
             if case[6]:
                 arguments[4], arguments[6] = each, each
             arguments[7:9] = None, cu_seqlens
-            loss, _, losses, dlogp, dentropy = policy_on_host(lib, arguments)
+            loss, _, losses, dlogp, dentropy = policy_on_host(lib, arguments, each=len(ends) % 2)
             assert loss.isnan().all() == bad
             assert dlogp.isnan().all() == dentropy.isnan().all() == bad and not (losses == -77).any()
 

@@ -9,7 +9,9 @@
 #   OUT=results bash bench/gpu_session.sh        where results.json, session.log and state.tgz go (bench/results/new)
 #   STATE=folder bash bench/gpu_session.sh       where steps leave their JSON, logs and .done files (build/gpu_session):
 #                                                unpack state.tgz there to go on with another machine
-#   DEVICE=cpu bash bench/gpu_session.sh         every step on the CPU, with small shapes: only the device differs
+#   DEVICE=cpu bash bench/gpu_session.sh         every step on the CPU, with small shapes: only the device differs. Ten
+#                                                times the seconds; BUDGET=5000. Triton 3.6 interprets with numpy below 2.4
+#   python bench/goals.py OUT/results.json       its rows into bench/results/ and docs/status.md
 #
 # Exit status: the number of steps that failed or that the budget left undone; 100 where nothing could be installed.
 set -uo pipefail
@@ -19,10 +21,13 @@ STATE=${STATE:-build/gpu_session} OUT=${OUT:-bench/results/new}
 mkdir -p "$STATE" "$OUT"
 open=0 # steps that failed or were left
 
-finish() {
+gather() { # after every step: a call that is killed leaves what it had
   python3 bench/gather.py "$STATE" "$OUT/results.json" || true
   (cd "$STATE" && for log in *.log; do [ -e "$log" ] && echo "===== $log" && cat "$log"; done) >"$OUT/session.log"
   tar -czf "$OUT/state.tgz" -C "$STATE" --exclude=./site .
+}
+finish() {
+  gather
   echo "== $open steps open; $OUT: results.json, session.log, state.tgz"
 }
 trap finish EXIT
@@ -58,6 +63,7 @@ step() { # step NAME SECONDS COMMAND...
     case $status in 124 | 137) ;; *) touch "$STATE/$name.failed" ;; esac # what ran out of time is tried again
   fi
   tail -n 12 "$STATE/$name.log"
+  gather
   return "$status"
 }
 
@@ -71,7 +77,7 @@ export PYTHONUNBUFFERED=1 TORCHINDUCTOR_COMPILE_THREADS=1 # every test process w
 if [ "$DEVICE" = cuda ]; then
   models=models first=(--shape "Llama-3-8B") many=()
   python3 -c 'import xdist' 2>/dev/null && many=(-n 8)
-  marked=(-m gpu)
+  marked=(-m gpu) swept=bfloat16
   (nvidia-smi --query-gpu=timestamp,clocks.sm,power.draw --format=csv,noheader -lms 500 >"$STATE/clocks.csv" 2>/dev/null) &
   clocks=$!
   trap 'kill $clocks 2>/dev/null; finish' EXIT
@@ -80,7 +86,7 @@ if [ "$DEVICE" = cuda ]; then
   export FINEALIGN_ARCHS=$arch
 else
   export FINEALIGN_CUDA=off TRITON_INTERPRET=1
-  models=small first=() many=() marked=()
+  models=small first=() many=() marked=() swept=float32 # bfloat16 is not right in Triton's interpreter
 fi
 
 rm -f "$STATE/install.done" # another machine may have nothing; where nothing changed it takes a moment
@@ -121,7 +127,7 @@ launches=(--launch 128,256,64,8,3,32,8 --launch 128,256,64,8,4,32,8 --launch 128
   --launch 128,256,64,8,3,64,8 --launch 128,128,64,8,4,32,8 --launch 256,128,64,8,3,32,8 --launch 128,128,64,4,3,16,8)
 size=("${first[@]}")
 [ "$DEVICE" = cuda ] || size=(--rows 2 --shape small) launches=(--launch 32,64,32,4,1,32,2 --launch 16,128,16,4,1,128,8)
-step sweep_forward 90 python3 bench/sweep.py --kernel head_fwd_tma --dtype bfloat16 "${size[@]}" "${launches[@]}" \
+step sweep_forward 90 python3 bench/sweep.py --kernel head_fwd_tma --dtype "$swept" "${size[@]}" "${launches[@]}" \
   --json "$STATE/sweep_forward.json"
 
 tests gpu 120 tests/kernels/test_gpu.py "${marked[@]}" \

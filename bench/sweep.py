@@ -531,6 +531,7 @@ def main(argv: list[str] | None = None) -> int:
                 found = sweep(name, t, args.rounds, only, refused.get((name, dtype)))
                 print(table(found), flush=True)
                 broken |= any("failed" in row and (row["shipped"] or alone) for row in found)
+                broken |= all("failed" in row for row in found if row["launch"] != "bare")
                 results += found
                 if args.json:
                     args.json.write_text(json.dumps(results, indent=1) + "\n")

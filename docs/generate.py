@@ -268,12 +268,23 @@ PICTURE = ROOT / "docs/images/tokens.svg"
 
 
 # name of a table -> its page, and what makes it
-def goals() -> str:
-    """Of the first GPU run, by bench/goals.py."""
-    spec = importlib.util.spec_from_file_location("goals", ROOT / "bench/goals.py")
+def bench(name: str):
+    """The module bench/NAME.py."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"bench/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def goals() -> str:
+    """Of the first GPU run, by bench/goals.py."""
+    module = bench("goals")
     return module.table(module.published(ROOT))
+
+
+def latency() -> str:
+    """Of the (N,)-sized ops on a GPU, by bench/latency.py; beside what the last GPU in bench/results took."""
+    return bench("latency").table((bench("goals").published(ROOT) or [[]])[-1])
 
 
 TABLES = {
@@ -286,6 +297,7 @@ TABLES = {
     "accuracy": ("accuracy.md", accuracy),
     "glue": ("../examples/README.md", glue),
     "goals": ("status.md", goals),
+    "latency": ("performance.md", latency),
 }
 
 

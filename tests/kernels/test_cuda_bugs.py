@@ -59,7 +59,7 @@ SEQUENCE_BUGS = {
     "rejected of the next": ("score[threadIdx.x + n]", "score[threadIdx.x + 1]"),
     "reference's sum added": ("score -= static_cast", "score += static_cast"),
     "divided before": ("(op.slope)[s] / under", "(op.slope)[s]"),
-    "weight lost in backward": ("each = (weight[i] != 0 ? value : A(0)) * weight[i];", "each = value;"),
+    "weight lost in backward": ("(weights[k] != 0 ? value : A(0)) * weights[k] : value;", "value : value;"),
     "bounds not looked at": ("valid ? total.score : static_cast<double>(NAN)", "total.score"),
     "parts of another": ("op.parts + first_slot(segments, sequence(q), kChunk)", "op.parts"),
     "a piece again": ("before = at.index * kSpread", "before = 0 * kSpread"),
@@ -102,6 +102,7 @@ POLICY_BUGS = {
 def check_all_policies(lib):
     for layout in ("ragged", "rounds", "many"):
         check_policies(lib, layout, torch.bfloat16)
+    check_policies(lib, "ragged", torch.float64)  # where another order of additions is seen
     check_bad_bounds_of_policies(lib)
 
 

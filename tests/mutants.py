@@ -99,6 +99,7 @@ MUTANTS = [
     Mutant("columns of sharded logits counted from 0", "ops/_parallel.py", "min(dist.get_rank(group) * step, vocab)", "0", "tests/ops/test_sharded_heads.py"),
     Mutant("a compiled shard begins at column 0", "ops/_parallel.py", "return group, shard.start, shard.columns,", "return group, 0, shard.columns,", PARALLEL),
     Mutant("a compiled head forgets temperatures of rows", "ops/_parallel.py", "inv_temperature if heat is None else heat, support)", "inv_temperature, support)", PARALLEL),
+    Mutant("the plan without what is kept for backward", "ops/_plan.py", "        kept * columns * item,\n", "        0,\n", "tests/ops/test_plan_memory.py"),
     # sequences over ranks
     Mutant("the label at a chunk's end by this rank's tokens", "ops/context.py", "torch.where(mine, here, slot[after] if self.total else here)", "here", CONTEXT),
     Mutant("labels over the end of a sequence", "ops/context.py", "torch.where(kept.view(-1, *[1] * (flat.dim() - 1)), after, fill)", "after", CONTEXT),

@@ -48,7 +48,9 @@ def plan(
     weight, tile = columns * depth * item, _chunked.tile_of(device)
     kept = _chunked.kept_rows(rows, columns, dtype, weight)
     chunks, width = -(-columns // tile.columns), min(columns, tile.columns)
-    dz = min(rows, tile.gradient_rows(dtype)) * width * item
+    widened = device == "cpu" and item == 2  # a CPU multiplies halves in float32
+    dz = min(rows, tile.gradient_rows(dtype)) * width * (WIDE if widened else item)
+    copies = (rows + width) * depth * WIDE if widened else 0  # of hidden and of a tile of the weight
     z = min(rows, tile.rows) * width * WIDE
     states = rows * chunks * (6 * WIDE + 8)
     gathered = rows * depth * item if gather else 0
@@ -58,7 +60,7 @@ def plan(
         sum(sent(*call, ranks) for call in forward + backward),
         weight,
         kept * columns * item,
-        dz + z + states + rows * depth * WIDE + width * depth * WIDE + gathered,
+        dz + z + states + rows * depth * WIDE + width * depth * WIDE + gathered + copies,
         rows * columns * WIDE,
     )
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .losses.pairs import all_pairs
@@ -51,18 +52,35 @@ class MetaRM:
         optimizer.step()                                                    # and θ again: bit for bit
 
     parameters  the tensors that move: those of the model that have a gradient. Sharded ones (FSDP2's DTensors, flat
-                shards) move shard by shard; a copy of each is kept inside
+                shards, ZeRO-3's partitions) move shard by shard; a copy of each is kept inside
     eta         η > 0
     backward    how the objective is differentiated, for frameworks that want their own (accelerator.backward): it must
                 leave gradients in .grad. Default: objective.backward()
+    group       for DeepSpeed's ZeRO, which keeps gradients elsewhere: the process group of the ranks that share the
+                model. The objective is then differentiated by torch.autograd.grad and the mean over the ranks taken
+                here, so that ZeRO sees nothing of it. Every rank holds the whole gradient for that time. Parameters
+                that ZeRO-3 has partitioned need it
     """
 
-    def __init__(self, parameters: Iterable[Tensor], *, eta: float, backward: Callable[[Tensor], None] | None = None):
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        *,
+        eta: float,
+        backward: Callable[[Tensor], None] | None = None,
+        group: "dist.ProcessGroup | None" = None,
+    ):
         self.parameters = [p for p in parameters if p.requires_grad]
         check_number("eta", eta, positive=True)
         if not self.parameters:
             fail("parameters", "hold one that requires a gradient", "none")
-        self.eta, self.backward = eta, backward or Tensor.backward
+        if group is not None and not hasattr(group, "rank"):
+            fail("group", "be a process group or None", f"a {type(group).__name__}")
+        if group is not None and backward is not None:
+            fail("backward", "be None beside group", "a function")
+        if group is None and any(map(_partitioned, self.parameters)):
+            fail("group", "be the process group of ZeRO-3's partitions", None)
+        self.eta, self.backward, self.group = eta, backward or Tensor.backward, group
 
     @contextmanager
     def ascend(self, objective: Tensor) -> Iterator[None]:
@@ -78,6 +96,29 @@ class MetaRM:
         if objective.dim() or not objective.requires_grad:
             got = tuple(objective.shape) if objective.dim() else "one without gradient"
             fail("objective", "be one number with a gradient", got)
+        pushes = self._by_backward(objective) if self.group is None else self._by_grad(objective)
+        moved = [(p, push) for p, push in zip(self.parameters, pushes, strict=True) if push is not None]
+        if not moved:
+            expected = "leave a gradient in .grad of some parameter (ZeRO keeps gradients elsewhere: give group)"
+            fail("objective", expected, "none")
+        pushes.clear()
+        with torch.no_grad():
+            held = [pair for p, push in moved for pair in self._held(p, push)]
+            places, before = [x for x, _ in held], [x.clone() for x, _ in held]
+            try:
+                for x, push in held:
+                    x.add_(push.to(x.dtype), alpha=self.eta)
+                moved.clear()
+                held.clear()
+                del push
+                with torch.enable_grad():
+                    yield
+            finally:
+                for x, old in zip(places, before, strict=True):
+                    x.copy_(old)
+
+    def _by_backward(self, objective: Tensor) -> list[Tensor | None]:
+        """Gradients as the framework's hooks leave them in .grad; what was there before is put back."""
         kept, pushes = [p.grad for p in self.parameters], []
         try:
             for p in self.parameters:
@@ -87,17 +128,30 @@ class MetaRM:
         finally:
             for p, grad in zip(self.parameters, kept, strict=True):
                 p.grad = grad
-        moved = [(p, push) for p, push in zip(self.parameters, pushes, strict=True) if push is not None]
-        if not moved:
-            fail("objective", "leave a gradient in .grad of some parameter (ZeRO keeps gradients elsewhere)", "none")
-        with torch.no_grad():
-            before = [p.detach().clone() for p, _ in moved]
-            try:
-                for p, push in moved:
-                    p.add_(push.to(p.dtype), alpha=self.eta)
-                del pushes[:]
-                with torch.enable_grad():
-                    yield
-            finally:
-                for (p, _), old in zip(moved, before, strict=True):
-                    p.copy_(old)
+        return pushes
+
+    def _by_grad(self, objective: Tensor) -> list[Tensor]:
+        """Gradients by no hook at all, their mean over the ranks; 0 where a rank's objective does not depend on one."""
+        found = list(torch.autograd.grad(objective, self.parameters, allow_unused=True))
+        for i, p in enumerate(self.parameters):
+            if found[i] is None:
+                found[i] = torch.zeros(getattr(p, "ds_shape", p.shape), dtype=p.dtype, device=objective.device)
+            found[i] = found[i].contiguous()
+            dist.all_reduce(found[i], group=self.group)
+            found[i] /= dist.get_world_size(self.group)
+        return found
+
+    def _held(self, p: Tensor, push: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The tensors that hold the values of a parameter on this rank, each with its part of the gradient."""
+        if not _partitioned(p):
+            return [(p.detach(), push)]
+        part = p.ds_tensor.detach().view(-1)
+        start = dist.get_rank(self.group) * part.numel()
+        own = push.flatten()[start : start + part.numel()]  # the last rank's part is padded
+        held = [(part[: own.numel()], own)]
+        return held + [(p.data, push)] if p.data.numel() == push.numel() else held  # a small one is kept whole, too
+
+
+def _partitioned(p: Tensor) -> bool:
+    """Whether ZeRO-3 holds the parameter in parts: the values of this rank are in `ds_tensor`, p is empty."""
+    return hasattr(p, "ds_tensor")

@@ -92,7 +92,9 @@ class FineGrainedRewardTrainer(RewardTrainer):
         with self.compute_loss_context_manager():
             objective = difference_loss(model(**batch, use_cache=False).logits.float().view(-1, k))
         self._metrics["train"]["difference"].append(objective.item())
-        self.meta = self.meta or MetaRM(model.parameters(), eta=self.meta_eta)
+        if self.meta is None:
+            group = torch.distributed.group.WORLD if self.is_deepspeed_enabled else None
+            self.meta = MetaRM(model.parameters(), eta=self.meta_eta, group=group)
         with self.meta.ascend(objective):
             return super().training_step(model, inputs, *args, **options)
 

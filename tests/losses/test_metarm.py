@@ -201,3 +201,161 @@ def test_sharded_parameters(tmp_path):
         assert found["whole"][0] and found["sharded"][0]
         for one, other in zip(found["whole"][1], found["sharded"][1], strict=True):
             assert_close(other, one, rtol=1e-5, atol=1e-7)
+
+
+def replicated(rank):
+    """One MetaRM step of a model under DistributedDataParallel, each rank its own rows."""
+    torch.manual_seed(1)
+    x = torch.randn(2, 4, 3, 4)
+    model = torch.nn.parallel.DistributedDataParallel(small_model())
+    before = [p.detach().clone() for p in model.parameters()]
+    with fk.MetaRM(model.parameters(), eta=0.3).ascend(difference_loss(model(x[rank])[..., 0])):
+        fk.reward_loss("bradley_terry", model(x[rank])[:, :2, 0].T.reshape(-1)).loss.backward()
+    same = [torch.equal(*both) for both in zip(model.parameters(), before, strict=True)]
+    return all(same), [p.grad for p in model.parameters()]
+
+
+def test_replicated_parameters(tmp_path):
+    """The mean over ranks of what each rank's rows give is what all rows give, and all ranks have it."""
+    wanted = whole_step()
+    for same, grads in ranks.run(__file__, "replicated", tmp_path):
+        assert same
+        for one, other in zip(wanted, grads, strict=True):
+            assert_close(other, one, rtol=1e-5, atol=1e-7)
+
+
+def whole_step():
+    """Gradients of one MetaRM step on the rows of both ranks."""
+    torch.manual_seed(1)
+    rows = torch.randn(2, 4, 3, 4).flatten(0, 1)
+    model = small_model()
+    with fk.MetaRM(model.parameters(), eta=0.3).ascend(difference_loss(model(rows)[..., 0])):
+        fk.reward_loss("bradley_terry", model(rows)[:, :2, 0].T.reshape(-1)).loss.backward()
+    return [p.grad for p in model.parameters()]
+
+
+class Partitioned:
+    """ZeRO-3's contract: `ds_tensor` holds this rank's part of a padded flat parameter, `ds_shape` its shape. The
+    parameter itself is empty but in a pass of the model, or, where it is small, kept whole, too."""
+
+    def __init__(self, model, rank, kept=()):
+        self.model, self.kept = model, kept
+        for p in model.parameters():
+            part = -(-p.numel() // 2)
+            flat = torch.nn.functional.pad(p.detach().flatten(), (0, 2 * part - p.numel()))
+            p.ds_shape, p.ds_tensor = p.shape, flat[rank * part : (rank + 1) * part].clone()
+        self.release()
+
+    def release(self):
+        for name, p in self.model.named_parameters():
+            if name not in self.kept:
+                p.data = torch.empty(0)
+
+    def __call__(self, x):
+        for name, p in self.model.named_parameters():
+            if name not in self.kept:  # those are not gathered again
+                parts = [torch.empty_like(p.ds_tensor) for _ in range(2)]
+                torch.distributed.all_gather(parts, p.ds_tensor)
+                p.data = torch.cat(parts)[: p.ds_shape.numel()].view(p.ds_shape)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t):
+            out = self.model(x)
+        self.release()
+        return out
+
+
+def partitioned(rank):
+    """Both ranks' steps under the contract of ZeRO-3, with and without parameters that are kept whole; one raises."""
+    torch.manual_seed(1)
+    x, found = torch.randn(2, 4, 3, 4)[rank], {}
+    for way, kept in (("all", ()), ("some", ("0.bias", "2.bias")), ("raises", ())):
+        model = Partitioned(small_model(), rank, kept)
+        parameters = list(model.model.parameters())
+        values = [[p.ds_tensor.clone(), p.detach().clone()] for p in parameters]
+        meta, grads = fk.MetaRM(parameters, eta=0.3, group=torch.distributed.group.WORLD), None
+        try:
+            with meta.ascend(difference_loss(model(x)[..., 0])):
+                pairs = zip(
+                    parameters[:3], values, strict=False
+                )  # a shift of all scores, the last one, has no gradient
+                moved = all(
+                    (p.ds_tensor != part).any() and (p != own).any() == (own.numel() > 0) for p, (part, own) in pairs
+                )
+                loss = fk.reward_loss("bradley_terry", model(x)[:, :2, 0].T.reshape(-1)).loss
+                grads = torch.autograd.grad(loss, parameters)
+                for grad in grads:
+                    torch.distributed.all_reduce(grad)
+                    grad /= 2
+                if way == "raises":
+                    raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            pass
+        now = [[p.ds_tensor, p] for p in parameters]
+        same = all(
+            torch.equal(a, b) for one, other in zip(now, values, strict=True) for a, b in zip(one, other, strict=True)
+        )
+        found[way] = moved and same and all(p.grad is None for p in parameters), grads
+    return found
+
+
+def test_partitioned_parameters(tmp_path):
+    wanted = whole_step()
+    for found in ranks.run(__file__, "partitioned", tmp_path):
+        for right, grads in found.values():
+            assert right
+            for one, other in zip(wanted, grads, strict=True):
+                assert_close(other, one, rtol=1e-5, atol=1e-7)
+
+
+def deepspeed_steps(rank):
+    """Two steps of DeepSpeed's engine by stage: largest difference of the parameters, and whether they came back."""
+    import os
+
+    import deepspeed
+    from deepspeed.comm import torch as comm
+
+    comm.build_shm_op = lambda: None  # a kernel for ranks on one machine, which would be compiled here
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    torch.manual_seed(1)
+    x, found = torch.randn(2, 4, 3, 4), {}
+    rows = {"whole": x.flatten(0, 1), **{stage: x[rank] for stage in (1, 2, 3)}}
+    for way, own in rows.items():
+        model = small_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        if way != "whole":
+            zero = dict(stage=way, stage3_param_persistence_threshold=8)  # a bias of one number is kept whole
+            config = dict(train_batch_size=2, zero_allow_untested_optimizer=True, zero_optimization=zero)
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+            meta = fk.MetaRM(model.parameters(), eta=0.3, group=torch.distributed.group.WORLD)
+        run, same = (model, True) if way == "whole" else (engine, True)
+        for _ in range(2):
+            held = [getattr(p, "ds_tensor", p).detach() for p in model.parameters()]
+            before = [x.clone() for x in held]
+            meta = fk.MetaRM(model.parameters(), eta=0.3) if way == "whole" else meta
+            with meta.ascend(difference_loss(run(own)[..., 0])):
+                loss = fk.reward_loss("bradley_terry", run(own)[:, :2, 0].T.reshape(-1)).loss
+                loss.backward() if way == "whole" else engine.backward(loss)
+            same = same and all(map(torch.equal, held, before))
+            optimizer.step() if way == "whole" else engine.step()
+            optimizer.zero_grad() if way == "whole" else None
+        with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=way == 3):
+            found[way] = same, [p.detach().clone() for p in model.parameters()]
+    return found
+
+
+def test_deepspeed(tmp_path):
+    pytest.importorskip("deepspeed", reason="ZeRO itself needs deepspeed")
+    for found in ranks.run(__file__, "deepspeed_steps", tmp_path):
+        for stage in (1, 2, 3):
+            assert found[stage][0]
+            for one, other in zip(found["whole"][1], found[stage][1], strict=True):
+                assert_close(other, one, rtol=1e-5, atol=1e-6)
+
+
+def test_partitioned_parameters_need_a_group():
+    theta = start()
+    theta.ds_tensor = theta.detach().clone()
+    with pytest.raises(ValueError, match="group must be the process group"):
+        fk.MetaRM([theta], eta=1.0)
+    with pytest.raises(ValueError, match="group must be a process group or None"):
+        fk.MetaRM([start()], eta=1.0, group="world")

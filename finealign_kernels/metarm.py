@@ -59,7 +59,8 @@ class MetaRM:
     group       for DeepSpeed's ZeRO, which keeps gradients elsewhere: the process group of the ranks that share the
                 model. The objective is then differentiated by torch.autograd.grad and the mean over the ranks taken
                 here, so that ZeRO sees nothing of it. Every rank holds the whole gradient for that time. Parameters
-                that ZeRO-3 has partitioned need it
+                that ZeRO-3 has partitioned need it. Make the objective with engine.module: the engine's own hooks
+                take any gradient of its output for a training step's
     """
 
     def __init__(

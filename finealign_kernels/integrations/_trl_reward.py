@@ -89,8 +89,9 @@ class FineGrainedRewardTrainer(RewardTrainer):
         batch = self._prepare_inputs(dict(self._next_meta_batch()))
         k = batch.pop("k")
         model.train()
+        inner = model.module if self.is_deepspeed_enabled else model  # its engine reduces any gradient of its output
         with self.compute_loss_context_manager():
-            objective = difference_loss(model(**batch, use_cache=False).logits.float().view(-1, k))
+            objective = difference_loss(inner(**batch, use_cache=False).logits.float().view(-1, k))
         self._metrics["train"]["difference"].append(objective.item())
         if self.meta is None:
             group = torch.distributed.group.WORLD if self.is_deepspeed_enabled else None

@@ -172,7 +172,7 @@ def test_lowest_segments_are_compared_with_marks_by_hand():
         answer = reward_data.Answer(feedback.Response(text, spans), [0], [1, 2, 3], offsets, [1.0] * 3, [0.0] * 3)
         answers.append(reward_data.Read(answer, [(0, 1), (1, 2), (2, 3)], torch.zeros(3, 2)))
     held = reward_data.gather([], [answers[0], answers[0], answers[1], answers[2]])
-    scores = torch.tensor([0.1, -0.4, 0.2, -0.9, 0.1, 0.0, 1.0, 2.0, 3.0, 1.0, 2.0, 3.0])
+    scores = torch.tensor([0.1, -0.4, 0.2, -0.9, 0.0, 0.1, 1.0, 2.0, 3.0, 1.0, 2.0, 3.0])
     result = reward.Result(None, held, None, None, None, {}, scores)
     assert reward_summary.lowest_is_marked(result) == (0.5, pytest.approx(1 / 3), 2)
 

@@ -129,14 +129,19 @@ def _trl_without_datasets() -> None:
         sys.modules[stub.__name__] = stub
 
 
-def head_trl(x):
-    """As its trainers call it: no bias, temperature 1, vocabulary chunks of 32768, no further outputs."""
+def trl_logprobs(hidden, weight, labels, outputs=()):
+    """TRL's head as its trainers call it: no bias, temperature 1, vocabulary chunks of 32768."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
     _trl_without_datasets()
+    return ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, 32768, None, 1.0, outputs)
+
+
+def head_trl(x):
+    """Without further outputs."""
 
     def logp(hidden, labels):
-        return ChunkedLogProbFunction.apply(hidden, x.weight, None, labels, 1.0, 32768, None, 1.0, ())[0]
+        return trl_logprobs(hidden, x.weight, labels)[0]
 
     if x.hidden.device.type == "cpu":  # its trainers score every row there
         return x.answers(logp(x.hidden, x.labels.clamp(min=0)).where(x.labels != IGNORED, 0))
@@ -490,13 +495,13 @@ def rl_loop(x):
 
 def rl_verl(x):
     """Its advantages come whitened; its returns are not."""
-    core, mask = _oracle("verl_core"), x.mask.to(x.values.dtype)
+    core, mask = oracle("verl_core"), x.mask.to(x.values.dtype)
     _, returns = core.compute_gae_advantage_return(x.rewards, x.values, mask, GAMMA, LAM)
     return _answers(x, returns - x.values, returns)
 
 
 def rl_openrlhf(x):
-    return _answers(x, *_oracle("openrlhf_gae")(x.values, x.rewards, x.mask, GAMMA, LAM))
+    return _answers(x, *oracle("openrlhf_gae")(x.values, x.rewards, x.mask, GAMMA, LAM))
 
 
 def rl_torch(x):
@@ -532,7 +537,7 @@ def rl_copy(x):
 
 
 @cache
-def _oracle(name: str):
+def oracle(name: str):
     """A trainer's own code, loaded without what its package pulls in."""
     spec = importlib.util.spec_from_file_location("oracles", Path(__file__).parents[1] / "tests" / "oracles.py")
     module = importlib.util.module_from_spec(spec)
@@ -545,7 +550,7 @@ def loads(name: str) -> Callable[[torch.dtype, torch.device], str | None]:
 
     def why_unavailable(dtype, device):
         try:
-            _oracle(name)
+            oracle(name)
         except ImportError as error:
             return str(error)
 

@@ -1,23 +1,27 @@
 """The vocabulary-parallel head on gloo ranks of this machine: python bench/run.py tp [--rows 2048] [--json FILE]
 
-Time of a forward and backward and extra memory of a rank, against logits that are kept: the products, then Megatron's
-three all-reduces (maximum, sum, label's logit) and a fourth for the entropy, in torch, each rank with its columns.
-Answers are compared first. Both run in the same processes, in turn. On a GPU: not yet run.
+Time of a forward and backward and extra memory of a rank, with the gradients of hidden states and of this rank's slice
+of the head. All run in the same processes, in turn; answers are compared first. On a GPU: not yet run.
+
+    materialised  logits that are kept: the products, then Megatron's three all-reduces (maximum, sum, label's logit)
+                  and a fourth for the entropy, in torch, each rank with its columns
+    verl, trl     the torch head of verl and TRL's, which know no slices: the head is gathered, a rank takes its share
+                  of the rows, and gradients are summed over ranks. TRL's entropy has no gradient: none is asked of it
 """
 
 import argparse
 import json
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
+import rivals
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
 import finealign_kernels as fk
 from finealign_kernels.testing.measure import interleaved, medians, peak_extra_mib, ratio
-
-PARTS = (("logp", 1.0), ("entropy", 0.3))  # and their upstream gradients
 
 
 class SumForward(torch.autograd.Function):
@@ -64,6 +68,72 @@ def materialised(hidden, weight, labels, start, group):
     return label - total.log(), total.log() - weighted / total
 
 
+class GatheredHead(torch.autograd.Function):
+    """The ranks' slices one under the other; the gradient of a slice is the sum of the ranks'."""
+
+    @staticmethod
+    def forward(ctx, weight, start, group):
+        ctx.start, ctx.columns, ctx.group = start, len(weight), group
+        sizes = [torch.empty((), dtype=torch.long) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(sizes, torch.tensor(len(weight)), group=group)
+        whole = weight.new_zeros(int(sum(sizes)), weight.shape[1])
+        whole[start : start + len(weight)] = weight
+        for rank, (slice_of, size) in enumerate(zip(whole.split([int(n) for n in sizes]), sizes, strict=True)):
+            if size:
+                dist.broadcast(slice_of, group_src=rank, group=group)
+        return whole
+
+    @staticmethod
+    def backward(ctx, upstream):
+        upstream = upstream.contiguous()
+        dist.all_reduce(upstream, group=ctx.group)
+        return upstream[ctx.start : ctx.start + ctx.columns].clone(), None, None
+
+
+class AllRows(torch.autograd.Function):
+    """Each rank's rows one under the other; a rank's gradient is that of its own."""
+
+    @staticmethod
+    def forward(ctx, x, rows, group):
+        ctx.own = rows
+        whole = x.new_zeros(rows.stop_of_all, *x.shape[1:])
+        whole[rows.start : rows.stop] = x
+        dist.all_reduce(whole, group=group)
+        return whole
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return upstream[ctx.own.start : ctx.own.stop], None, None
+
+
+class Rows(NamedTuple):
+    start: int
+    stop: int
+    stop_of_all: int
+
+
+def gathered(kernel):
+    """A head that knows no slices: kernel(hidden, weight, labels) -> log-probs, entropy, over a share of the rows."""
+
+    def head(hidden, weight, labels, start, group):
+        rank, ranks, count = dist.get_rank(group), dist.get_world_size(group), len(labels)
+        own = Rows(rank * count // ranks, (rank + 1) * count // ranks, count)
+        whole = GatheredHead.apply(weight, start, group)
+        some = SumBackward.apply(hidden, group)[own.start : own.stop]
+        found = kernel(some, whole, labels[own.start : own.stop])
+        return tuple(AllRows.apply(x.float(), own, group) for x in found)
+
+    return head
+
+
+def verl(hidden, weight, labels):
+    return rivals.oracle("verl_step").head.FusedLinearForPPOFunction.apply(hidden, weight, labels, 1.0, 512)
+
+
+def trl(hidden, weight, labels):
+    return rivals.trl_logprobs(hidden, weight, labels, ("entropy",))[:2]
+
+
 def ours(hidden, weight, labels, start, group):
     out = fk.linear_logprobs(
         hidden, weight, labels, outputs=("entropy",), group=group, vocab_start=start, hidden_grad="all_reduce"
@@ -71,12 +141,17 @@ def ours(hidden, weight, labels, start, group):
     return out.logp, out.entropy
 
 
-HEADS = {"ours": ours, "materialised": materialised}
+HEADS = {"ours": ours, "materialised": materialised, "verl": gathered(verl), "trl": gathered(trl)}
+NEEDS = {"verl": rivals.loads("verl_step"), "trl": rivals.package("trl", "1.16")}
+LOGGED = ("trl",)  # whose entropy has no gradient
 
 
-def step(head, hidden, weight, *rest):
-    logp, entropy = head(hidden, weight, *rest)
-    (logp.sum() + 0.3 * entropy.sum()).backward()
+def step(name, hidden, weight, *rest, entropy_weight=0.3):
+    logp, entropy = HEADS[name](hidden, weight, *rest)
+    total = logp.sum()
+    if name not in LOGGED and entropy_weight:
+        total = total + entropy_weight * entropy.sum()
+    total.backward()
     found = logp.detach(), entropy.detach(), hidden.grad, weight.grad
     hidden.grad = weight.grad = None
     return found
@@ -93,26 +168,28 @@ def work(rank: int, args: argparse.Namespace, folder: str) -> None:
     columns = min(-(-args.vocab // args.ranks), args.vocab - start)
     weight = torch.randn(columns, args.depth, generator=rng.manual_seed(rank)) / args.depth**0.5
     given = hidden, weight.to(dtype).requires_grad_(), labels, start, dist.group.WORLD
-    answers = {name: step(head, *given) for name, head in HEADS.items()}
-    worst = max(
-        ((a - b).float().norm() / b.float().norm()).item()
-        for a, b in zip(answers["ours"], answers["materialised"], strict=True)
-    )
+    heads = [name for name in HEADS if name not in NEEDS or NEEDS[name](args.dtype, "cpu") is None]
     bound = 1e-4 if args.dtype == "float32" else 3e-2
-    if not worst <= bound:
-        raise RuntimeError(f"answers differ by {worst:.1e}, bound {bound}: nothing timed")
-    del answers
-    peaks = {name: peak_extra_mib(lambda head=head: step(head, *given)) for name, head in HEADS.items()}
-    times = interleaved({name: lambda head=head: step(head, *given) for name, head in HEADS.items()}, args.rounds)
+    expected = {weight: step("ours", *given, entropy_weight=weight) for weight in (0.0, 0.3)}
+    differences = {}
+    for name in heads[1:]:
+        right = expected[0.0 if name in LOGGED else 0.3]
+        answers = zip(step(name, *given), right, strict=True)
+        differences[name] = max(((a - b).float().norm() / b.float().norm()).item() for a, b in answers)
+        if not differences[name] <= bound:
+            raise RuntimeError(f"answers of {name} differ by {differences[name]:.1e}, bound {bound}: nothing timed")
+    del expected, right
+    peaks = {name: peak_extra_mib(lambda name=name: step(name, *given)) for name in heads}
+    times = interleaved({name: lambda name=name: step(name, *given) for name in heads}, args.rounds)
     row = {
         "suite": "tp",
         "device": "cpu, gloo",
         **{name: getattr(args, name) for name in ("ranks", "rows", "depth", "vocab", "dtype", "rounds")},
         "seconds": medians(times),
         "peak_mib": peaks,
-        "time_ratio": ratio(times, "materialised", "ours"),
-        "memory_ratio": None if None in peaks.values() else peaks["materialised"] / peaks["ours"],
-        "difference": worst,
+        "time_ratio": {name: ratio(times, name, "ours") for name in heads[1:]},
+        "memory_ratio": {name: None if None in peaks.values() else peaks[name] / peaks["ours"] for name in heads[1:]},
+        "difference": differences,
     }
     Path(folder, f"{rank}.json").write_text(json.dumps(row))
     dist.destroy_process_group()
@@ -129,13 +206,17 @@ def main(argv: list[str]) -> int:
         torch.multiprocessing.start_processes(work, (args, folder), nprocs=args.ranks, start_method="fork")
         rows = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(args.ranks)]
     for rank, row in enumerate(rows):
-        print(
-            f"rank {rank}: "
-            + ", ".join(f"{name} {row['seconds'][name]:.3f} s, {_mib(row['peak_mib'][name])}" for name in HEADS)
-        )
-    times = " ".join(f"{row['time_ratio']:.2f}" for row in rows)
-    memory = " ".join("-" if row["memory_ratio"] is None else f"{row['memory_ratio']:.2f}" for row in rows)
-    print(f"materialised / ours, a rank: time {times}, extra memory {memory}")
+        shown = (f"{name} {time:.3f} s, {_mib(row['peak_mib'][name])}" for name, time in row["seconds"].items())
+        print(f"rank {rank}: " + ", ".join(shown))
+    for name in HEADS:
+        if name in rows[0]["time_ratio"]:
+            times = " ".join(f"{row['time_ratio'][name]:.2f}" for row in rows)
+            memory = " ".join(
+                "-" if row["memory_ratio"][name] is None else f"{row['memory_ratio'][name]:.2f}" for row in rows
+            )
+            print(f"{name} / ours, a rank: time {times}, extra memory {memory}")
+        elif name in NEEDS:
+            print(f"{name} skipped: {NEEDS[name](args.dtype, 'cpu')}")
     print("GPU: not yet run")
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -748,8 +748,10 @@ def test_the_vocabulary_parallel_head_races_on_gloo_ranks(tmp_path, capsys):
     size = ["--rows", "40", "--depth", "16", "--vocab", "301", "--rounds", "1"]
     assert run.main(["tp", *size, "--json", str(path)]) == 0
     rows = json.loads(path.read_text())
-    assert [row["ranks"] for row in rows] == [2, 2] and all(row["difference"] < 1e-5 for row in rows)
-    assert all(row["seconds"]["ours"] > 0 and row["time_ratio"] > 0 for row in rows)
+    assert [row["ranks"] for row in rows] == [2, 2] and "materialised" in rows[0]["difference"]
+    for row in rows:  # which of verl's and TRL's heads race depends on what is installed
+        assert set(row["seconds"]) == {"ours", *row["difference"]} and all(row["seconds"].values())
+        assert all(0 <= value < 1e-5 for value in row["difference"].values()) and min(row["time_ratio"].values()) > 0
     assert "GPU: not yet run" in capsys.readouterr().out
 
 

@@ -111,6 +111,9 @@ def published(root: Path) -> list[list[dict]]:
 def take(results: Path, root: Path) -> Path:
     """Copies the rows into root's bench/results and makes the table of its docs/status.md anew."""
     rows = json.loads(results.read_text())
+    devices = {row["device"] for row in rows if "versions" in row}
+    if devices != {"cuda"}:
+        raise ValueError(f"{results} must hold races on a GPU alone, got devices {sorted(devices)}")
     slug = re.sub(r"[^a-z0-9]+", "-", name_of(rows).lower()).strip("-")
     target = root / f"bench/results/gpu-{slug}.json"
     target.write_text(json.dumps(rows, indent=1) + "\n")

@@ -241,7 +241,9 @@ def _gpu(index):
     found = f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory >> 20} MiB"
     archs = _native.architectures()
     arch = _native.serves(archs, properties.major, properties.minor)
-    return f"{found}, " + (f"native ops by {arch}" if arch else "no native ops: not among the architectures above")
+    if arch:
+        return f"{found}, native ops by {arch}"
+    return f"{found}, no native ops" + (": not among the architectures above" if archs else "")
 
 
 def _finite(error):

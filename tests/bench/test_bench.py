@@ -742,6 +742,15 @@ def test_one_command_takes_results_into_the_pages(goals, tmp_path, capsys):
         goals.main([str(results), "--root", str(tmp_path)])
 
 
+def test_results_of_a_dry_run_on_a_cpu_are_not_published(goals, tmp_path):
+    (tmp_path / "bench/results").mkdir(parents=True)
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps([{**row, "device": "cpu"} for row in gpu_rows()]))
+    with pytest.raises(ValueError, match=r"results.json must hold races on a GPU alone, got devices \['cpu'\]"):
+        goals.main([str(results), "--root", str(tmp_path)])
+    assert not [*(tmp_path / "bench/results").iterdir()]
+
+
 def test_the_vocabulary_parallel_head_races_on_gloo_ranks(tmp_path, capsys):
     """Answers are compared before anything is timed; rows of both ranks are written."""
     path = tmp_path / "tp.json"

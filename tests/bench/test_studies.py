@@ -10,7 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
 from studies import __main__ as studies  # noqa: E402
-from studies import fine_grained, pivots, reward, runs, world  # noqa: E402
+from studies import fine_grained, pivots, real, reward, runs, world  # noqa: E402
 
 
 def answer(topic, *content):
@@ -111,6 +111,12 @@ def test_a_study_that_lacks_its_data_says_so_and_the_next_one_runs(tmp_path, cap
     told = capsys.readouterr()
     assert "lacking is left out: its file is not at nowhere.json" in told.err
     assert "silent is left out: no sign that must hold" in told.err and "## toy" in told.out
+
+
+@pytest.mark.parametrize("named", [None, "nowhere.json"])
+def test_studies_of_judgements_say_what_is_missing(named, monkeypatch):
+    monkeypatch.setattr(real.qa, "FILE", named)
+    assert real.qa.missing() == f"FINEALIGN_QA_FEEDBACK must name the dev_feedback.json of QA-Feedback, got {named!r}"
 
 
 def test_strength_finds_planted_flips_and_flipping_helps():

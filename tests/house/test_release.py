@@ -105,6 +105,9 @@ def test_gpus_without_code_and_code_without_gpu_are_found():
     audit = RELEASE["audit_gpu_code"]
     assert audit(code + fat_binary((2, 120, b"")), "80;90a;120+PTX") == []
     assert audit(code, "80;90a;120+PTX") == ["no code for GPU 120, which FINEALIGN_ARCHS=80;90a;120+PTX names"]
+    assert audit(code, "sm_80, 9.0a 120+PTX") == [
+        "no code for GPU 120, which FINEALIGN_ARCHS=sm_80, 9.0a 120+PTX names"
+    ]
     assert audit(fat_binary((2, 80, b"")), "") == ["code for GPU 80, which FINEALIGN_ARCHS= does not name"]
 
 
@@ -120,6 +123,12 @@ def test_sdist_and_versions(tmp_path):
     assert RELEASE["audit_versions"](tmp_path) == ["CITATION.cff has version 1.1.0, setup.py 1.2.0"]
     (tmp_path / "CHANGELOG.md").write_text("# Changelog\n\n## 1.2.0 (unreleased)\n")
     assert len(RELEASE["audit_versions"](tmp_path)) == 2
+
+
+def test_a_wrong_environment_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        RELEASE["main"](["test", "--environments", "3.10"])
+    assert "--environments must be PYTHON=TORCH, such as 3.10=2.10.*, got '3.10'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

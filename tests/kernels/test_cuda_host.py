@@ -9,9 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cuda_host import CUDA, DTYPES, NVCC, ORDERS, ROOT, DeviceFailure, Zoned, on_host, with_nvcc
+from cuda_host import ARCHS, CUDA, DTYPES, NVCC, ORDERS, ROOT, DeviceFailure, Zoned, on_host, with_nvcc
 
-ARCHS = ("80", "90a", "100f", "120")
 SUM, MEAN, LAST = OVER = (0, 1, 2)
 
 

@@ -235,8 +235,7 @@ class _OfScores(torch.autograd.Function):
         if divisor is not None:
             each = over_count(each, divisor)
         grads = [slope * each for slope in slopes]
-        if each.dim():  # a pair that is not counted has upstream 0, whatever its slope
-            grads = [torch.where(each == 0, 0, grad) for grad in grads]
+        grads = [torch.where(each == 0, 0, grad) for grad in grads]  # what is not counted, whatever its slope
         up, down = grads if ctx.count == 2 else (grads[0], -grads[0])
         grads = (up, down) if ctx.pairs is None else (_join(up, down, ctx.pairs),)
         grads = tuple(grad.to(of.dtype) for grad, of in zip(grads, sources, strict=True))

@@ -30,6 +30,8 @@ COUNTED = {
     "dpo drop_empty": lambda x, m: fk.dpo(x, x.detach(), mask=m, drop_empty=True, denominator=ZERO),
     "kto": lambda x, m: fk.kto(x, x.detach(), KIND, mask=m, denominator=ZERO),
     "kto class_mean": lambda x, m: fk.kto(x, x.detach(), KIND, mask=m, **BY_CLASS),
+    "reward_loss": lambda x, m: fk.reward_loss("margin", x, mask=m, centering=0.1, denominator=ZERO),
+    "reward_loss mean": lambda x, m: fk.reward_loss("floored", x, mask=m, pick="mean", denominator=ZERO),
 }
 
 
@@ -41,6 +43,14 @@ def test_a_global_count_of_0_gives_0(name, mask, dtype):
     loss = COUNTED[name](x, mask).loss
     loss.backward()
     assert loss.item() == 0 and not x.grad.any()
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_a_global_count_of_0_gives_0_beside_nan(name):
+    x = log_probs()
+    x[0] = torch.nan
+    COUNTED[name](x.requires_grad_(), ~NONE).loss.backward()
+    assert not x.grad.any()
 
 
 @pytest.mark.parametrize("mask", (NONE, ~NONE), ids=("no token", "tokens"))

@@ -17,6 +17,7 @@ from torch import Tensor
 from .losses.pairs import all_pairs
 from .ops._check import check_number, check_tensor, fail
 from .ops._layout import check_cu_seqlens
+from .ops._parallel import check_group
 
 
 def difference_loss(scores: Tensor, cu_groups: Tensor | None = None) -> Tensor:
@@ -75,10 +76,10 @@ class MetaRM:
         check_number("eta", eta, positive=True)
         if not self.parameters:
             fail("parameters", "hold one that requires a gradient", "none")
-        if group is not None and not hasattr(group, "rank"):
-            fail("group", "be a process group or None", f"a {type(group).__name__}")
-        if group is not None and backward is not None:
-            fail("backward", "be None beside group", "a function")
+        if group is not None:
+            check_group(group)
+            if backward is not None:
+                fail("backward", "be None beside group", "a function")
         if group is None and any(map(_partitioned, self.parameters)):
             fail("group", "be the process group of ZeRO-3's partitions", None)
         self.eta, self.backward, self.group = eta, backward or Tensor.backward, group

@@ -138,6 +138,8 @@ MUTANTS = [
     Mutant("support: ids counted from the tile's start", FORMULA, "local = support.long() - col0", "local = support.long()", SUPPORT),
     Mutant("support: backward forgets it", CHUNKED, "                    ban(z, head.rows(slice(i, j)), c0)\n", "", SUPPORT),
     Mutant("support: rows that were read are not picked", FORMULA, "None if self.support is None else self.support[at]", "None if self.support is None else self.support[: len(self.support[at])]", SUPPORT),
+    Mutant("labels of the general path are counted on a GPU alone", "ops/_parallel.py", "    note_errors(target, shard.bound)  #", "    if target.device.type != 'cpu':\n        note_errors(target, shard.bound)  #", SUPPORT),
+    Mutant("the count of labels belongs to inference mode", "ops/_check.py", "with torch.inference_mode(False):", "if True:", "tests/ops/test_logprobs.py"),
     Mutant("support: ranks count ids from 0", "ops/_parallel.py", "head._replace(support=head.support - self.start)", "head", SUPPORT),
     Mutant("support: a label outside passes", "ops/_check.py", "lost = (target >= 0) & (ids != target[:, None]).all(-1)", "lost = (target >= 0) & (ids.shape[-1] == 0)", SUPPORT),
     Mutant("support: gradient in place forgets it", "ops/_tiles.py", "            _chunked.ban(to[r, c0:c1], head.rows(r), c0)\n", "            pass\n", SUPPORT),

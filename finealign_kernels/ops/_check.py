@@ -235,7 +235,8 @@ def note_errors(target: Tensor, vocab: int) -> None:
     streams that meet there lose no count. A word first made while a graph is captured is 0 again in each replay."""
     key = target.device, vocab
     if key not in _words:
-        _words[key] = torch.zeros(2, 1, dtype=torch.int64, device=target.device).unbind()
+        with torch.inference_mode(False):  # one made in inference mode could not be written outside of it
+            _words[key] = torch.zeros(2, 1, dtype=torch.int64, device=target.device).unbind()
     word, at = _words[key]
     word.index_add_(0, at, (target == BAD).sum()[None])
 

@@ -359,5 +359,5 @@ def test_partitioned_parameters_need_a_group():
     theta.ds_tensor = theta.detach().clone()
     with pytest.raises(ValueError, match="group must be the process group"):
         fk.MetaRM([theta], eta=1.0)
-    with pytest.raises(ValueError, match="group must be a process group or None"):
+    with pytest.raises(TypeError, match="group must be None or a torch.distributed.ProcessGroup"):
         fk.MetaRM([start()], eta=1.0, group="world")

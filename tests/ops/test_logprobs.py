@@ -1042,6 +1042,33 @@ def test_a_label_out_of_range_never_gives_a_number(backend, compact, usable):
     fk.check_errors()
 
 
+BY_OTHER_PATHS = {
+    "temperatures of rows": dict(temperature=torch.ones(6)),
+    "an adapter": dict(adapter=(torch.ones(6, 1), torch.zeros(40, 1))),
+    "a support": dict(support=torch.arange(40).repeat(6, 1)),
+}
+
+
+@pytest.mark.parametrize("what", BY_OTHER_PATHS)
+def test_a_label_out_of_range_is_counted_on_every_path(what):
+    fk.check_errors()
+    out = call(labels=torch.tensor([0, 40, 1, -3, 2, 3]), compact="device", **BY_OTHER_PATHS[what])
+    assert int(out.logp.isnan().sum()) == 2
+    with pytest.raises(IndexError, match=r"2 labels on cpu were outside \[0, 40\)"):
+        fk.check_errors()
+
+
+def test_labels_are_counted_in_inference_mode_and_outside_of_it():
+    """A count that is first made in inference mode, by a reference's log-probs say, is written by training, too."""
+    labels = torch.tensor([0, 41, 1, -3, 2, 3])
+    options = dict(weight=torch.randn(41, 8), compact="device")
+    with torch.inference_mode():
+        call(labels=labels, **options)
+    call(labels=labels, **options)
+    with pytest.raises(IndexError, match=r"4 labels on cpu were outside \[0, 41\)"):
+        fk.check_errors()
+
+
 def test_debug_mode_checks_at_once(monkeypatch):
     monkeypatch.setenv("FINEALIGN_DEBUG", "1")
     with pytest.raises(IndexError, match=r"labels\[2\] = 99"):

@@ -237,8 +237,11 @@ def test_a_label_outside_is_nan_where_values_are_not_read():
     s, support, _, mask = case(torch.float32)
     good = call(compact="device").logp
     support[3] = (s.labels[3] + 1) % V
+    fk.check_errors()
     found = call(support=support, compact="device").logp
     assert found[3].isnan() and torch.equal(found[torch.arange(N) != 3], good[torch.arange(N) != 3])
+    with pytest.raises(IndexError, match="1 labels on cpu were outside"):
+        fk.check_errors()
 
 
 def test_rows_of_an_entropy_gradient_are_near_uniform_in_their_support():

@@ -267,7 +267,6 @@ def picture() -> str:
 PICTURE = ROOT / "docs/images/tokens.svg"
 
 
-# name of a table -> its page, and what makes it
 def bench(name: str):
     """The module bench/NAME.py."""
     spec = importlib.util.spec_from_file_location(name, ROOT / f"bench/{name}.py")
@@ -287,7 +286,7 @@ def latency() -> str:
     return bench("latency").table((bench("goals").published(ROOT) or [[]])[-1])
 
 
-TABLES = {
+TABLES = {  # name of a table -> its page, and what makes it
     "losses": ("tables.md", losses),
     "policies": ("tables.md", policies),
     "rewards": ("tables.md", rewards),

@@ -64,7 +64,8 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = [
-    Mutant("a segment's reward at its first token", "integrations/_trl_grpo.py", "row[max(part.stop - 1, 0)] += ", "row[part.start] += ", TRL_GRPO),
+    Mutant("a segment's reward at its first token", "integrations/_trl_grpo.py", "row[kept[max(int((kept < part.stop).sum()) - 1, 0)]] += ", "row[part.start] += ", TRL_GRPO),
+    Mutant("a reward lost where one function gave none", "integrations/_trl_grpo.py", "every.nansum(0)", "every.sum(0)", TRL_GRPO),
     Mutant("advantages by values not whitened", "integrations/_trl_grpo.py", "return whiten(found,", "return found if True else whiten(found,", TRL_GRPO),
     # a head with LoRA, and the heads of models
     Mutant("the adapter left out forward", CHUNKED, "product(u[start:stop], bt, z, accumulate=True)", "pass", LOW_RANK),

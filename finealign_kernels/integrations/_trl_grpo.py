@@ -3,7 +3,7 @@
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -70,8 +70,8 @@ class FineGrainedGRPOTrainer(GRPOTrainer):
 
     A reward function returns for each completion a number, which is the reward of the whole of it, or a list: of one
     number for each segment that `segments` cuts its text into; of (start, end, reward) in characters of its text; or of
-    mappings with start, end and score. None leaves the completion out. Functions of all sorts go together. TRL logs the
-    sums.
+    mappings with start, end and score. None is no judgement; a completion that no function judges, and one that
+    args.mask_truncated_completions masks, is left out. Functions of all sorts go together. TRL logs the sums.
 
     segments    text -> (start, end) of its segments, in order; feedback.sentences
     advantages  "return_to_go" and "outcome": turn_advantages of the segments, against the other completions of the
@@ -110,8 +110,10 @@ class FineGrainedGRPOTrainer(GRPOTrainer):
         check_one_of("advantages", advantages, KINDS)
         if (advantages == "gae") != callable(values):
             fail("values", "be a function with advantages='gae' and None else", type(values).__name__, TypeError)
-        if not set(gae or {}) <= set(RATES):
+        if not isinstance(gae or {}, Mapping) or not set(gae or {}) <= set(RATES):
             fail("gae", f"be a mapping of {' and '.join(RATES)}", repr(gae))
+        if gae and advantages != "gae":
+            fail("gae", "be left out without advantages='gae'", repr(gae))
         if pivots is not None and not callable(pivots) and not isinstance(pivots, Mapping):
             fail("pivots", "be a mapping of arguments, a function or None", type(pivots).__name__, TypeError)
         self._segments, self._kind, self._pivots = segments, advantages, pivots
@@ -153,7 +155,7 @@ class FineGrainedGRPOTrainer(GRPOTrainer):
             )
         kept = torch.where(advantages != 0, 1.0, 0.0)
         if self._pivots is not None:
-            rewards = sum(
+            rewards = _total(
                 w * self._spread(model, [x.reward for one in model for x in one], mask)
                 for w, model in zip(weights, models, strict=True)
             )
@@ -165,13 +167,13 @@ class FineGrainedGRPOTrainer(GRPOTrainer):
         return {**out, "advantages": advantages}
 
     def _placed(self, out: Mapping, answers: list, dense: Dense) -> list[list["OnTokens"]]:
-        """The segments of each completion on its tokens."""
+        """The segments of each completion on its tokens; NaN where there is no judgement, or TRL masked all tokens."""
         found = []
         for ids, there, answer in zip(out["completion_ids"], out["completion_mask"].bool(), answers, strict=True):
             ids = ids[there].tolist()
+            answer = answer if ids else None  # args.mask_truncated_completions
             if answer is None or isinstance(answer, int | float):
-                whole = [OnTokens(float("nan") if answer is None else float(answer), 0, len(ids))]
-                found.append(whole if ids else [])
+                found.append([OnTokens(float("nan") if answer is None else float(answer), 0, len(ids))])
                 continue
             text, offsets = decode(self._tokenizer, ids)
             parts = self._parts(answer, text, dense)
@@ -200,7 +202,7 @@ class FineGrainedGRPOTrainer(GRPOTrainer):
 
     def _by_values(self, out: Mapping, models: list, weights: list[float], mask: Tensor) -> Tensor:
         """(B, T): whitened GAE of the rewards at the ends of segments; 0 in a completion without a judgement."""
-        rewards = sum(weight * self._at_ends(model, mask) for weight, model in zip(weights, models, strict=True))
+        rewards = _total(weight * self._at_ends(model, mask) for weight, model in zip(weights, models, strict=True))
         judged = mask & ~rewards.isnan().any(1, keepdim=True)
         with torch.no_grad():
             values = self._values(*(out[name] for name in READ))
@@ -210,11 +212,12 @@ class FineGrainedGRPOTrainer(GRPOTrainer):
 
     @staticmethod
     def _at_ends(model: list[list["OnTokens"]], mask: Tensor) -> Tensor:
-        """(B, T): a segment's reward at its last token; of one without a token at the last before it."""
+        """(B, T): a segment's reward at its last token in the mask; of one without a token at the last before it."""
         placed = torch.zeros(mask.shape)
-        for row, parts in zip(placed, model, strict=True):
-            for part in parts:
-                row[max(part.stop - 1, 0)] += part.reward
+        for row, there, parts in zip(placed, mask.cpu(), model, strict=True):
+            kept = there.nonzero()[:, 0]
+            for part in parts if len(kept) else ():
+                row[kept[max(int((kept < part.stop).sum()) - 1, 0)]] += part.reward
         return placed.to(mask.device)
 
     @staticmethod
@@ -280,6 +283,12 @@ def _on_tokens(offsets: list, text: str, parts: list[Segment]) -> list[OnTokens]
         stop, end = max(stop, last + 1), part.end
         found.append(OnTokens(part.reward, start, stop))
     return found
+
+
+def _total(rewards: Iterable[Tensor]) -> Tensor:
+    """The sum over reward functions of those that are a number, as TRL's; NaN where none is."""
+    every = torch.stack(list(rewards))
+    return torch.where(every.isnan().all(0), float("nan"), every.nansum(0))
 
 
 def _is_plain(function) -> bool:

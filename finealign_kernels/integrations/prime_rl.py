@@ -47,9 +47,9 @@ def loss(inputs, name: str = "ppo", kl_coef: float = 0.0, reference: str = "ref"
     prime_rl = _prime_rl()
     check_one_of("name", name, LOSSES)
     check_one_of("reference", reference, ("ref", "sampler"))
-    of_step = {"reduction", "denominator", "average", "max_length", "count_empty"} & options.keys()
-    if of_step:
-        fail(sorted(of_step)[0], "be left to prime-rl, which divides by the tokens of the step", options[min(of_step)])
+    for option in ("reduction", "denominator", "average", "max_length", "count_empty"):
+        if option in options:
+            fail(option, "be left to prime-rl, which divides by the tokens of the step", options[option])
     sampler, weight = inputs.inference_logprobs[None], inputs.loss_weights
     to = inputs.ref_logprobs if reference == "ref" else inputs.inference_logprobs
     if kl_coef and to is None:

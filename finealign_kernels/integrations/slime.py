@@ -33,7 +33,7 @@ from torch import Tensor
 from ..formulas.rewards import SegmentRewards
 from ..losses.policy import policy_loss as _policy_loss
 from ..losses.sampler import sampler_weights
-from ..ops._check import check_number, check_one_of, fail
+from ..ops._check import check_integer, check_number, check_one_of, fail
 from ..rl.gae import discounted_returns, gae
 from ..rl.groups import group_advantages, turn_advantages
 from ..rl.rewards import token_rewards
@@ -193,18 +193,26 @@ def rewards(args, samples: Sequence) -> tuple[list, list]:
     cut = ["segment_rewards" in field for field in fields]
     if any(cut) and not all(cut):
         fail("segment_rewards", "be given for every sample, or for none", f"{sum(cut)} of {len(cut)}")
-    groups = torch.tensor([sample.group_index if sample.group_index is not None else 0 for sample in samples])
     grouped = args.advantage_estimator in GROUPED
     if any(cut):
-        rows = _of_segments([field["segment_rewards"] for field in fields], samples, groups if grouped else None)
+        rows = _of_segments(
+            [field["segment_rewards"] for field in fields], samples, _groups(samples) if grouped else None
+        )
     elif args.advantage_estimator in (*GROUPED, "reinforce_plus_plus_baseline") and args.rewards_normalization:
         kind = "group_std" if grouped and args.grpo_std_normalization else "group_mean"
-        rows = group_advantages(torch.tensor(raw), groups, kind=kind, eps=1e-6).tolist()
+        rows = group_advantages(torch.tensor(raw), _groups(samples), kind=kind, eps=1e-6).tolist()
     else:
         rows = list(raw)
     if not any(cut) and not any("token_weight" in field for field in fields):
         return raw, rows
     return raw, [_pair(args, row, field, sample) for row, field, sample in zip(rows, fields, samples, strict=True)]
+
+
+def _groups(samples: Sequence) -> Tensor:
+    keys = [sample.group_index for sample in samples]
+    if None in keys:
+        fail("group_index", "be set for every sample, whose reward is compared in its group", None)
+    return torch.tensor(keys)
 
 
 def _of_segments(models: list, samples: Sequence, groups: Tensor | None) -> list[Tensor]:
@@ -213,8 +221,8 @@ def _of_segments(models: list, samples: Sequence, groups: Tensor | None) -> list
         last = 0
         for token, reward in row:
             check_number(f"segment_rewards[{s}]", reward)
-            if not last <= token < samples[s].response_length:
-                wanted = f"hold tokens of the response ({samples[s].response_length}), in order"
+            wanted = f"hold tokens of the response ({samples[s].response_length}), in order"
+            if not last <= check_integer(f"segment_rewards[{s}]", token, wanted) < samples[s].response_length:
                 fail(f"segment_rewards[{s}]", wanted, token)
             last = token
     counts = _cumulated([len(row) for row in models], "cpu")
@@ -232,8 +240,10 @@ def _pair(args, row: float | Tensor, field: dict, sample) -> Tensor:
     """(T, 2): rewards and weights of the tokens of a sample."""
     length = sample.response_length
     weight = torch.tensor(field.get("token_weight", [1.0] * length), dtype=torch.float32)
-    if weight.shape != (length,) or not bool((weight >= 0).all()):
-        fail("token_weight", f"hold {length} numbers of at least 0", tuple(weight.shape))
+    if weight.shape != (length,):
+        fail("token_weight", f"hold {length} numbers of at least 0", f"shape {tuple(weight.shape)}")
+    if not bool((weight >= 0).all()):
+        fail("token_weight", f"hold {length} numbers of at least 0", weight[~(weight >= 0)][0].item())
     if not isinstance(row, Tensor):
         everywhere = args.advantage_estimator in (*GROUPED, "reinforce_plus_plus_baseline")
         row = torch.full((length,), row) if everywhere else _at_the_end(row, sample.loss_mask, length)

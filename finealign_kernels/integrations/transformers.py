@@ -51,7 +51,10 @@ HEADS = {
     "qwen2_vl": None,
     "qwen2_5_vl": None,
 }
-OWN = ("input_ids", "attention_mask", "labels", "use_cache", "past_key_values", "logits_to_keep")
+OWN = (
+    *("input_ids", "attention_mask", "labels"),  # arguments of model_logprobs
+    *("use_cache", "past_key_values", "logits_to_keep", "output_router_logits", "return_dict"),
+)
 
 
 class ModelLogProbs(NamedTuple):
@@ -102,7 +105,7 @@ def model_logprobs(
     options = {"temperature": temperature, "outputs": outputs, "inputs": dict(inputs or {})}
     for name in options["inputs"]:
         if name in OWN:
-            fail("inputs", "hold what is no argument of its own", repr(name))
+            fail("inputs", "hold further inputs of the model, not what is set here", repr(name))
     if _is_engine(model) or hasattr(model, "set_reshard_after_forward"):
         return _inside(model, lambda inner: _scored(inner, input_ids, attention_mask, labels, **options))
     return _scored(model, input_ids, attention_mask, labels, **options)

@@ -168,8 +168,9 @@ def test_what_is_not_known_is_refused():
     ids = torch.ones(1, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match="model must be of type llama.*got 'other'"):
         model_logprobs(model, ids)
-    with pytest.raises(ValueError, match="inputs must hold what is no argument of its own, got 'labels'"):
-        model_logprobs(model, ids, inputs={"labels": ids})
+    for name in ("labels", "output_router_logits"):
+        with pytest.raises(ValueError, match=f"inputs must hold further inputs of the model, .*got '{name}'"):
+            model_logprobs(model, ids, inputs={name: ids})
     model = _model("mixtral")
     model.base_model.forward = lambda **_: transformers.modeling_outputs.BaseModelOutputWithPast(torch.zeros(1, 3, 32))
     with pytest.raises(ValueError, match="config.output_router_logits must be False for MixtralForCausalLM"):

@@ -186,12 +186,22 @@ def test_segments_and_weights_reach_slimes_advantages(slime_loss):
     with pytest.raises(ValueError, match="normalize_advantages must be off"):
         args = slime_args(custom_advantage_function_path=path, normalize_advantages=True)
         slime_loss.compute_advantages_and_returns(args, rollout(args, rewards=rows))
+
+
+def test_wrong_fields_of_slimes_samples_are_refused():
+    args = slime_args(advantage_estimator="grpo")
     with pytest.raises(
         ValueError, match=r"segment_rewards\[0\] must hold tokens of the response \(5\), in order, got 5"
     ):
         slime.rewards(args, [sample(5, 0.1, segment_rewards=[(5, 1.0)])])
-    with pytest.raises(ValueError, match="token_weight must hold 5 numbers of at least 0"):
-        slime.rewards(args, [sample(5, 0.1, token_weight=[1.0])])
+    for token in (1.5, -1):
+        with pytest.raises(ValueError, match=rf"segment_rewards\[0\] must hold tokens .* in order, got .*{token}"):
+            slime.rewards(args, [sample(5, 0.1, segment_rewards=[(token, 1.0)])])
+    for weight, got in (([1.0], r"shape \(1,\)"), ([1.0, 1.0, -2.0, 1.0, 1.0], "-2.0")):
+        with pytest.raises(ValueError, match=f"token_weight must hold 5 numbers of at least 0, got {got}"):
+            slime.rewards(args, [sample(5, 0.1, token_weight=weight)])
+    with pytest.raises(ValueError, match="group_index must be set for every sample"):
+        slime.rewards(args, [sample(5, 0.1, group=None)])
 
 
 def test_two_segments_on_one_token_of_slime():

@@ -189,6 +189,43 @@ def test_advantages_by_a_value_function(rewards, folder):
     assert asked and not any(asked)
 
 
+def test_a_judgement_of_one_function_alone_counts(folder):
+    """As in TRL: None of one function leaves the reward of the other, also in the scores of pivots."""
+    nan, mask = float("nan"), torch.ones(2, 4, dtype=torch.bool)
+    trainer = object.__new__(FineGrainedGRPOTrainer)
+    trainer.accelerator = SimpleNamespace(reduce=lambda moments, how: moments)
+    trainer._rates, trainer._values = {}, lambda *_: torch.zeros(2, 4)
+    given, found = dict.fromkeys(_trl_grpo.READ), {}
+    for name, (one, two) in {"none": (nan, 3.0), "zero": (0.0, 3.0), "neither": (nan, nan)}.items():
+        models = [[[_trl_grpo.OnTokens(r, 0, 4)], [_trl_grpo.OnTokens(1.0, 0, 4)]] for r in (one, two)]
+        found[name] = trainer._by_values(given, models, [1.0, 1.0], mask)
+    assert torch.equal(found["none"], found["zero"]) and found["none"][0].all()
+    assert not found["neither"][0].any() and found["neither"][1].all()
+
+    def silent(completions, **_):
+        return [None] * len(completions)
+
+    scores, options = [], dict(segments=halves, config=dict(max_steps=1))
+    trained(FineGrainedGRPOTrainer, folder, [silent, by_half], pivots=lambda r, a, m: scores.append(r) or m, **options)
+    assert scores[0].any() and not scores[0].isnan().any()
+
+
+def test_a_reward_behind_the_last_token_of_the_policy():
+    """A completion that ends with the answer of a tool, whose tokens are not the policy's."""
+    mask = torch.tensor([[1, 1, 0, 0], [0, 1, 0, 1]]).bool()
+    parts = [_trl_grpo.OnTokens(3.0, 0, 4)], [_trl_grpo.OnTokens(2.0, 0, 1), _trl_grpo.OnTokens(1.0, 1, 3)]
+    placed = FineGrainedGRPOTrainer._at_ends(list(parts), mask)
+    assert placed.tolist() == [[0, 3, 0, 0], [0, 3, 0, 0]]
+
+
+def test_completions_that_are_cut_off_are_left_out(folder):
+    """args.mask_truncated_completions: TRL masks every token of them, and their segments are not looked for."""
+    seen, options = [], dict(segments=halves, config=dict(max_steps=1, mask_truncated_completions=True))
+    trained(FineGrainedGRPOTrainer, folder, by_half, watch=seen, **options)
+    cut = ~seen[0]["completion_mask"].any(1)
+    assert cut.any() and not seen[0]["advantages"][cut].any()
+
+
 def test_pivots_keep_what_agrees(folder):
     seen = []
     _, told = trained(FineGrainedGRPOTrainer, folder, by_half, segments=halves, pivots={}, watch=seen)
@@ -280,6 +317,8 @@ def test_segments_move_what_their_sum_does_not_tell(seed, folder):
         ),
         (length, dict(values=length), r"values must be a function with advantages='gae' and None else, got function"),
         (length, dict(gae={"lambda": 1}), r"gae must be a mapping of gamma and lam, got \{'lambda': 1\}"),
+        (length, dict(gae=0.9), r"gae must be a mapping of gamma and lam, got 0.9"),
+        (length, dict(gae={"lam": 0.9}), r"gae must be left out without advantages='gae', got \{'lam': 0.9\}"),
         (length, dict(advantages="turn"), r"advantages must be .*'return_to_go'.*got 'turn'"),
         (length, dict(pivots=1), r"pivots must be a mapping of arguments, a function or None, got int"),
     ],

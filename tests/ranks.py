@@ -1,35 +1,109 @@
-"""Two processes over gloo, for tests of what crosses ranks."""
+"""Ranks of one machine, for tests: threads of this process or gloo processes, and the bytes they move."""
 
-import os
-import subprocess
-import sys
+import importlib
+import queue
+import tempfile
+import threading
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch.testing._internal.distributed import multi_threaded_pg
+from torch.utils._python_dispatch import TorchDispatchMode
+
+PATIENCE = 120  # seconds after which ranks are taken to wait for each other
 
 
-def run(file: str, function: str, folder, ranks: int = 2) -> list:
-    """What `function(rank)` of the test file returns in each of the processes, in which torch.distributed is set up."""
-    code = "import sys; sys.path[:0] = sys.argv[1:3]; import ranks; ranks.enter(*sys.argv[3:])"
-    where, name = os.path.split(file)
-    arguments = [sys.executable, "-c", code, os.path.dirname(__file__), where]
-    arguments += [os.path.splitext(name)[0], function, str(folder), str(ranks)]
-    options = dict(stderr=subprocess.PIPE, cwd=folder)  # not the checkout: an installed package would go untested
-    started = [subprocess.Popen([*arguments, str(rank)], **options) for rank in range(ranks)]
+def threads(ranks: int, function, *args) -> list:
+    """[function(group, *args) of each rank], each in a thread of its own; the first error is raised."""
+    isolate = getattr(torch._C._distributed_c10d, "_set_thread_isolation_mode", lambda on: None)
+    isolate(True)
+    multi_threaded_pg.ProcessLocalGroup.reset()  # of an error of the last call
+    multi_threaded_pg._install_threaded_pg()
+    store, results, errors = dist.HashStore(), [None] * ranks, queue.Queue()
+
+    def work(rank):
+        try:
+            dist.init_process_group(backend="threaded", rank=rank, world_size=ranks, store=store)
+            results[rank] = function(dist.group.WORLD, *args)
+        except BaseException as error:
+            errors.put((rank, error))
+            multi_threaded_pg.ProcessLocalGroup.exception_handle(error)  # the others stop waiting
+
     try:
-        for process in started:
-            _, told = process.communicate(timeout=300)
-            assert process.returncode == 0, told.decode()[-3000:]
+        workers = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(ranks)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(PATIENCE)
+            assert not worker.is_alive(), "a rank waits for one that does not come"
+        if not errors.empty():
+            raise errors.get()[1]
+        return results
     finally:
-        for process in started:
-            process.kill()
-    return [torch.load(f"{folder}/{rank}.pt") for rank in range(ranks)]
+        multi_threaded_pg._uninstall_threaded_pg()
+        isolate(False)
 
 
-def enter(module: str, function: str, folder: str, ranks: str, rank: str) -> None:
-    import importlib
+def processes(ranks: int, function, *args) -> list:
+    """The same in processes that gloo connects, forked from this one: nothing is imported anew."""
+    for module in ("torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp"):
+        importlib.import_module(module)  # what ranks would each import anew
+    with tempfile.TemporaryDirectory() as folder:
+        given = ranks, folder, function, args
+        torch.multiprocessing.start_processes(_process, given, nprocs=ranks, start_method="fork")
+        return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(ranks)]
 
+
+def _process(rank, ranks, folder, function, args):
     torch.set_num_threads(1)
-    store = torch.distributed.FileStore(f"{folder}/store", int(ranks))
-    torch.distributed.init_process_group("gloo", store=store, rank=int(rank), world_size=int(ranks))
-    torch.save(getattr(importlib.import_module(module), function)(int(rank)), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    torch.save(function(dist.group.WORLD, *args), Path(folder, f"{rank}.pt"))
+    dist.destroy_process_group()
+
+
+_here = threading.local()  # the Traffic that counts in this thread
+
+
+class Traffic(TorchDispatchMode):
+    """Collectives while it is on: (name, bytes that this rank hands in) each. gloo's come by the dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __enter__(self):
+        _here.traffic = self
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        _here.traffic = None
+        return super().__exit__(*error)
+
+    def note(self, name: str, inputs) -> None:
+        flat = torch.utils._pytree.tree_leaves(inputs)
+        moved = sum(x.numel() * x.element_size() for x in flat if isinstance(x, torch.Tensor))
+        self.calls.append((name.strip("_").removesuffix("_base"), moved))
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        if name.startswith("c10d."):
+            self.note(name.split(".")[1], args[0] if "allreduce" in name else args[1])  # else the output comes first
+        return function(*args, **(kwargs or {}))
+
+
+def _counted(name: str):
+    """A collective of the threads' group, which is of Python and passes the dispatcher by."""
+    method = getattr(multi_threaded_pg.ProcessLocalGroup, name)
+
+    def call(self, *args, **kwargs):
+        if getattr(_here, "traffic", None) is not None:
+            _here.traffic.note(name, args[0] if name == "allreduce" else args[1])
+        return method(self, *args, **kwargs)
+
+    return call
+
+
+for _name in ("allreduce", "allgather", "_allgather_base", "reduce_scatter", "_reduce_scatter_base", "alltoall_base"):
+    setattr(multi_threaded_pg.ProcessLocalGroup, _name, _counted(_name))

@@ -69,7 +69,7 @@ def watched(measure, every: int, curve: list[dict]):
     return Watch()
 
 
-def dpo(weight: float, seed: int, steps: int, curve: list[dict]) -> None:
+def dpo(weight: float, seed: int, steps: int, curve: list[dict], folder: str) -> None:
     from datasets import Dataset
     from trl import DPOConfig
 
@@ -94,7 +94,7 @@ def dpo(weight: float, seed: int, steps: int, curve: list[dict]) -> None:
     trainer = FineGrainedDPOTrainer(
         model(seed),
         model(seed),
-        DPOConfig(output_dir=tempfile.mkdtemp(), max_steps=steps, per_device_train_batch_size=16, seed=seed, **COMMON),
+        DPOConfig(output_dir=folder, max_steps=steps, per_device_train_batch_size=16, seed=seed, **COMMON),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer(),
         average="kept",
@@ -109,7 +109,7 @@ def halves(text: str) -> list[tuple[int, int]]:
     return [(start, end) for start, end in cuts if start < end]
 
 
-def grpo(dense: bool, seed: int, steps: int, curve: list[dict]) -> None:
+def grpo(dense: bool, seed: int, steps: int, curve: list[dict], folder: str) -> None:
     from datasets import Dataset
     from trl import GRPOConfig
 
@@ -141,7 +141,7 @@ def grpo(dense: bool, seed: int, steps: int, curve: list[dict]) -> None:
         model(seed),
         judge,
         GRPOConfig(
-            output_dir=tempfile.mkdtemp(),
+            output_dir=folder,
             max_steps=steps,
             per_device_train_batch_size=32,
             num_generations=8,
@@ -161,9 +161,10 @@ def grpo(dense: bool, seed: int, steps: int, curve: list[dict]) -> None:
 
 def run(arm: str, seed: int, quick: bool) -> dict:
     curve: list[dict] = []
-    with warnings.catch_warnings():
+    way = dpo if arm.startswith("DPO") else grpo
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # TRL's use of transformers
-        (dpo if arm.startswith("DPO") else grpo)(ARMS[arm], seed, 10 if quick else 40, curve)
+        way(ARMS[arm], seed, 10 if quick else 40, curve, folder)
     return {"marked": curve[-1]["marked"], "curve": curve}
 
 

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 pytest.importorskip("transformers", reason="the demo needs transformers")
 
 import finealign_kernels as fk  # noqa: E402
-from finealign_kernels import demo, feedback  # noqa: E402
+from finealign_kernels import demo, doctor, feedback  # noqa: E402
 from finealign_kernels.cli import main  # noqa: E402
 from finealign_kernels.demo import data, effect, heads, masks, models, summary, training  # noqa: E402
 from finealign_kernels.ops import _native, _rows_torch  # noqa: E402
@@ -498,6 +499,21 @@ def test_doctor_passes(capsys):
         "within their bounds",
     ):
         assert text in output
+
+
+@pytest.mark.parametrize(
+    "archs, told",
+    [
+        (["80", "90a"], "native ops by 90a"),
+        (["80"], "no native ops: not among the architectures above"),
+        ([], "no native ops"),
+    ],
+)
+def test_doctor_says_whether_there_is_code_for_a_gpu(archs, told, monkeypatch):
+    gpu = SimpleNamespace(name="Some GPU", major=9, minor=0, total_memory=2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(_native, "architectures", lambda: archs)
+    assert doctor._gpu(0) == f"Some GPU, sm_90, 1024 MiB, {told}"
 
 
 def test_doctor_speaks_json(capsys):

@@ -151,6 +151,14 @@ def test_arms_learn_what_can_be_learned_and_flips_undo_planted_labels():
     torch.testing.assert_close(reward.differences(one, held), reward.differences(other, held), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("pairs, names", [(6, ["weakest fifth", "2", "3", "4", "strongest"]), (2, ["1", "2"])])
+def test_parts_are_numbered_from_the_weakest(pairs, names):
+    right = torch.tensor([[True] * (pairs - 1) + [False]])  # of the strongest pair alone a head is wrong
+    result = reward.Result(None, None, None, torch.arange(pairs), None, {"flip": right}, None)
+    columns, (row,) = reward_summary.table(result)
+    assert columns[3:] == names and row[3] == 100 and row[-1] == 0
+
+
 def test_contrast_adds_to_the_loss_of_both_views():
     draw = torch.Generator().manual_seed(1)
     data = learnable(8, draw)

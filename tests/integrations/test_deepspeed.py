@@ -11,7 +11,7 @@ from contextlib import nullcontext
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
 
 import pytest
-import rank_threads as ranks
+import ranks
 import torch
 
 pytest.importorskip("trl", reason="TRL is not installed")

@@ -8,7 +8,7 @@ import os
 from contextlib import nullcontext
 
 import pytest
-import rank_threads as ranks
+import ranks
 import torch
 
 pytest.importorskip("trl", reason="TRL is not installed")

@@ -203,23 +203,23 @@ def test_memory():
 SIZES = [(2, 2), (1, 3)]  # rows of the two ranks
 
 
-def shares(rank):
+def shares(group):
     """This rank's losses and gradients."""
-    found = {}
+    rank, found = group.rank(), {}
     for sizes in SIZES:
         low = sum(sizes[:rank])
         rows = slice(low, low + sizes[rank])
         for name, options in (("simcse", dict(temperature=0.5)), ("swav", SWAV)):
             for kind in ("responses", "differences") if sizes == (2, 2) else ("responses",):
-                options = dict(rows=kind, pairs="interleaved", group=torch.distributed.group.WORLD, **options)
+                options = dict(rows=kind, pairs="interleaved", group=group, **options)
                 out, *grads = graded(name, S[rows], T[rows], **options)
                 options = {key: options[key] for key in options.keys() - {"rows", "pairs", "group"}}
                 found[sizes, name, kind] = (out.loss.detach(), out.losses, *grads)
     return found
 
 
-def test_ranks_share_one_loss(tmp_path):
-    parts = ranks.run(__file__, "shares", tmp_path)
+def test_ranks_share_one_loss():
+    parts = ranks.processes(2, shares)
     assert len(parts[0]) == 6
     for key in parts[0]:
         _, name, kind = key

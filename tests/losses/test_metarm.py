@@ -166,8 +166,9 @@ def test_refusals():
         difference_loss(theta)
 
 
-def sharded(rank):
+def sharded(group):
     """One MetaRM step of a model under FSDP2, each rank its own rows; then of the whole model on all rows."""
+    rank = group.rank()
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(1)
@@ -196,15 +197,16 @@ def _whole(x):
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def test_sharded_parameters(tmp_path):
-    for found in ranks.run(__file__, "sharded", tmp_path):
+def test_sharded_parameters():
+    for found in ranks.processes(2, sharded):
         assert found["whole"][0] and found["sharded"][0]
         for one, other in zip(found["whole"][1], found["sharded"][1], strict=True):
             assert_close(other, one, rtol=1e-5, atol=1e-7)
 
 
-def replicated(rank):
+def replicated(group):
     """One MetaRM step of a model under DistributedDataParallel, each rank its own rows."""
+    rank = group.rank()
     torch.manual_seed(1)
     x = torch.randn(2, 4, 3, 4)
     model = torch.nn.parallel.DistributedDataParallel(small_model())
@@ -215,10 +217,10 @@ def replicated(rank):
     return all(same), [p.grad for p in model.parameters()]
 
 
-def test_replicated_parameters(tmp_path):
+def test_replicated_parameters():
     """The mean over ranks of what each rank's rows give is what all rows give, and all ranks have it."""
     wanted = whole_step()
-    for same, grads in ranks.run(__file__, "replicated", tmp_path):
+    for same, grads in ranks.processes(2, replicated):
         assert same
         for one, other in zip(wanted, grads, strict=True):
             assert_close(other, one, rtol=1e-5, atol=1e-7)
@@ -263,20 +265,19 @@ class Partitioned:
         return out
 
 
-def partitioned(rank):
+def partitioned(group):
     """Both ranks' steps under the contract of ZeRO-3, with and without parameters that are kept whole; one raises."""
+    rank = group.rank()
     torch.manual_seed(1)
     x, found = torch.randn(2, 4, 3, 4)[rank], {}
     for way, kept in (("all", ()), ("some", ("0.bias", "2.bias")), ("raises", ())):
         model = Partitioned(small_model(), rank, kept)
         parameters = list(model.model.parameters())
         values = [[p.ds_tensor.clone(), p.detach().clone()] for p in parameters]
-        meta, grads = fk.MetaRM(parameters, eta=0.3, group=torch.distributed.group.WORLD), None
+        meta, grads = fk.MetaRM(parameters, eta=0.3, group=group), None
         try:
             with meta.ascend(difference_loss(model(x)[..., 0])):
-                pairs = zip(
-                    parameters[:3], values, strict=False
-                )  # a shift of all scores, the last one, has no gradient
+                pairs = zip(parameters[:3], values, strict=False)  # the last, a shift of all scores, has no gradient
                 moved = all(
                     (p.ds_tensor != part).any() and (p != own).any() == (own.numel() > 0) for p, (part, own) in pairs
                 )
@@ -297,25 +298,25 @@ def partitioned(rank):
     return found
 
 
-def test_partitioned_parameters(tmp_path):
+def test_partitioned_parameters():
     wanted = whole_step()
-    for found in ranks.run(__file__, "partitioned", tmp_path):
+    for found in ranks.processes(2, partitioned):
         for right, grads in found.values():
             assert right
             for one, other in zip(wanted, grads, strict=True):
                 assert_close(other, one, rtol=1e-5, atol=1e-7)
 
 
-def deepspeed_steps(rank):
+def deepspeed_steps(group):
     """Two steps of DeepSpeed's engine by stage: largest difference of the parameters, and whether they came back."""
+    rank = group.rank()
     import importlib
     import os
 
     import deepspeed
 
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: (
-        None
-    )  # a kernel for ranks on one machine, which would be compiled here
+    # a kernel for ranks on one machine, which would be compiled here
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     torch.manual_seed(1)
@@ -328,8 +329,8 @@ def deepspeed_steps(rank):
             zero = dict(stage=way, stage3_param_persistence_threshold=8)  # a bias of one number is kept whole
             config = dict(train_batch_size=2, zero_allow_untested_optimizer=True, zero_optimization=zero)
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-            meta = fk.MetaRM(model.parameters(), eta=0.3, group=torch.distributed.group.WORLD)
-        run, same = (model, True) if way == "whole" else (engine, True)
+            meta = fk.MetaRM(model.parameters(), eta=0.3, group=group)
+        run, same = model if way == "whole" else engine, True
         for _ in range(2):
             held = [getattr(p, "ds_tensor", p).detach() for p in model.parameters()]
             before = [x.clone() for x in held]
@@ -345,9 +346,9 @@ def deepspeed_steps(rank):
     return found
 
 
-def test_deepspeed(tmp_path):
+def test_deepspeed():
     pytest.importorskip("deepspeed", reason="ZeRO itself needs deepspeed")
-    for found in ranks.run(__file__, "deepspeed_steps", tmp_path):
+    for found in ranks.processes(2, deepspeed_steps):
         for stage in (1, 2, 3):
             assert found[stage][0]
             for one, other in zip(found["whole"][1], found[stage][1], strict=True):

@@ -1,7 +1,7 @@
 """Sequences split over ranks: labels, sums, scans, pivots and losses have the numbers of whole sequences."""
 
 import pytest
-import rank_threads as ranks
+import ranks
 import torch
 from torch.testing import assert_close
 

@@ -1,7 +1,7 @@
 """A whole step under DDP and FSDP2 with uneven ranks, one of them without rows: loss and gradients of one rank."""
 
 import pytest
-import rank_threads as ranks
+import ranks
 import torch
 from test_over_ranks import PARTS
 from torch.testing import assert_close

@@ -1,7 +1,7 @@
 """Counts, moments and groups of a step over ranks with uneven rows, one of them without any: one rank's numbers."""
 
 import pytest
-import rank_threads as ranks
+import ranks
 import torch
 from torch.testing import assert_close
 

@@ -6,7 +6,7 @@ from types import FunctionType
 from typing import NamedTuple
 
 import pytest
-import rank_threads as ranks
+import ranks
 import torch
 from torch.testing import assert_close
 

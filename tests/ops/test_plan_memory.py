@@ -1,7 +1,7 @@
 """The memory of a vocabulary-parallel head: what its formulas say beside what torch's allocator hands out on a rank."""
 
 import pytest
-import rank_threads as ranks
+import ranks
 import torch
 
 import finealign_kernels as fk

@@ -1,7 +1,7 @@
 """Heads that are DTensors: gathered from FSDP2 with the right gradient, or vocabulary-parallel where they lie."""
 
 import pytest
-import rank_threads as ranks
+import ranks
 import torch
 from torch.testing import assert_close
 

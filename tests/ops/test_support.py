@@ -1,7 +1,7 @@
 """The softmax over a sampler's kept vocabulary (top-k, top-p), against float64 over each row's tokens alone."""
 
 import pytest
-import rank_threads as ranks
+import ranks
 import torch
 from torch.testing import assert_close
 

@@ -1,7 +1,7 @@
 """One temperature a row: the numbers of a call for each row with its own, and over ranks."""
 
 import pytest
-import rank_threads as ranks
+import ranks
 import torch
 from torch.testing import assert_close
 

@@ -131,6 +131,7 @@ MUTANTS = [
     Mutant("a turned label is not remembered", "demo/reward_data.py", "planted=not pair.planted", "planted=pair.planted", "tests/demo/test_demo_reward.py"),
     Mutant("numbers of a pair stay in the order of the file", "demo/reward.py", "{name: x[index] for", "{name: x[: len(index)] for", "tests/demo/test_demo_reward.py"),
     Mutant("the best segment counts as the marked one", "demo/reward_summary.py", ".argmin())", ".argmax())", "tests/demo/test_demo_reward.py"),
+    Mutant("layers by one name are halved alone", "demo/reward.py", "if isinstance(layers, torch.nn.ModuleList):", "if path == 'layers':", "tests/demo/test_demo_reward.py"),
     Mutant("parts of held-out pairs count from 0", "demo/reward_summary.py", "str(1 + part)", "str(part)", "tests/demo/test_demo_reward.py"),
     Mutant("answers are read without their prompt", "demo/reward_data.py", "**inputs, past_key_values=cache, use_cache=True", "**{**inputs, 'attention_mask': None}, use_cache=False", "tests/demo/test_demo_reward.py"),
     Mutant("noise of a head gradient divided by noise", "demo/heads.py", "of.dweight * NOISE / LIMIT", "0.0", "tests/demo/test_cli.py"),

@@ -106,11 +106,9 @@ def _check_rl(options):
     """Rewards, mask and average are the policy loss's own."""
     if options.rl not in (None, *POLICIES):
         raise UsageError(f"--rl must be one of {', '.join(POLICIES)}, got {options.rl}")
-    own = ("loss", "average", "beta", "span_weight", "pivots", "scores", "baseline", "trainer")
-    for name in own:
-        value = getattr(options, name)
-        if options.rl and value != Options._field_defaults[name]:
-            raise UsageError(f"--{name.replace('_', '-')} is not read with --rl, got {value}")
+    if options.rl:
+        own = ("loss", "average", "beta", "span_weight", "pivots", "scores", "baseline", "trainer")
+        _refuse_given(options, own, "--rl")
 
 
 READ_WITH_REWARD = ("model", "data", "reward", "noise", "max_prompt", "max_response", "seed", "threads", "report")
@@ -128,10 +126,16 @@ def _check_reward(options):
         raise UsageError(f"--noise must be in [0, 0.5), got {options.noise}")
     if options.data and options.noise != Options._field_defaults["noise"]:
         raise UsageError(f"--noise is not read with --data, whose judgements stay as they are, got {options.noise}")
-    for name, default in Options._field_defaults.items():
+    _refuse_given(options, [name for name in Options._fields if name not in READ_WITH_REWARD], "--reward")
+
+
+def _refuse_given(options, names, flag):
+    """Refuses those options that are not at their defaults."""
+    for name in names:
         value = getattr(options, name)
-        if name not in READ_WITH_REWARD and value != default:
-            raise UsageError(f"--{name.replace('_', '-')} is not read with --reward, got {value}")
+        if value != Options._field_defaults[name]:
+            given = "no-compare" if name == "compare" else name.replace("_", "-")  # compare is switched off alone
+            raise UsageError(f"--{given} is not read with {flag}, got {value}")
 
 
 def scores_of(options):

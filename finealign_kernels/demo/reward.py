@@ -15,6 +15,7 @@ from ..losses.reward import reward_loss
 from ..losses.strength import Strength, preference_strength
 from .data import read_examples
 from .models import load_causal
+from .options import UsageError
 from .reward_data import Pairs, read_judgements, read_pairs, standardised
 from .reward_summary import summary, write_report
 
@@ -90,10 +91,16 @@ def run(options):
 
 
 def half(body):
-    """The body with the first half of its layers, where it has them by that name: later ones say little more here."""
-    if hasattr(body, "layers"):
-        body.layers = body.layers[: (len(body.layers) + 1) // 2]
-    return body
+    """The body with the first half of its layers: later ones say little more here.
+
+    Raises  UsageError where it has no list of layers.
+    """
+    for path, layers in body.named_modules():
+        if isinstance(layers, torch.nn.ModuleList):  # the outermost one; lists of experts lie inside of a layer
+            owner, _, name = path.rpartition(".")
+            setattr(body.get_submodule(owner), name, layers[: (len(layers) + 1) // 2])
+            return body
+    raise UsageError(f"--model must have a list of layers for --reward, got {type(body).__name__}")
 
 
 def train_all(options, train, held):

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="the demo needs transformers")
+transformers = pytest.importorskip("transformers", reason="the demo needs transformers")
 
 from finealign_kernels import demo, feedback  # noqa: E402
 from finealign_kernels.cli import main  # noqa: E402
@@ -132,6 +132,14 @@ def test_half_of_the_layers(tiny):
     tiny[0].base_model.layers = torch.nn.ModuleList(layers)
 
 
+def test_half_of_layers_of_another_name():
+    config = transformers.GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=20, bos_token_id=0, eos_token_id=0)
+    body = reward.half(transformers.GPT2LMHeadModel(config).base_model)
+    assert len(body.h) == 2 and body(input_ids=torch.tensor([[1, 2]])).last_hidden_state.shape == (1, 2, 8)
+    with pytest.raises(demo.UsageError, match="--model must have a list of layers for --reward, got Linear"):
+        reward.half(torch.nn.Linear(2, 2))
+
+
 def test_arms_learn_what_can_be_learned_and_flips_undo_planted_labels():
     draw = torch.Generator().manual_seed(0)
     train, held = learnable(120, draw, planted=36), learnable(60, draw)
@@ -192,6 +200,7 @@ def test_lowest_segments_are_compared_with_marks_by_hand():
         (["--reward", "--rl"], "--rl"),
         (["--reward", "--loss", "ipo"], "--loss"),
         (["--reward", "--steps", "3"], "--steps"),
+        (["--reward", "--no-compare"], "--no-compare"),
         (["--reward", "--noise", "0.5"], "--noise"),
         (["--noise", "0.2"], "--noise"),
         (["--reward", "--noise", "0.2", "--data", "x.jsonl"], "--noise"),

@@ -219,10 +219,8 @@ def run_segments(arm: str, seed: int, quick: bool) -> dict:
     return {"auc": float(wins.mean()), "share": float(labels.double().mean())}
 
 
-CORPUS = (
-    "QA-Feedback with SmolLM2-135M: 120 questions to learn from and 40 held out, drawn by the seed; the last "
-    "layer is trained. "
-)
+CORPUS = "QA-Feedback with SmolLM2-135M: 120 questions to learn from and 40 held out, drawn by the seed. "
+LAST_LAYER = CORPUS + "The last layer is trained. "
 
 STUDIES = (
     Study(
@@ -237,7 +235,7 @@ STUDIES = (
             Effect("accuracy", "averaged", "summed", +1),
         ),
         ("", "longer wins"),
-        CORPUS
+        LAST_LAYER
         + "`longer wins` is how often a held-out pair's longer answer has the higher implicit score, `people` how "
         "often it was chosen; `end` is by how much the end token's log-prob moved, `moved` by how much an answer's "
         "did. Nothing was generated: lengths of generations are open.",
@@ -257,7 +255,7 @@ STUDIES = (
             Effect("corrected", "spans", "full", +1),
         ),
         ("", "apart"),
-        CORPUS
+        LAST_LAYER
         + "Numbers are mean changes of a token's log-prob on held-out questions: in marked spans, in the rest of "
         "the same answers, in their corrections; `apart` is rest - marked.",
         needs=qa.missing,
@@ -276,7 +274,7 @@ STUDIES = (
             Effect("faulty", "ulma", "sft on positives", -1),
         ),
         ("", "ranked"),
-        CORPUS + "`ranked` is how often a held-out correction gained more log-prob a token than the answer that it "
+        LAST_LAYER + "`ranked` is how often a held-out correction gained more log-prob a token than the answer that it "
         "corrects; the other numbers are those gains.",
         needs=qa.missing,
     ),
@@ -293,7 +291,7 @@ STUDIES = (
             Effect("accuracy", "bradley_terry", "as judged", -1),
         ),
         ("", "accuracy"),
-        CORPUS + "Here nothing of it is trained: reward models are networks of 32 units on 32 principal components "
+        CORPUS + "The language model is not trained: reward models are networks of 32 units on 32 principal components "
         "of the answers' mean hidden states. Accuracy is against people's own judgements, which disagree among "
         "themselves.",
         needs=qa.missing,
@@ -306,8 +304,7 @@ STUDIES = (
         run_segments,
         (Effect("auc", "sentences", "answers", +1), Effect("auc", "sub-sentences", "answers", +1)),
         ("", "auc"),
-        CORPUS
-        + "Here nothing of it is trained but a linear head on hidden states. `auc` is how often a held-out sentence "
+        CORPUS + "Only a linear head on its hidden states is trained. `auc` is how often a held-out sentence "
         "with a fault is scored above one without, `share` how many have one. Whether PPO gains by it is open: a "
         "policy that generates is beyond two cores.",
         needs=qa.missing,

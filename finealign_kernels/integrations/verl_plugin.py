@@ -7,6 +7,6 @@ try:
 
     register_when_imported()
 except Exception:
-    # verl keeps what a plugin raises to itself: it is said here
+    # verl hides what a plugin raises
     logging.getLogger(__name__).exception("finealign_kernels has registered no loss with verl")
     raise

@@ -53,7 +53,7 @@ LLAVA = dict(
     vision_feature_layer=-1,
 )
 QWEN = dict(text_config=dict(SIZES, rope_parameters=ROPE), image_token_id=5)
-SEEN = {  # models that see
+SEEN = {  # vision-language models
     "llava": LLAVA,
     "qwen2_vl": dict(QWEN, vision_config=dict(TOWER, embed_dim=32)),
     "qwen2_5_vl": dict(QWEN, vision_config=dict(TOWER, out_hidden_size=32, intermediate_size=32)),

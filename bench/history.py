@@ -22,6 +22,9 @@ KEYS = ("suite", "case", "dtype", "shape", "pass")
 
 def races(rows: list[dict], commit: str, day: str) -> list[dict]:
     """One row a race of what run.py wrote. A race that was cut off has no ratios, and no row."""
+    others = {str(row.get("suite")) for row in rows if "ratio_to_ours" not in row}
+    if others:
+        raise ValueError(f"rows must be those of run.py's races, with ratio_to_ours, got suites {sorted(others)}")
     found = {}
     for row in rows:
         if row["ratio_to_ours"] is not None:

@@ -165,7 +165,9 @@ class Release:
             print(f"== {title}: {len(lines) or 'nothing'}", *lines, sep="\n   ")
         if self.findings or (self.omitted and not self.options.dry):
             return 1
-        print(f"once the commit is tagged: twine upload {self.dist.name}/*, but the CUDA wheel to an index of its own")
+        if not self.omitted:
+            command = f"twine upload {self.dist.name}/*"
+            print(f"once the commit is tagged: {command}, but the CUDA wheel to an index of its own")
         return 0
 
     def versions(self):
@@ -280,14 +282,8 @@ class Release:
         with tempfile.TemporaryDirectory() as folder:
             packages, tree = Path(folder, "packages"), Path(folder, "tree")
             arguments = ("-m", "pip", "install", "-q", "--no-deps", "--no-compile", "--target", packages, wheel)
-            shell(
-                sys.executable,
-                *arguments,
-                "--ignore-requires-python",
-                "--python-version",
-                "3.10",
-                "--only-binary=:all:",
-            )
+            oldest = ("--ignore-requires-python", "--python-version", "3.10", "--only-binary=:all:")
+            shell(sys.executable, *arguments, *oldest)
             shutil.copytree(ROOT / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__"))
             for file in ("conftest.py", "pyproject.toml"):
                 shutil.copy(ROOT / file, tree)
@@ -301,10 +297,8 @@ class Release:
                 self.wrong(name, [f"{wheel.name}: doctor failed, or loaded another file: {' '.join(lines[-3:])}"])
                 return
             tests = shell(python, "-m", "pytest", "-q", "-x", *self.options.tests, check=False, cwd=tree, **env)
-            print(
-                f"   tests: {tests.stdout.strip().splitlines()[-1] if tests.stdout.strip() else tests.stderr[-300:]}",
-                flush=True,
-            )
+            last = tests.stdout.strip().splitlines()[-1:] or [tests.stderr[-300:]]
+            print("   tests:", last[0], flush=True)
             self.wrong(name, [f"{wheel.name}: {tests.stdout.strip()[-600:]}"] if tests.returncode else [])
 
     def archive(self) -> Path:

@@ -120,7 +120,7 @@ STUDY = Study(
     ),
     ("", "accuracy"),
     "Scale: networks of 32 units on synthetic features, noise that is independent of the pair. It says nothing of the "
-    "size of an effect on real judgements, whose noise is not; contrast and MetaRM are the next study.",
+    "size of an effect on real judgements, whose noise is not; contrast and MetaRM are in the study `shift`.",
 )
 
 

@@ -33,6 +33,11 @@ def test_a_race_is_a_row_and_a_second_run_replaces_it(tmp_path):
     assert shown.count("| commit |") == 2  # a device has a table of its own
 
 
+def test_rows_of_no_race_are_refused():
+    with pytest.raises(ValueError, match=r"with ratio_to_ours, got suites \['tp'\]"):
+        HISTORY["races"]([*rows(1.25), {"suite": "tp", "seconds": {"ours": 1.0}}], "abc1234", "2026-11-29")
+
+
 def test_outside_of_git_there_is_no_commit(monkeypatch):
     def absent(*_):
         raise FileNotFoundError("git")

@@ -43,7 +43,8 @@ VERSIONS = ("0.3",)  # of slime, that the seam was read and tested with
 LOSS = "slime.backends.megatron_utils.loss"
 LOSSES = ("ppo", "gspo_token", "cispo", "sapo", "reinforce")
 GROUPED = ("grpo", "gspo", "cispo")  # estimators whose rewards are advantages already
-ESTIMATORS = (*GROUPED, "ppo", "reinforce_plus_plus", "reinforce_plus_plus_baseline")
+BASELINED = (*GROUPED, "reinforce_plus_plus_baseline")  # less those of the group, at every token of a response
+ESTIMATORS = (*BASELINED, "ppo", "reinforce_plus_plus")
 
 
 @cache
@@ -182,9 +183,10 @@ def rewards(args, samples: Sequence) -> tuple[list, list]:
                            feedback.segment_tokens counts them
         "token_weight"     response_length numbers of at least 0
 
-    Estimators of groups (grpo, gspo, cispo) take advantages here, as slime's own function makes them: of one number a
-    sample by `group_advantages` (args.rewards_normalization, args.grpo_std_normalization), of segments by
-    `turn_advantages` with the other samples of the same group_index. Other estimators take rewards.
+    Estimators with a baseline of the group (grpo, gspo, cispo, reinforce_plus_plus_baseline) take advantages here: of
+    one number a sample by `group_advantages`, as slime's own function makes them (args.rewards_normalization,
+    args.grpo_std_normalization), of segments by `turn_advantages` with the other samples of the same group_index.
+    Other estimators take rewards.
 
     A sample with token fields gives a tensor (response_length, 2), its rewards and weights; `advantages` reads it.
     """
@@ -193,13 +195,13 @@ def rewards(args, samples: Sequence) -> tuple[list, list]:
     cut = ["segment_rewards" in field for field in fields]
     if any(cut) and not all(cut):
         fail("segment_rewards", "be given for every sample, or for none", f"{sum(cut)} of {len(cut)}")
-    grouped = args.advantage_estimator in GROUPED
+    baselined = args.advantage_estimator in BASELINED
     if any(cut):
-        rows = _of_segments(
-            [field["segment_rewards"] for field in fields], samples, _groups(samples) if grouped else None
-        )
-    elif args.advantage_estimator in (*GROUPED, "reinforce_plus_plus_baseline") and args.rewards_normalization:
-        kind = "group_std" if grouped and args.grpo_std_normalization else "group_mean"
+        models = [field["segment_rewards"] for field in fields]
+        rows = _of_segments(models, samples, _groups(samples) if baselined else None)
+    elif baselined and args.rewards_normalization:
+        scaled = args.advantage_estimator in GROUPED and args.grpo_std_normalization
+        kind = "group_std" if scaled else "group_mean"
         rows = group_advantages(torch.tensor(raw), _groups(samples), kind=kind, eps=1e-6).tolist()
     else:
         rows = list(raw)
@@ -245,7 +247,7 @@ def _pair(args, row: float | Tensor, field: dict, sample) -> Tensor:
     if not bool((weight >= 0).all()):
         fail("token_weight", f"hold {length} numbers of at least 0", weight[~(weight >= 0)][0].item())
     if not isinstance(row, Tensor):
-        everywhere = args.advantage_estimator in (*GROUPED, "reinforce_plus_plus_baseline")
+        everywhere = args.advantage_estimator in BASELINED
         row = torch.full((length,), row) if everywhere else _at_the_end(row, sample.loss_mask, length)
     return torch.stack([row, weight], 1)
 
@@ -283,7 +285,7 @@ def advantages(args, rollout_data: dict) -> None:
     device = kl[0].device
     given = [row.to(device) if isinstance(row, Tensor) else row for row in rollout_data["rewards"]]
     dense = [isinstance(row, Tensor) and row.dim() == 2 for row in given]
-    everywhere = args.advantage_estimator in (*GROUPED, "reinforce_plus_plus_baseline")
+    everywhere = args.advantage_estimator in BASELINED
     rows = []
     for row, of_tokens, mask in zip(given, dense, masks, strict=True):
         if of_tokens:

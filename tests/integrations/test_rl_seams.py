@@ -180,9 +180,9 @@ def test_segments_and_weights_reach_slimes_advantages(slime_loss):
     assert_close(data["advantages"][1], torch.tensor(weights[1]) * data["returns"][1])
     assert_close(torch.cat(data["rewards"]), torch.tensor([0.0, 0.5, 3.0]))  # slime logs what it has in lists
 
-    args = slime_args(advantage_estimator="grpo")  # an advantage of each segment, from those of the others
-    rows = slime.rewards(args, group)[1]
-    assert_close(rows[0][:, 0], torch.tensor([-1.75] * 2 + [-1.5] * 3))  # 0 - (0.5 + 3) / 2, -1 - (0 + 1) / 2
+    for estimator in ("reinforce_plus_plus_baseline", "grpo"):  # an advantage of each segment, from those of the others
+        rows = slime.rewards(slime_args(advantage_estimator=estimator), group)[1]
+        assert_close(rows[0][:, 0], torch.tensor([-1.75] * 2 + [-1.5] * 3))  # 0 - (0.5 + 3) / 2, -1 - (0 + 1) / 2
     with pytest.raises(ValueError, match="normalize_advantages must be off"):
         args = slime_args(custom_advantage_function_path=path, normalize_advantages=True)
         slime_loss.compute_advantages_and_returns(args, rollout(args, rewards=rows))

@@ -327,7 +327,8 @@ def check_reference(name: str | Row, row: Row, ref_logp) -> None:
     if row.reference and ref_logp is None:
         fail("ref_logp", f"be given for {describe(name)} (zeros for a loss without reference)", "None")
     if not row.reference and ref_logp is not None:
-        fail("ref_logp", f"be None: {describe(name)} has no reference", f"a {type(ref_logp).__name__}")
+        found = "sums of responses" if isinstance(ref_logp, Sums) else f"a {type(ref_logp).__name__}"
+        fail("ref_logp", f"be None: {describe(name)} has no reference", found)
 
 
 def flat_shift(shift, items: int, tokens: Tokens):

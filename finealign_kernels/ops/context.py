@@ -12,7 +12,7 @@ from torch import Tensor
 from . import _parallel, segments
 from ._check import FLOATS, check_flags, check_integer, check_one_of, check_tensor, fail
 from ._layout import check_cu_seqlens
-from .ranks import NUMBERS
+from .ranks import NUMBERS, gather_rows
 
 LAYOUTS = ("contiguous", "zigzag")
 
@@ -199,21 +199,10 @@ class ContextShard:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, shard, *x):
-        ctx.shard, n = shard, len(shard.index)
-        flat = [one.movedim(shard._dim, 0) for one in x]
-        tails = [one.shape[1:] for one in flat]
-        widths = [one.element_size() * tail.numel() for one, tail in zip(flat, tails, strict=True)]
-        wire = flat[0].new_zeros(max(shard.sizes), sum(widths), dtype=torch.uint8)
-        if n:
-            parts = [one.reshape(n, tail.numel()) for one, tail in zip(flat, tails, strict=True)]
-            wire[:n] = torch.cat([part.contiguous().view(torch.uint8) for part in parts], 1)
-        got = _parallel.all_gather(wire, shard.group)
-        got = torch.cat([one[:size] for one, size in zip(got, shard.sizes, strict=True)])
-        got = got[shard._at(got, shard._back)]
-        whole = []
-        for part, one, tail in zip(got.split(widths, 1), x, tails, strict=True):
-            part = part.clone(memory_format=torch.contiguous_format).view(-1).view(one.dtype)
-            whole.append(part.view(shard.total, *tail).movedim(0, shard._dim))
+        ctx.shard = shard
+        got = gather_rows(tuple(one.movedim(shard._dim, 0) for one in x), shard.sizes, shard.group)
+        back = shard._at(got[0], shard._back)
+        whole = [one[back].movedim(0, shard._dim) for one in got]
         ctx.mark_non_differentiable(*(y for y in whole if not y.dtype.is_floating_point))
         ctx.set_materialize_grads(False)
         return tuple(whole)

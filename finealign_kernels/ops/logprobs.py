@@ -124,15 +124,16 @@ def linear_logprobs(
                  share of the rows, labels (ranks · n, ...) all; hidden is gathered, forward and backward, and its
                  gradient is of its share. The sum is of float32.
                  A weight that is a DTensor: None gathers it, and its gradient is the mean over its ranks (FSDP2); a
-                 name says that hidden is the same on them, and the head stays sharded over the vocabulary
+                 name says that hidden is the same on them, and the head stays sharded over the vocabulary. A plain
+                 bias is then whole on every rank, and a rank has the gradient of its own entries alone
     backend      "auto", "reference" (any order of derivative), "torch", "native", "triton", "triton_fused" (product
                  and row statistics in one kernel). The fused backend has not been benchmarked on a GPU yet, so "auto"
                  selects it for batch_invariant=True only; else it selects "triton" on a GPU, which multiplies with the
                  vendor's library
 
-    Returns LogProbs, each (...). Differentiable once, in hidden, weight and bias; the gradient of an input comes back
-    in its dtype, accumulated in float32. In backward, rows whose upstream gradient is exactly 0 are dropped before
-    the products. Results repeat bit for bit.
+    Returns LogProbs, each (...). Differentiable once, in hidden, weight, bias and adapter; the gradient of an input
+    comes back in its dtype, accumulated in float32. In backward, rows whose upstream gradient is exactly 0 are dropped
+    before the products. Results repeat bit for bit.
     Raises  TypeError, ValueError naming argument, expectation and finding; IndexError for a label outside [0, V), or of
             its row's support, on a CPU (elsewhere the row is NaN and check_errors() raises), or that not exactly one
             rank holds; RuntimeError for a backend that cannot run here.

@@ -45,18 +45,23 @@ def rows_of_all(group, *x: Tensor) -> tuple[tuple[Tensor, ...], slice]:
     """
     rows = x[0].shape[0]
     sizes = _parallel.all_gather(torch.tensor([rows], device=x[0].device), group).flatten().tolist()
-    wire = [one.contiguous().view(rows, -1).view(torch.uint8).view(rows, -1) if rows else None for one in x]
-    widths = [one.element_size() * one[:1].numel() if rows else one.element_size() * _tail(one) for one in x]
-    padded = torch.zeros(max(sizes), sum(widths), dtype=torch.uint8, device=x[0].device)
-    if rows:
-        padded[:rows] = torch.cat(wire, 1)
-    found = _parallel.all_gather(padded, group)
-    found = torch.cat([one[:size] for one, size in zip(found, sizes, strict=True)])
-    parts = found.split(widths, 1)
-    whole = (part.contiguous().view(one.dtype).view(-1, *one.shape[1:]) for part, one in zip(parts, x, strict=True))
     first = sum(sizes[: dist.get_rank(group)])
-    return tuple(whole), slice(first, first + rows)
+    return gather_rows(x, sizes, group), slice(first, first + rows)
 
 
-def _tail(x: Tensor) -> int:
-    return torch.Size(x.shape[1:]).numel()
+def gather_rows(x: tuple[Tensor, ...], sizes: list[int], group) -> tuple[Tensor, ...]:
+    """Rows (Σ sizes, ...) of all ranks, in their order, from this rank's (n, ...) of each x; sizes holds each rank's n.
+
+    One all-gather of the bytes of all x, padded to the longest rank's.
+    """
+    rows, tails = x[0].shape[0], [one.shape[1:] for one in x]
+    widths = [one.element_size() * tail.numel() for one, tail in zip(x, tails, strict=True)]
+    wire = torch.zeros(max(sizes), sum(widths), dtype=torch.uint8, device=x[0].device)
+    if rows:
+        parts = [one.reshape(rows, tail.numel()) for one, tail in zip(x, tails, strict=True)]
+        wire[:rows] = torch.cat([part.contiguous().view(torch.uint8) for part in parts], 1)
+    got = _parallel.all_gather(wire, group)
+    got = torch.cat([one[:size] for one, size in zip(got, sizes, strict=True)])
+    # copied: a single row's bytes would be contiguous where they lie, at any place
+    parts = [part.clone(memory_format=torch.contiguous_format).view(-1) for part in got.split(widths, 1)]
+    return tuple(part.view(one.dtype).view(sum(sizes), *one.shape[1:]) for part, one in zip(parts, x, strict=True))

@@ -6,6 +6,7 @@ import torch
 from torch.testing import assert_close
 
 import finealign_kernels as fk
+from finealign_kernels.ops.ranks import rows_of_all
 from finealign_kernels.testing import samples
 
 PARTS = {2: ((0, 7), (7, 7)), 4: ((0, 1), (1, 1), (1, 6), (6, 7))}  # responses of each rank
@@ -127,6 +128,23 @@ def test_turns_of_groups_split_over_ranks(count, kind):
         return found
 
     assert torch.equal(torch.cat(ranks.threads(count, step)), fk.turn_advantages(rewards, ends, keys, kind=kind))
+
+
+@pytest.mark.parametrize("rows", (0, 1, 2))
+def test_rows_of_any_number_and_dtype(rows):
+    """Also a single one among all ranks, whose bytes lie next to those of other tensors."""
+
+    def work(group):
+        n = rows if torch.distributed.get_rank(group) == 1 else 0
+        x = torch.arange(n) > 0, torch.arange(n).float(), torch.arange(3 * n).view(n, 3), torch.arange(n).double()
+        return rows_of_all(group, *x)[0]
+
+    found = ranks.threads(2, work)
+    k = torch.arange(rows)
+    for flags, floats, wide, doubles in found:
+        assert flags.dtype == torch.bool and torch.equal(flags, k > 0)
+        assert torch.equal(floats, k.float()) and torch.equal(doubles, k.double())
+        assert torch.equal(wide, torch.arange(3 * rows).view(rows, 3))
 
 
 def test_refusals():

@@ -115,15 +115,15 @@ class _Watch:
     def find_spec(self, name: str, path=None, target=None):
         if name not in self.actions:
             return None
-        action = self.actions.pop(name)
-        if not self.actions:
-            sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         if spec is not None:
             run = spec.loader.exec_module
 
             def exec_module(module):
                 run(module)
+                action = self.actions.pop(name)  # not before: a module may be looked for and not be imported
+                if not self.actions:
+                    sys.meta_path.remove(self)
                 action(module)
 
             spec.loader.exec_module = exec_module

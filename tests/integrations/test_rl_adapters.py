@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import importlib.util
 import logging
 import sys
 import types
@@ -150,6 +151,17 @@ def test_losses_are_registered_when_verl_imports_its_own(monkeypatch):
     core = oracles.verl_core.__wrapped__()  # imported anew
     assert len(sys.meta_path) == watching
     assert {f"finealign_{name}" for name in verl.LOSSES} <= core.POLICY_LOSS_REGISTRY.keys()
+
+
+def test_a_module_that_was_only_looked_for_is_still_watched(tmp_path, monkeypatch):
+    (tmp_path / "looked_for.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    seen = []
+    watch = verl._Watch({"looked_for": seen.append})
+    monkeypatch.setattr(sys, "meta_path", [watch, *sys.meta_path])
+    assert importlib.util.find_spec("looked_for") and not seen
+    assert seen == [importlib.import_module("looked_for")] and watch not in sys.meta_path
+    del sys.modules["looked_for"]
 
 
 @pytest.fixture

@@ -92,7 +92,8 @@ class MetaRM:
                    backward pass and put back. Parameters it does not depend on stay
 
         What is computed inside must be differentiated inside: behind it autograd refuses, since the parameters changed.
-        Raises  ValueError if the objective is no scalar, or no parameter gets a gradient from it.
+        Raises  ValueError if the objective is no scalar, or if no parameter gets a gradient from it (not looked at
+                with group, where one rank's objective may depend on none).
         """
         check_tensor("objective", objective)
         if objective.dim() or not objective.requires_grad:

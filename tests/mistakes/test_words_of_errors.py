@@ -74,6 +74,8 @@ def test_four_sums_where_tokens_are_counted():
         fk.dpo(*SUMS, average="kept")
     with pytest.raises(ValueError, match="logp must hold log-probs of tokens for 'dpo' with an NLL, which count them"):
         fk.dpo(*SUMS, nll_weight=0.1)
+    with pytest.raises(ValueError, match="'simpo' has no reference, got sums of responses"):
+        fk.preference_loss("simpo", *SUMS)
 
 
 @pytest.mark.parametrize("given", ((X[:2], X[2:], REF[:2], REF[2:]), (*SUMS[:3], SUMS[3][:1]), (*SUMS[:3], 1.0)))

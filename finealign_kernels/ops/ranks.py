@@ -59,7 +59,9 @@ def gather_rows(x: tuple[Tensor, ...], sizes: list[int], group) -> tuple[Tensor,
     wire = torch.zeros(max(sizes), sum(widths), dtype=torch.uint8, device=x[0].device)
     if rows:
         parts = [one.reshape(rows, tail.numel()) for one, tail in zip(x, tails, strict=True)]
-        wire[:rows] = torch.cat([part.contiguous().view(torch.uint8) for part in parts], 1)
+        # copied: a single row or column is contiguous with any strides, which have no view as bytes
+        parts = [part.clone(memory_format=torch.contiguous_format) for part in parts]
+        wire[:rows] = torch.cat([part.view(torch.uint8) for part in parts], 1)
     got = _parallel.all_gather(wire, group)
     got = torch.cat([one[:size] for one, size in zip(got, sizes, strict=True)])
     # copied: a single row's bytes would be contiguous where they lie, at any place

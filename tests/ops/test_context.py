@@ -180,6 +180,21 @@ def test_a_rank_without_tokens_takes_part():
     assert others == [([3, 8], [], [], [0, 2])] * 2
 
 
+def test_one_row_and_one_token():
+    """A batch of one row lies in memory as a column; a tensor of one element may have any stride."""
+
+    def one_row(group):
+        shard = fk.ContextShard(5, group)
+        whole = random(1, 5), random(1, 5).double() > 0, random(1, 5, 2).bfloat16(), random(1, 5, seed=1).double()
+        back = shard.gather(*(shard.local(one) for one in whole))
+        strided = torch.arange(12.0).view(4, 3)[:1, 1]
+        shard = fk.ContextShard(torch.tensor([0, 2]), group)
+        return (*zip(back, whole, strict=True), (shard.gather(strided), torch.tensor([1.0, 1.0])))
+
+    for rank in ranks.threads(2, one_row):
+        assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in rank)
+
+
 def test_refusals():
     def refused(group):
         shard = fk.ContextShard(6, group)

@@ -147,6 +147,30 @@ def test_rows_of_any_number_and_dtype(rows):
         assert torch.equal(wide, torch.arange(3 * rows).view(rows, 3))
 
 
+def test_one_model_and_rewards_of_any_stride():
+    """Rewards of one model, transposed, are contiguous with the strides of a column; so is a single one of a column."""
+    rewards, keys = torch.randn(7, 3, generator=torch.Generator().manual_seed(3)), torch.tensor([4, 9, 4, 4, 9, 4, 9])
+
+    def step(group):
+        table, k = mine(group, rewards, keys)
+        cu_turns, options = torch.arange(len(k) + 1), dict(process_group=group)
+        return (
+            fk.decoupled_advantages(table[:, 1][None], k, **options),
+            fk.group_advantages(table[:, 1], k, **options),
+            fk.turn_advantages(table[:, 1], cu_turns, k, **options),
+        )
+
+    found = ranks.threads(4, step)
+    column = rewards[:, 1].contiguous()
+    exact = (
+        fk.decoupled_advantages(column[None], keys),
+        fk.group_advantages(column, keys),
+        fk.turn_advantages(column, torch.arange(8), keys),
+    )
+    for ours, theirs in zip(zip(*found, strict=True), exact, strict=True):
+        assert torch.equal(torch.cat(ours), theirs)
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="x must hold a tensor"):
         fk.sum_over_ranks()

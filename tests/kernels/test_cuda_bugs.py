@@ -17,7 +17,10 @@ from test_cuda_host import (
 SEGMENT_BUGS = {
     "no barrier before reading": ("    __syncthreads();\n#pragma unroll 1", "#pragma unroll 1"),
     "no barrier before the next round": ("    __syncthreads();  // before the next round writes chunks\n", ""),
-    "barrier in a branch": ("__syncthreads();  // before the next round", "if (mine < stop) __syncthreads();  // before the next round"),
+    "barrier in a branch": (
+        "__syncthreads();  // before the next round",
+        "if (mine < stop) __syncthreads();  // before the next round",
+    ),
     "shuffle of a part of the warp": (
         "const Tally chunk = mine < stop",
         "const Tally chunk = mine + threadIdx.x % kLanes < stop",

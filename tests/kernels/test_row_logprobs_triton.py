@@ -24,8 +24,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:(invalid|overflow|divide|underfl
 SKIP, BAD = -2, -1
 INF, NAN = math.inf, math.nan
 COL0 = 50  # the tile is the vocabulary's columns 50, 51, ...; `rest` holds the 50 before
-PLAIN = (1.0, 0.0, 1.0)
-FULL = (0.5, 30.0, 1.25)  # scale, softcap, 1 / temperature; exact in float32
+PLAIN = formula.Head()
+FULL = formula.Head(0.5, 30.0, 1.25)  # scale, softcap, 1 / temperature; exact in float32
 COLUMNS = [1, 5, 1000, 1025, 4099]  # one, few, ragged in one block, one over a block, blocks of 2048 with a ragged end
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ALL = 7
@@ -52,7 +52,7 @@ class Tile(NamedTuple):
     bias: torch.Tensor | None  # (C,)
     target: torch.Tensor  # (n,)
     rest: torch.Tensor  # (n, COL0) float64 logits of the vocabulary's other columns
-    head: tuple
+    head: formula.Head
 
 
 ORDINARY, TIES, BANNED, ALL_BANNED, SKIPPED, OUT_OF_RANGE, ELSEWHERE, LAST, ONLY_LABEL = range(9)
@@ -89,7 +89,7 @@ def label_slope(t: Tile):
 
 
 def logits(t: Tile):
-    _, softcap, inv_temperature = t.head
+    _, softcap, inv_temperature = t.head.numbers
     y = before_softcap(t)
     capped = softcap * torch.tanh(y / softcap) if softcap else y
     return torch.where(y == -INF, y, capped) * inv_temperature
@@ -146,7 +146,7 @@ def test_forward(columns, dtype, head, with_bias):
 
 
 def test_a_negative_scale():
-    t = tile(5, head=(-2.0, 0.0, 1.0))
+    t = tile(5, head=formula.Head(-2.0, 0.0, 1.0))
     t = t._replace(x=t.x[[ORDINARY, LAST]], target=t.target[[ORDINARY, LAST]])
     part, first, *_ = forward(t)
     part64, first64, *_ = expected_state(logits(t), t.target.cpu())
@@ -173,7 +173,7 @@ def test_e_is_one_at_every_maximum_and_rounds_to_nearest(e_dtype):
 
 
 def test_the_labels_logit_is_bitwise_the_maximum_where_it_is_the_maximum():
-    t = tile(1000, head=(0.3, 7.0, 1 / 0.7), with_bias=True)  # nothing here is exact in float32
+    t = tile(1000, head=formula.Head(0.3, 7.0, 1 / 0.7), with_bias=True)  # nothing here is exact in float32
     t = t._replace(target=COL0 + logits(t).nan_to_num(-INF).argmax(-1).to(DEVICE))
     rows = [ORDINARY, BANNED, LAST, ONLY_LABEL]
     part, _, label, e = forward(t, e_dtype=torch.float32)
@@ -341,7 +341,7 @@ def upstream(t: Tile, which="gkh"):
     n, columns = t.x.shape
     read = t.target.cpu() != SKIP
     x = torch.where(read[:, None], t.x.double().cpu(), 0).requires_grad_()
-    scale, softcap, inv_temperature = t.head
+    scale, softcap, inv_temperature = t.head.numbers
     y = scale * (x + (0 if t.bias is None else t.bias.double().cpu()))
     allowed = y != -INF
     y = torch.where(allowed, y, 0.0)  # autograd through tanh(-inf) is NaN
@@ -413,7 +413,7 @@ def test_backward_in_place():
 def gradient_from_e(e, e_max, t: Tile, coef):
     """The contract's formulas in float64, from the rounded e."""
     g, k, h, m, l, entropy, logp, own_slope = (c[:, None] for c in coef.double().cpu())
-    scale, softcap, inv_temperature = t.head
+    scale, softcap, inv_temperature = t.head.numbers
     e, e_max = e.double().cpu(), e_max.double().cpu()[:, None]
     p = e * (e_max - m - l).exp()
     d = e.log() + (e_max - m - l)
@@ -442,7 +442,7 @@ def test_backward_from_e(dtype, head, with_bias):
 
 
 def test_the_labels_softcap_does_not_come_from_e():
-    t = tile(1025, head=(1.0, 4.0, 1.0))
+    t = tile(1025, head=formula.Head(1.0, 4.0, 1.0))
     up = upstream(t)
     part, _, _, e = forward(t, e_dtype=torch.bfloat16)
     dx = backward(t, up.coef, src=e, e_max=part[:, 0].to(DEVICE)).double().cpu()
@@ -498,7 +498,7 @@ def test_confident_label_keeps_its_digits():
 
 
 def test_saturated_softcap_keeps_its_digits():
-    t = tile(1000, head=(1.0, 2.0, 1.0))
+    t = tile(1000, head=formula.Head(1.0, 2.0, 1.0))
     t.x[ORDINARY, :10] = torch.linspace(4, 14, 10)  # 1 - tanh² down to 3e-6
     up = upstream(t)
     dx = backward(t, up.coef)

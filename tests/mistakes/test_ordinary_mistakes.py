@@ -47,7 +47,7 @@ CALLS = {
     "decoupled_advantages": dict(rewards=SCORE[:2, :4], groups=2, weights=(0.5, 2.0), eps=0.25),
     "difference_loss": dict(scores=SCORE[0, :4], cu_groups=ENDS),
     "discounted_returns": dict(rewards=SCORE, mask=MASK, gamma=0.5),
-    "dpo": WITH_REF | dict(scale=0.5, nll_weight=0.5, pair_weight=rand(2)),
+    "dpo": WITH_REF | dict(scale=0.5, nll_weight=0.5, nll_denominator=4.0, pair_weight=rand(2)),
     "gae": dict(rewards=SCORE, values=X, mask=MASK, gamma=0.5, lam=0.75, segment_ids=IDS),
     "group_advantages": dict(rewards=SCORE[0, :4], groups=2, eps=0.25),
     "implicit_scores": dict(logp=X, ref_logp=REF, mask=MASK, beta=0.5),

@@ -586,6 +586,8 @@ def _ptx_origin(flow: Flow, opcode: str, values: list[str]) -> None:
         flow.add(name, "product" if narrow else "wide", operands[0], f"{name}*")
     elif kind in ("shr", "div"):
         flow.add(name, "sum", operands[0])
+    elif kind == "and" and re.fullmatch(r"\d+", operands[-1]):  # low bits are right, whatever a product has above them
+        flow.add(name, "at most", int(operands[-1]))
     elif kind in ("and", "rem", "min"):
         flow.add(name, "least", *operands)
     else:

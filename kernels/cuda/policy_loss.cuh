@@ -260,8 +260,8 @@ __global__ void __launch_bounds__(kThreads, 2) policy_tokens_kernel(PolicyLossFo
   double sum = 0;
   Counts count{0, 0, 0, 0};
 #pragma unroll 1
-  for (int round = 0; round < kChunk / kThreads; ++round) {
-    const int64_t i = first + round * kThreads + threadIdx.x;
+  for (int64_t start = first; start < first + kChunk; start += kThreads) {
+    const int64_t i = start + threadIdx.x;
     double adds[kAddends] = {};
     if (i < op.segments.total) one_token<T>(op, by, i, walks, adds, count);
 #pragma unroll

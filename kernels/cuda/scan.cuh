@@ -18,6 +18,7 @@ namespace finealign {
 
 constexpr int kEach = 4;               // tokens of a lane, one behind the other
 constexpr int kSpan = kLanes * kEach;  // tokens of a warp
+constexpr unsigned kSpans = kPiece / kSpan;  // of a piece
 static_assert(kPiece % (kWarps * kSpan) == 0 && kPiece >= kChunk, "a warp alone walks one piece, a block whole rounds");
 
 // ---- maps ----------------------------------------------------------------------------------------------------------
@@ -161,10 +162,12 @@ struct Place {
   __device__ __forceinline__ bool has(int e) const { return first + e < stop; }
 };
 
+// The remainder changes no span that is one; it bounds the product.
 template <bool kForward, int kTeam>
 __device__ __forceinline__ Place place_of(int tokens, int round) {
   const int spans = (tokens + kSpan - 1) / kSpan, index = round * kTeam + (kTeam == 1 ? 0 : threadIdx.x / kLanes);
-  const int first = (kForward ? index : spans - 1 - index) * kSpan + threadIdx.x % kLanes * kEach;
+  const unsigned span = static_cast<unsigned>(kForward ? index : spans - 1 - index) % kSpans;  // what it was, where it is one
+  const int first = static_cast<int>(span * kSpan + threadIdx.x % kLanes * kEach);
   return {index < spans ? first : 0, index < spans ? tokens : 0};
 }
 

@@ -215,9 +215,11 @@ __global__ void clean(const float* x, float* y, int stride) {
   cell[threadIdx.x * 2 % 256] = x[blockIdx.x * static_cast<int64_t>(stride) + threadIdx.x * 3];
   __syncthreads();
   y[static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x] = cell[threadIdx.x % 7];
+  y[static_cast<unsigned>(stride) * 128 % 4096] = 0;  // its low bits are right, whatever left the 32
 }
 __global__ void narrow(const float* x, float* y, int stride) { y[threadIdx.x] = x[blockIdx.x * stride + threadIdx.x]; }
 __global__ void narrow_index(float* y) { y[blockIdx.x * blockDim.x + threadIdx.x] = 0; }
+__global__ void narrow_remainder(float* y, int stride, int n) { y[stride * 128 % n] = 0; }
 __global__ void narrow_loop(const float* x, float* y, int n, int stride) {
   int at = threadIdx.x;
   for (int i = 0; i < n; ++i) {
@@ -291,7 +293,7 @@ def test_cuda_rules_trip(tmp_path):
     assert found.pop("clean") == set()
     assert found.pop("wrong.cu") == {"compiles"}
     assert found == expected(found)
-    assert len(found) == 5 and status == 1
+    assert len(found) == 6 and status == 1
 
 
 def test_a_clean_file_passes(tmp_path):

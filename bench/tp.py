@@ -166,7 +166,7 @@ def work(rank: int, args: argparse.Namespace, folder: str) -> None:
     labels = torch.randint(args.vocab, (args.rows,), generator=rng)
     start = rank * -(-args.vocab // args.ranks)
     columns = min(-(-args.vocab // args.ranks), args.vocab - start)
-    weight = torch.randn(columns, args.depth, generator=rng.manual_seed(rank)) / args.depth**0.5
+    weight = torch.randn(columns, args.depth, generator=rng.manual_seed(1 + rank)) / args.depth**0.5
     given = hidden, weight.to(dtype).requires_grad_(), labels, start, dist.group.WORLD
     heads = [name for name in HEADS if name not in NEEDS or NEEDS[name](args.dtype, "cpu") is None]
     bound = 1e-4 if args.dtype == "float32" else 3e-2

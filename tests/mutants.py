@@ -285,7 +285,7 @@ MUTANTS = [
     Mutant("slime's KL from the rewards left out", "integrations/slime.py", "reward - args.kl_coef * torch.cat(kl)", "reward", SEAMS),
     Mutant("SkyRL's mask after its correction dropped", "integrations/skyrl.py", "token_weight=kept.to(log_probs.dtype)", "token_weight=None", SEAMS),
     Mutant("SkyRL's anchor is always old", "integrations/skyrl.py", "    return rollout\n", "    return old\n", SEAMS),
-    Mutant("SkyRL's GAE steps through masked tokens", "integrations/skyrl.py", "mask=mask, gamma=gamma", "mask=torch.ones_like(mask), gamma=gamma", SEAMS),
+    Mutant("SkyRL's GAE steps through masked tokens", "integrations/_token_losses.py", "mask=mask, gamma=gamma", "mask=torch.ones_like(mask), gamma=gamma", SEAMS),
     Mutant("prime-rl's token weights dropped", "integrations/prime_rl.py", "None if weight is None else weight[None]", "None", SEAMS),
     Mutant("NeMo-RL's mean of responses over all tokens", "integrations/nemo_rl.py", 'average="kept"', 'average="all"', SEAMS),
     Mutant("NeMo-RL's gate of tokens for sequences", "integrations/nemo_rl.py", 'gated = {"mode": "sequence_mask", "gate": "geometric"}', 'gated = {"mode": "token_mask"}', SEAMS),

@@ -30,11 +30,11 @@ from torch import Tensor
 from ..losses.policy import policy_loss
 from ..losses.sampler import sampler_weights
 from ..ops._check import check_one_of, fail
+from ._token_losses import LOSSES
 from ._versions import check_version
 
 VERSIONS = ("0.6",)  # of NeMo-RL, that the seam was read and tested with
 LOSS = "nemo_rl.algorithms.loss.loss_functions"
-LOSSES = ("ppo", "gspo_token", "cispo", "sapo", "reinforce")
 SEAMS = ("nemo_rl.algorithms.grpo", "nemo_rl.algorithms.ppo")  # modules that make the loss
 
 

@@ -20,11 +20,11 @@ from functools import cache
 
 from ..losses.policy import policy_loss
 from ..ops._check import check_one_of, fail
+from ._token_losses import LOSSES
 from ._versions import check_version
 
 VERSIONS = ("0.8",)  # of prime-rl, that the seam was read and tested with
 LOSS = "prime_rl.trainer.rl.loss"
-LOSSES = ("ppo", "gspo_token", "cispo", "sapo", "reinforce")
 
 
 @cache

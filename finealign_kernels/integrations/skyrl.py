@@ -32,8 +32,7 @@ from torch import Tensor
 
 from ..losses.policy import policy_loss
 from ..ops._check import check_one_of, fail
-from ..rl.gae import gae as _gae
-from ..rl.whitening import whiten
+from ._token_losses import whitened_gae
 from ._versions import check_version
 
 VERSIONS = ("0.4",)  # of SkyRL, that the seam was read and tested with
@@ -134,6 +133,4 @@ def gae(
     token_level_rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, lambd: float, **_
 ) -> tuple[Tensor, Tensor]:
     """SkyRL's "gae": whitened advantages and returns, (B, T). Rewards may be those of segments, at their ends."""
-    mask = response_mask.bool()
-    found = _gae(token_level_rewards, values, mask=mask, gamma=gamma, lam=lambd)
-    return whiten(found.advantages, mask=mask, unbiased=True), found.returns
+    return whitened_gae(token_level_rewards, values, response_mask, gamma, lambd)

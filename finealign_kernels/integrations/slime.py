@@ -37,11 +37,11 @@ from ..ops._check import check_integer, check_number, check_one_of, fail
 from ..rl.gae import discounted_returns, gae
 from ..rl.groups import group_advantages, turn_advantages
 from ..rl.rewards import token_rewards
+from ._token_losses import LOSSES
 from ._versions import check_version
 
 VERSIONS = ("0.3",)  # of slime, that the seam was read and tested with
 LOSS = "slime.backends.megatron_utils.loss"
-LOSSES = ("ppo", "gspo_token", "cispo", "sapo", "reinforce")
 GROUPED = ("grpo", "gspo", "cispo")  # estimators whose rewards are advantages already
 BASELINED = (*GROUPED, "reinforce_plus_plus_baseline")  # less those of the group, at every token of a response
 ESTIMATORS = (*BASELINED, "ppo", "reinforce_plus_plus")

@@ -36,8 +36,7 @@ from torch import Tensor, nn
 from ..losses.policy import policy_loss
 from ..ops._check import check_one_of, check_tensor, fail, reads_values
 from ..ops.logprobs import linear_logprobs
-from ..rl.gae import gae
-from ..rl.whitening import whiten
+from ._token_losses import LOSSES, whitened_gae
 from ._versions import check_version
 
 VERSIONS = ("0.9",)  # of verl, that the seam was read and tested with
@@ -46,7 +45,6 @@ HEADS = {  # module -> what the fused forwards of verl's models take out of it a
     "verl.utils.experimental.torch_functional": "FusedLinearForPPO",
     "verl.utils.kernel.linear_cross_entropy": "linear_cross_entropy",
 }
-LOSSES = ("ppo", "gspo_token", "cispo", "sapo", "reinforce")
 MODES = {  # loss_agg_mode -> reduction, the global count that it is divided by
     "token-mean": ("token", "batch_num_tokens"),
     "token-sum": ("token_global", None),
@@ -236,9 +234,7 @@ def gae_advantage_return(
     lam: float,
 ) -> tuple[Tensor, Tensor]:
     """verl's compute_gae_advantage_return: whitened advantages and returns, (B, T)."""
-    mask = response_mask.bool()
-    found = gae(token_level_rewards, values, mask=mask, gamma=gamma, lam=lam, masked="carry")
-    return whiten(found.advantages, mask=mask, unbiased=True), found.returns
+    return whitened_gae(token_level_rewards, values, response_mask, gamma, lam)
 
 
 def weigh_advantages(advantages: Tensor, token_weight: Tensor) -> Tensor:

@@ -44,6 +44,12 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def blank_stats(like: Tensor, n: int) -> list[Tensor]:
+    """What a forward returns of n rows, without values: for the fakes of ops."""
+    stats = [like.new_empty(n, dtype=wide(like.dtype)) for _ in range(9)]
+    return [*stats[:5], like.new_empty(n, dtype=torch.bool), *stats[5:]]
+
+
 def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
     """out (+)= a @ b, out float32 (float64), summed in its own dtype. Autocast does not touch products into an out."""
     if a.dtype == out.dtype:

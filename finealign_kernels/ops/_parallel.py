@@ -454,8 +454,7 @@ def _shard(group: str, start: int, columns: int, vocab: int, hidden_grad: str) -
 
 def _stats(like: Tensor, n: int) -> list[Tensor]:
     """Rows (n,) and this rank's targets, of no values."""
-    stats = [like.new_empty(n, dtype=_chunked.wide(like.dtype)) for _ in range(9)]
-    return [*stats[:5], like.new_empty(n, dtype=torch.bool), *stats[5:], like.new_empty(n, dtype=torch.int64)]
+    return [*_chunked.blank_stats(like, n), like.new_empty(n, dtype=torch.int64)]
 
 
 @torch.library.custom_op("finealign::all_gather", mutates_args=())

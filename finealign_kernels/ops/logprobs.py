@@ -411,11 +411,9 @@ def _(hidden, weight, bias, target, scale, softcap, inv_temperature, want, works
         room = _chunked.kept_rows(n, vocab, hidden.dtype, workspace)
     else:
         room = torch.library.get_ctx().new_dynamic_size()
-    stats = [hidden.new_empty(n, dtype=_chunked.wide(hidden.dtype)) for _ in range(9)]
-    top1 = hidden.new_empty(n, dtype=torch.bool)
     e = hidden.new_empty(room * vocab)
     e_max = hidden.new_empty((room, maxima), dtype=_chunked.wide(hidden.dtype))
-    return [*stats[:5], top1, *stats[5:], e, e_max]
+    return [*_chunked.blank_stats(hidden, n), e, e_max]
 
 
 @torch.library.custom_op("finealign::linear_logprobs_bwd", mutates_args=())
@@ -475,8 +473,7 @@ def _token_fwd(
 
 @_token_fwd.register_fake
 def _(logits, target, scale, softcap, inv_temperature, want, rows):
-    stats = [logits.new_empty(logits.shape[0], dtype=_chunked.wide(logits.dtype)) for _ in range(9)]
-    return [*stats[:5], logits.new_empty(logits.shape[0], dtype=torch.bool), *stats[5:]]
+    return _chunked.blank_stats(logits, logits.shape[0])
 
 
 @torch.library.custom_op("finealign::token_logprobs_bwd", mutates_args=("out",))

@@ -12,7 +12,12 @@ import pytest
 import finealign_kernels.feedback as fb
 from finealign_kernels.feedback import Example, Preference, Response, Span, files, records
 
-QA_FEEDBACK = Path(os.environ.get("FINEALIGN_QA_FEEDBACK", ""))  # dev_feedback.json, which is not in this repository
+# which is not in this repository: beside it, or where the variable says
+BESIDE = Path(__file__).resolve().parents[2] / "../shared/data/qa_feedback/dev_feedback.json"
+QA_FEEDBACK = Path(os.environ.get("FINEALIGN_QA_FEEDBACK", BESIDE))
+needs_qa_feedback = pytest.mark.skipif(
+    not QA_FEEDBACK.is_file(), reason="QA-Feedback is not there; FINEALIGN_QA_FEEDBACK names its dev_feedback.json"
+)
 
 # ---------------------------------------------------------------------------------------------------- records, files
 
@@ -233,7 +238,7 @@ def test_wrong_qa_feedback_is_refused(tmp_path, changes, message):
         fb.read(path)
 
 
-@pytest.mark.skipif(not QA_FEEDBACK.is_file(), reason="FINEALIGN_QA_FEEDBACK names no file of QA-Feedback")
+@needs_qa_feedback
 def test_qa_feedback_is_read_as_it_is(tmp_path):
     examples = fb.read(QA_FEEDBACK)
     assert len(examples) == 500

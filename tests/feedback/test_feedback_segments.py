@@ -95,7 +95,7 @@ def test_a_long_text_takes_no_longer_than_its_length():
     assert fb.sentences(text) == [(0, len(text) - 1)]
 
 
-@pytest.mark.skipif(not QA_FEEDBACK.is_file(), reason="FINEALIGN_QA_FEEDBACK names no file of QA-Feedback")
+@FEEDBACK["needs_qa_feedback"]
 def test_sentences_of_real_passages():
     """The passages come cut into sentences; those that hold a line break are left out."""
     found = right = there = 0

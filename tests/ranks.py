@@ -56,6 +56,17 @@ def processes(ranks: int, function, *args) -> list:
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(ranks)]
 
 
+def finished(started: list) -> None:
+    """Waits for processes that were opened with stderr=PIPE; what one that failed wrote there is the error."""
+    try:
+        for process in started:
+            _, told = process.communicate(timeout=300)
+            assert process.returncode == 0, told.decode()[-3000:]
+    finally:
+        for process in started:
+            process.kill()
+
+
 def _process(rank, ranks, folder, function, args):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)

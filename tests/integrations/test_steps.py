@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import pytest
 import torch
+from ranks import finished
 
 import finealign_kernels as fk
 from finealign_kernels.integrations.steps import StepCountsMixin, step_counts
@@ -211,23 +212,18 @@ def rank_step(folder, rank):
 
 def test_ranks_leave_the_update_as_it_is(tmp_path):
     pytest.importorskip("transformers")
-    command = "import sys; sys.path.insert(0, sys.argv[1]); import test_steps; test_steps.rank_step(*sys.argv[2:])"
+    command = "import sys; sys.path[:0] = sys.argv[1:3]; import test_steps; test_steps.rank_step(*sys.argv[3:])"
+    here = os.path.dirname(__file__)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    ranks = []
+    started = []
     for rank in "01":
         env = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}
-        arguments = [sys.executable, "-c", command, os.path.dirname(__file__), str(tmp_path), rank]
-        ranks.append(subprocess.Popen(arguments, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
-    try:
-        for process in ranks:
-            _, told = process.communicate(timeout=300)
-            assert process.returncode == 0, told.decode()[-3000:]
-    finally:
-        for process in ranks:
-            process.kill()
+        arguments = [sys.executable, "-c", command, here, os.path.dirname(here), str(tmp_path), rank]
+        started.append(subprocess.Popen(arguments, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
+    finished(started)
     found = torch.load(tmp_path / "found.pt")
     expected = {loss: by_hand(loss) for loss in LOSSES}
     for loss in ("ulma", "nll"):

@@ -20,6 +20,7 @@ import transformers  # noqa: E402
 import trl  # noqa: E402
 import trl_runs  # noqa: E402
 from datasets import Dataset  # noqa: E402
+from ranks import finished  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
 from trl.experimental import async_grpo  # noqa: E402
 from trl.experimental.async_grpo import async_grpo_trainer  # noqa: E402
@@ -565,14 +566,8 @@ def test_fsdp2_gradients_are_trls_and_those_of_one_process(tmp_path):
     command = "import sys; sys.path[:0] = sys.argv[1:3]; import test_trl; test_trl.sharded_steps(*sys.argv[3:])"
     here = os.path.dirname(__file__)
     arguments = [sys.executable, "-c", command, here, os.path.dirname(here)]
-    ranks = [subprocess.Popen([*arguments, str(rank), str(tmp_path)], stderr=subprocess.PIPE) for rank in (0, 1)]
-    try:
-        for process in ranks:
-            _, told = process.communicate(timeout=300)
-            assert process.returncode == 0, told.decode()[-3000:]
-    finally:
-        for process in ranks:
-            process.kill()
+    started = [subprocess.Popen([*arguments, str(rank), str(tmp_path)], stderr=subprocess.PIPE) for rank in (0, 1)]
+    finished(started)
     found = torch.load(tmp_path / "found.pt")
     for kind, unit, again in WAYS_TO_SHARD:
         alone = model(kind)

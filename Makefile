@@ -53,7 +53,7 @@ demo: $(VENV)/.package
 	$(BIN)/finealign demo $(DEMO)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TEST)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0 $(TEST)
 
 bench: $(VENV)/.bench
 	$(BIN)/python bench/run.py $(BENCH)

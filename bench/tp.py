@@ -203,7 +203,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.start_processes(work, (args, folder), nprocs=args.ranks, start_method="fork")
+        torch.multiprocessing.spawn(work, (args, folder), nprocs=args.ranks)
         rows = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(args.ranks)]
     for rank, row in enumerate(rows):
         shown = (f"{name} {time:.3f} s, {_mib(row['peak_mib'][name])}" for name, time in row["seconds"].items())

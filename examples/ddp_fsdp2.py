@@ -61,9 +61,9 @@ def rank(index, folder):
     dist.destroy_process_group()
 
 
-def main(start_method="spawn"):
+def main():
     folder = tempfile.mkdtemp()
-    torch.multiprocessing.start_processes(rank, args=(folder,), nprocs=2, start_method=start_method)
+    torch.multiprocessing.spawn(rank, args=(folder,), nprocs=2)
     alone = gradients(lambda model: model, [batch for batches in data() for batch in batches])
     found = torch.load(f"{folder}/gradients.pt").items()
     differences = {name: ((grad - alone).norm() / alone.norm()).item() for name, grad in found}

@@ -22,7 +22,7 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 @pytest.fixture
 def one_thread():
-    """Torch with one thread: sums have one order, and a fork may train."""
+    """Torch with one thread: sums have one order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,7 +1,13 @@
 """Ranks of one machine, for tests: threads of this process or gloo processes, and the bytes they move."""
 
+import faulthandler
 import importlib
+import json
+import os
 import queue
+import signal
+import subprocess
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -12,7 +18,8 @@ import torch.multiprocessing
 from torch.testing._internal.distributed import multi_threaded_pg
 from torch.utils._python_dispatch import TorchDispatchMode
 
-PATIENCE = 120  # seconds after which ranks are taken to wait for each other
+HERE = Path(__file__).parent
+PATIENCE = 2  # seconds after which ranks are taken to wait for each other
 
 
 def threads(ranks: int, function, *args) -> list:
@@ -47,7 +54,11 @@ def threads(ranks: int, function, *args) -> list:
 
 
 def processes(ranks: int, function, *args) -> list:
-    """The same in processes that gloo connects, forked from this one: nothing is imported anew."""
+    """The same in processes that gloo connects, forked from this one: nothing is imported anew.
+
+    A fork has no thread but its own. What waits for a thread of this process waits for ever: trainers, which start
+    threads of their own, train in `fresh` processes.
+    """
     for module in ("torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp"):
         importlib.import_module(module)  # what ranks would each import anew
     with tempfile.TemporaryDirectory() as folder:
@@ -56,18 +67,37 @@ def processes(ranks: int, function, *args) -> list:
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(ranks)]
 
 
-def finished(started: list) -> None:
-    """Waits for processes that were opened with stderr=PIPE; what one that failed wrote there is the error."""
-    try:
-        for process in started:
-            _, told = process.communicate(timeout=300)
-            assert process.returncode == 0, told.decode()[-3000:]
-    finally:
-        for process in started:
-            process.kill()
+def fresh(ranks: int, function, *args) -> list:
+    """The same in interpreters of their own. function stands in a module of the tests; args are strings or numbers."""
+    name = function.__module__.split(".")[-1], function.__name__
+    places = [str(HERE), *(str(folder) for folder in HERE.iterdir() if folder.is_dir())]
+    command = "import sys, json; sys.path[:0] = json.loads(sys.argv[1]); import ranks; ranks._start(*sys.argv[2:])"
+    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
+    env["WORLD_SIZE"] = env["LOCAL_WORLD_SIZE"] = str(ranks)
+    with tempfile.TemporaryDirectory() as folder:
+        started = []
+        for rank in range(ranks):
+            given = json.dumps(places), str(rank), str(ranks), folder, *name, json.dumps(args)
+            env["RANK"] = env["LOCAL_RANK"] = str(rank)
+            quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            started.append(subprocess.Popen([sys.executable, "-c", command, *given], env=env, **quiet))
+        try:
+            for process in started:
+                _, told = process.communicate(timeout=PATIENCE + 60)
+                assert process.returncode == 0, told.decode()[-3000:]
+        finally:
+            for process in started:
+                process.kill()
+        return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(ranks)]
+
+
+def _start(rank: str, ranks: str, folder: str, module: str, name: str, args: str) -> None:
+    _process(int(rank), int(ranks), folder, getattr(importlib.import_module(module), name), json.loads(args))
 
 
 def _process(rank, ranks, folder, function, args):
+    faulthandler.register(signal.SIGALRM, chain=True)  # a rank that waits for ever says where, and ends
+    signal.alarm(PATIENCE)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     torch.save(function(dist.group.WORLD, *args), Path(folder, f"{rank}.pt"))

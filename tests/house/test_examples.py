@@ -101,5 +101,5 @@ def test_openrlhf_losses():
 def test_ddp_fsdp2():
     import ddp_fsdp2
 
-    found = ddp_fsdp2.main("fork")  # imports nothing anew
+    found = ddp_fsdp2.main()
     assert found.keys() == {"DDP", "FSDP2"} and max(found.values()) <= 1e-5

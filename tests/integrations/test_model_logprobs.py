@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from types import ModuleType
 
 import pytest
+import ranks
 import torch
 from torch.distributed.fsdp import fully_shard
 
@@ -343,12 +344,9 @@ def _loss(model, rank):
     return (scores.logp * torch.rand(2, 6, generator=generator)).sum() + 0.1 * scores.entropy.sum()
 
 
-def _of_two_ranks(rank, folder):
-    """Gradients of one step of wrapped models; a fork knows the modules, not the rank, and has one thread."""
-    torch.set_num_threads(1)
-    store = torch.distributed.FileStore(f"{folder}/store", 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    found = {}
+def _of_two_ranks(group):
+    """Gradients of one step of wrapped models."""
+    rank, found = group.rank(), {}
     for kind in KINDS:
         for way in WAYS:
             model = wrapped = _ranked(kind)
@@ -363,15 +361,12 @@ def _of_two_ranks(rank, folder):
             assert model.__dict__.get("forward") is before
             whole = ((name, p.grad) for name, p in model.named_parameters())
             found[kind, way] = {name: g if way == "ddp" else g.full_tensor() for name, g in whole}
-    if rank == 0:
-        torch.save(found, f"{folder}/found.pt")
-    torch.distributed.destroy_process_group()
+    return found
 
 
-def test_wrapped_models_have_the_gradients_of_one_process(tmp_path):
+def test_wrapped_models_have_the_gradients_of_one_process():
     """Of the mean over ranks: what DDP and FSDP2 do before and after a forward is done."""
-    torch.multiprocessing.start_processes(_of_two_ranks, args=(tmp_path,), nprocs=2, start_method="fork")
-    found = torch.load(tmp_path / "found.pt")
+    found, _ = ranks.processes(2, _of_two_ranks)
     for kind in KINDS:
         alone = _ranked(kind)
         (sum(_loss(alone, rank) for rank in (0, 1)) / 2).backward()

@@ -1,15 +1,12 @@
 """Counts of a whole step: one update however its responses are spread over micro-batches and ranks."""
 
 import os
-import socket
-import subprocess
-import sys
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import pytest
+import ranks
 import torch
-from ranks import finished
 
 import finealign_kernels as fk
 from finealign_kernels.integrations.steps import StepCountsMixin, step_counts
@@ -179,10 +176,9 @@ def test_evaluation_counts_its_own_batches(tmp_path):
 # ---- ranks ---------------------------------------------------------------------------------------------------------
 
 
-def rank_step(folder, rank):
+def rank_step(group, folder):
     """One rank's share: the Trainer under DDP, then a loop by hand with unequal micro-batches, then without / world."""
-    torch.set_num_threads(1)
-    rank, found = int(rank), {}
+    rank, found = group.rank(), {}
     for loss in ("ulma", "nll"):
         trainer = trained(loss, folder, batch=2, accumulated=2)
         found["trainer", loss] = update(trainer.accelerator.unwrap_model(trainer.model))
@@ -205,26 +201,12 @@ def rank_step(folder, rank):
                 for p in model.parameters():
                     p -= p.grad
             found["loop", loss, divided] = update(model)
-    if rank == 0:
-        torch.save(found, f"{folder}/found.pt")
-    torch.distributed.destroy_process_group()
+    return found
 
 
 def test_ranks_leave_the_update_as_it_is(tmp_path):
     pytest.importorskip("transformers")
-    command = "import sys; sys.path[:0] = sys.argv[1:3]; import test_steps; test_steps.rank_step(*sys.argv[3:])"
-    here = os.path.dirname(__file__)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    started = []
-    for rank in "01":
-        env = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}
-        arguments = [sys.executable, "-c", command, here, os.path.dirname(here), str(tmp_path), rank]
-        started.append(subprocess.Popen(arguments, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
-    finished(started)
-    found = torch.load(tmp_path / "found.pt")
+    found, _ = ranks.fresh(2, rank_step, str(tmp_path))
     expected = {loss: by_hand(loss) for loss in LOSSES}
     for loss in ("ulma", "nll"):
         assert apart(found["trainer", loss], expected[loss]) <= BOUND

@@ -16,11 +16,11 @@ import torch
 pytest.importorskip("trl", reason="TRL is not installed")
 
 import numpy as np  # noqa: E402
+import ranks  # noqa: E402
 import transformers  # noqa: E402
 import trl  # noqa: E402
 import trl_runs  # noqa: E402
 from datasets import Dataset  # noqa: E402
-from ranks import finished  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
 from trl.experimental import async_grpo  # noqa: E402
 from trl.experimental.async_grpo import async_grpo_trainer  # noqa: E402
@@ -534,13 +534,9 @@ WAYS_TO_SHARD = [  # kind, which unit holds the head, is that one sharded again 
 ]
 
 
-def sharded_steps(rank, folder):
+def sharded_steps(group):
     """Loss and whole gradients of one step, stock and patched, for each way of cutting the model into units."""
-    rank = int(rank)
-    torch.set_num_threads(1)
-    store = torch.distributed.FileStore(f"{folder}/store", 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    found = {}
+    rank, found = group.rank(), {}
     for kind, unit, again in WAYS_TO_SHARD:
         for way in ("stock", "patched"):
             scored = model(kind)
@@ -557,18 +553,11 @@ def sharded_steps(rank, folder):
                 assert not patched or len(calls) == 1
             whole = {name: p.grad.full_tensor() for name, p in scored.named_parameters()}
             found[kind, unit, again, way] = loss.item(), whole
-    if rank == 0:
-        torch.save(found, f"{folder}/found.pt")
-    torch.distributed.destroy_process_group()
+    return found
 
 
-def test_fsdp2_gradients_are_trls_and_those_of_one_process(tmp_path):
-    command = "import sys; sys.path[:0] = sys.argv[1:3]; import test_trl; test_trl.sharded_steps(*sys.argv[3:])"
-    here = os.path.dirname(__file__)
-    arguments = [sys.executable, "-c", command, here, os.path.dirname(here)]
-    started = [subprocess.Popen([*arguments, str(rank), str(tmp_path)], stderr=subprocess.PIPE) for rank in (0, 1)]
-    finished(started)
-    found = torch.load(tmp_path / "found.pt")
+def test_fsdp2_gradients_are_trls_and_those_of_one_process():
+    found, _ = ranks.fresh(2, sharded_steps)
     for kind, unit, again in WAYS_TO_SHARD:
         alone = model(kind)
         utils.add_fused_lm_head(alone, outputs=("log_probs", "entropy"))

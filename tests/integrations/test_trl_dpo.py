@@ -2,7 +2,6 @@
 
 import copy
 import os
-import socket
 import subprocess
 import sys
 from functools import partial
@@ -10,6 +9,7 @@ from functools import partial
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import pytest
+import ranks
 import torch
 
 pytest.importorskip("trl", reason="TRL is not installed")
@@ -279,16 +279,7 @@ def test_a_dataset_to_evaluate_brings_its_reference_too(folder):
         trained(FineGrainedDPOTrainer, folder, rows=given, ref=False, eval_dataset=Dataset.from_list(made))
 
 
-def of_two_ranks(rank, folder, port):
-    """Trains under DDP; a fork knows the modules, not the rank, and has one thread."""
-    torch.set_num_threads(1)
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-    where = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    where["OMP_NUM_THREADS"] = 1  # else accelerate asks for more threads, and those of a fork never start
-    os.environ.update({key: str(value) for key, value in where.items()})
+def of_two_ranks(group, folder):
     config = dict(max_steps=3, per_device_train_batch_size=2)
     found = {}
     for cls in (DPOTrainer, FineGrainedDPOTrainer):
@@ -297,17 +288,11 @@ def of_two_ranks(rank, folder, port):
     found["model"] = trained(FineGrainedDPOTrainer, folder, config=config, **options)[1]
     config["precompute_ref_log_probs"] = True
     trainer, found["columns"] = trained(FineGrainedDPOTrainer, folder, ref=False, config=config, **options)
-    if rank == 0:
-        torch.save((found, [dict(row) for row in trainer.train_dataset]), f"{folder}/ranks.pt")
-    torch.distributed.destroy_process_group()
+    return found, [dict(row) for row in trainer.train_dataset]
 
 
 def test_two_ranks_train_as_trls_do(folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(of_two_ranks, args=(folder, port), nprocs=2, start_method="fork")
-    found, rows = torch.load(f"{folder}/ranks.pt", weights_only=False)
+    (found, rows), _ = ranks.fresh(2, of_two_ranks, str(folder))
     assert apart(found["FineGrainedDPOTrainer"], found["DPOTrainer"]) <= BOUND
     assert apart(found["columns"], found["model"]) <= BOUND
     for one, other in zip(found["FineGrainedDPOTrainer"], found["DPOTrainer"], strict=True):

@@ -4,7 +4,6 @@ Accelerate shards no model on CPU ranks: each of the two gloo processes says to 
 what Accelerate, FSDP2 and the Trainer do on GPUs.
 """
 
-import os
 from contextlib import nullcontext
 
 import pytest
@@ -69,13 +68,10 @@ def trained(folder, world):
 
 
 def both_ways(group, folder):
-    rank, world = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     found = {}
     for way in ("stock", "patched"):
         with patch_kernels() if way == "patched" else nullcontext():
-            found[way], units = trained(folder, world)
+            found[way], units = trained(folder, group.size())
         assert {"FSDPHead", "FSDPQwen2DecoderLayer", "FSDPQwen2ForCausalLM"} <= units
     return found
 
@@ -88,7 +84,7 @@ def apart(ours, exact, *names):
 
 def test_dpo_under_fsdp2_with_a_trained_head_of_its_own_unit(tmp_path):
     exact, _ = trained(tmp_path, 1)
-    for found in ranks.processes(2, both_ways, str(tmp_path)):
+    for found in ranks.fresh(2, both_ways, str(tmp_path)):
         for ours, truth, bound in zip(found["patched"], exact, (1e-6, 1e-5), strict=True):
             assert apart(ours, truth, "lm_head.weight") <= bound
             assert apart(ours, truth, *truth) <= bound  # of the second step: of models that rounding has set apart

@@ -19,7 +19,7 @@ from torch.testing._internal.distributed import multi_threaded_pg
 from torch.utils._python_dispatch import TorchDispatchMode
 
 HERE = Path(__file__).parent
-PATIENCE = 2  # seconds after which ranks are taken to wait for each other
+PATIENCE = 120  # seconds after which ranks are taken to wait for each other
 
 
 def threads(ranks: int, function, *args) -> list:

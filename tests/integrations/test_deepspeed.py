@@ -57,7 +57,7 @@ def both_ways(group):
 def test_zero3_in_forward_and_backward():
     alone = model()
     (sum(common.step_of_dpo(alone, rank) for rank in (0, 1)) / 2).backward()
-    for found in ranks.processes(2, both_ways):
+    for found in ranks.fresh(2, both_ways):
         for way in ("stock", "patched"):
             for name, p in alone.named_parameters():
                 assert (found[way][name] - p.grad).norm() <= 1e-6 * p.grad.norm(), (way, name)

@@ -101,7 +101,7 @@ def test_parameters_come_back_bit_for_bit(error, dtype):
     model[0].bias.requires_grad_(False)
     before = [p.detach().clone() for p in model.parameters()]
     x = torch.randn(2, 3, 4).to(dtype)
-    meta = fk.MetaRM(model.parameters(), eta=0.3)
+    meta = fk.MetaRM(model.parameters(), eta=30.0)  # so far that what is subtracted again would not be what it was
 
     def body():
         with meta.ascend(difference_loss(model(x)[..., 0])):
@@ -311,13 +311,11 @@ def deepspeed_steps(group):
     """Two steps of DeepSpeed's engine by stage: largest difference of the parameters, and whether they came back."""
     rank = group.rank()
     import importlib
-    import os
 
     import deepspeed
 
     # a kernel for ranks on one machine, which would be compiled here
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     torch.manual_seed(1)
     x, found = torch.randn(2, 4, 3, 4), {}
@@ -348,7 +346,7 @@ def deepspeed_steps(group):
 
 def test_deepspeed():
     pytest.importorskip("deepspeed", reason="ZeRO itself needs deepspeed")
-    for found in ranks.processes(2, deepspeed_steps):
+    for found in ranks.fresh(2, deepspeed_steps):
         for stage in (1, 2, 3):
             assert found[stage][0]
             for one, other in zip(found["whole"][1], found[stage][1], strict=True):

@@ -8,17 +8,21 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from reprlib import repr as brief
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from . import report
 from .losses.strength import Strength, preference_strength
+from .ops._check import LARGEST
 
 ROWS = 4096  # read at a time
 POINTS = 3000  # drawn in the scatter
 FIELDS = (("difference", "differences"), ("chosen_score", "chosen_scores"), ("rejected_score", "rejected_scores"))
 TABLES = (".parquet", ".arrow")
+COLUMNS = ("strength", "strength_std", "vote", "soft_label", "margin", "flip", "weight")
 
 
 class UsageError(Exception):
@@ -47,18 +51,41 @@ def run(options: Options, *, say=print) -> Strength:
         raise UsageError(f"--scale must be above 0, got {options.scale:g}")
     if options.clamp is not None and not (math.isfinite(options.clamp) and options.clamp > 0):
         raise UsageError(f"--clamp must be above 0, got {options.clamp:g}")
-    if options.out and Path(options.out).resolve() in {Path(name).resolve() for name in options.files}:
-        raise UsageError(f"--out must be another file than the ones read, got {options.out}")
+    _check_written(options)
     strength, models = measure(options)
     columns = columns_of(strength, options)
     say(summary(strength, models, columns))
     if options.out:
-        write(options.out, rows(options.files[0]), columns)
-        say(f"wrote {options.out}")
+        replaced = _written("--out", options.out, lambda name: write(name, rows(options.files[0]), columns))
+        say(
+            f"wrote {options.out}"
+            + (f"; it replaces the columns {', '.join(replaced)} of the file" if replaced else "")
+        )
     if options.report:
-        draw(options.report, strength, models, options)
+        _written("--report", options.report, lambda name: draw(name, strength, models, options))
         say(f"wrote {options.report}")
     return strength
+
+
+def _check_written(options: Options) -> None:
+    """Now, not after the reading: what is written lies in a folder that exists, and is no other file of the call."""
+    taken = {Path(name).resolve(): "the ones read" for name in options.files}
+    for flag, name in (("--out", options.out), ("--report", options.report)):
+        if not name:
+            continue
+        place = Path(name).resolve()
+        if place in taken:
+            raise UsageError(f"{flag} must be another file than {taken[place]}, got {name}")
+        if place.is_dir() or not place.parent.is_dir():
+            raise UsageError(f"{flag} must be a file in a directory that exists, got {name}")
+        taken[place] = flag
+
+
+def _written(flag: str, name: str, make):
+    try:
+        return make(name)
+    except OSError as error:
+        raise UsageError(f"{flag} cannot be written: {error}") from error
 
 
 def measure(options: Options) -> tuple[Strength, int]:
@@ -124,8 +151,9 @@ def _numbers(row: dict, names: tuple[str, ...], place: str) -> list[float] | Non
             continue
         each = list(value) if isinstance(value, (list, tuple)) else [value]
         for one in each:
-            if isinstance(one, bool) or not isinstance(one, (int, float)) or not math.isfinite(one):
-                raise UsageError(f"{place}: {name} must be a finite number or a list of them, got {value!r}")
+            if isinstance(one, bool) or not isinstance(one, (int, float)) or not abs(one) <= LARGEST:
+                expected = f"a finite number of at most {LARGEST:.2g} in size, or a list of them"
+                raise UsageError(f"{place}: {name} must be {expected}, got {brief(value)}")
         if not each:
             raise UsageError(f"{place}: {name} is empty")
         return [float(one) for one in each]
@@ -146,16 +174,19 @@ def rows(name: str) -> Iterator[dict]:
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise UsageError(f"{name}: {error}") from error
         return
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # some editors put a byte order mark first
+                row = json.loads(text) if text.strip() else None
+            except UnicodeDecodeError as error:
+                raise UsageError(f"{name}, line {number}: not UTF-8: {error}") from error
+            except ValueError as error:  # of JSON, or a whole number of thousands of digits
                 raise UsageError(f"{name}, line {number}: not JSON: {error}") from error
+            if not text.strip():
+                continue
             if not isinstance(row, dict):
-                raise UsageError(f"{name}, line {number}: expected an object, got {line.strip()[:40]}")
+                raise UsageError(f"{name}, line {number}: expected an object, got {text.strip()[:40]}")
             yield row
 
 
@@ -174,16 +205,18 @@ def columns_of(strength: Strength, options: Options) -> dict[str, list]:
     if options.clamp is not None:
         margin = margin.clamp(-options.clamp, options.clamp)
     weight = torch.ones_like(margin) if options.drop is None else strength.weight(options.drop)
-    columns = dict(strength=strength.mean, strength_std=strength.std, vote=strength.vote, soft_label=strength.soft)
-    columns |= dict(margin=margin, flip=strength.weakest(options.flip), weight=weight)
-    return {name: column.tolist() for name, column in columns.items()}
+    flip = strength.weakest(options.flip)
+    found = (strength.mean, strength.std, strength.vote, strength.soft, margin, flip, weight)
+    return {name: column.tolist() for name, column in zip(COLUMNS, found, strict=True)}
 
 
-def write(name: str, source: Iterator[dict], columns: dict[str, list]) -> None:
-    """The rows with the new columns, in the format that the name's ending says."""
+def write(name: str, source: Iterator[dict], columns: dict[str, list]) -> list[str]:
+    """The rows with the new columns, in the format that the name's ending says; which columns the rows had already."""
+    replaced = set()
 
     def found():
         for i, row in enumerate(source):
+            replaced.update(columns.keys() & row.keys())
             yield row | {key: column[i] for key, column in columns.items()}
 
     if Path(name).suffix in TABLES:
@@ -195,15 +228,16 @@ def write(name: str, source: Iterator[dict], columns: dict[str, list]) -> None:
 
             with pyarrow.ipc.new_stream(name, table.data.schema) as stream:
                 stream.write_table(table.data.table)
-        return
-    with Path(name).open("w", encoding="utf-8") as lines:
-        for row in found():
-            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+    else:
+        with Path(name).open("w", encoding="utf-8") as lines:
+            for row in found():
+                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return sorted(replaced)
 
 
 def summary(strength: Strength, models: int, columns: dict[str, list]) -> str:
     mean, count = strength.mean, len(strength.mean)
-    low, middle, high = torch.quantile(mean, torch.tensor([0.1, 0.5, 0.9], dtype=mean.dtype)).tolist()
+    low, middle, high = np.quantile(mean.numpy(), [0.1, 0.5, 0.9]).tolist()  # torch's stops at 2^24 numbers
     lines = [
         f"{count} pairs, {models} models",
         f"strength: mean {mean.mean().item():.4g}, 10 % below {low:.4g}, median {middle:.4g}, 10 % above {high:.4g}",

@@ -414,6 +414,8 @@ MUTANTS = [
     Mutant("the spread of a sample", "losses/strength.py", "(square / count)", "(square / max(1, count - 1))", STRENGTH),
     Mutant("ties counted as votes", "losses/strength.py", "vote + (d > 0)", "vote + (d >= 0)", STRENGTH),
     Mutant("the strongest pairs taken for the weakest", "losses/strength.py", "self.mean.argsort(stable=True)", "self.mean.argsort(stable=True, descending=True)", STRENGTH),
+    Mutant("the command's page over a file it reads", "strength.py", "        if place in taken:", "        if place in taken and flag == '--out':", STRENGTH),
+    Mutant("prototypes held to the dtype of widened differences", "losses/contrastive.py", "{first.dtype, torch.promote_types(first.dtype, torch.float32)}", "{torch.promote_types(first.dtype, torch.float32)}", CONTRASTIVE),
     Mutant("margins of the command unscaled", "strength.py", "margin = options.scale * strength.mean", "margin = strength.mean", STRENGTH),
     Mutant("an own key among the negatives", "ops/contrast.py", ".scatter_(1, own, -torch.inf)", "", CONTRASTIVE),
     Mutant("mirrored keys pull", "ops/contrast.py", "similar.sub_(minus)", "similar.add_(minus)", CONTRASTIVE),

@@ -123,7 +123,8 @@ class FineGrainedRewardTrainer(RewardTrainer):
             last = [pick_scores(view.hidden_states[-1], mask=mask.bool()) for view in views]
             extra = dict(self.contrast_options)
             if self.contrast == "swav":
-                extra["prototypes"] = self.model.contrast_prototypes.to(last[0].dtype)
+                wide = torch.promote_types(last[0].dtype, torch.float32)
+                extra["prototypes"] = self.model.contrast_prototypes.to(wide)
             contrast = contrastive_loss(self.contrast, *last, **extra).loss
             loss = loss + self.contrast_weight * contrast
             self._metrics[mode]["contrast"].append(contrast.item())

@@ -66,7 +66,8 @@ def contrastive_loss(
     rows           "responses": each is a row. "differences": of P = N/2 pairs, chosen less rejected and its negative
     pairs          how pairs lie, for "differences": "halves" or "interleaved"
     temperature    τ; default: as above
-    prototypes     (K, D), of "swav": c, taken as unit vectors; they have a gradient, the codes q have none
+    prototypes     (K, D), of "swav": c, taken as unit vectors; they have a gradient, the codes q have none.
+                   In the dtype of first, or float32 beside half precision
     epsilon, iterations   of Sinkhorn, in logarithms
     group          a process group: keys (simcse) and Sinkhorn's sums (swav) are those of all its ranks. The loss is
                    this rank's share, its sum over ranks that of one rank with all rows: a framework that averages
@@ -94,7 +95,7 @@ def contrastive_loss(
     if (name == "swav") == (prototypes is None):
         missing = prototypes is None
         fail("prototypes", f"be {'given' if missing else 'None'} for {name!r}", None if missing else "a tensor")
-    mirrored = rows == "differences"
+    mirrored, allowed = rows == "differences", {first.dtype, torch.promote_types(first.dtype, torch.float32)}
     if mirrored:
         first, second = (_differences(x, pairs) for x in (first, second))
     sizes, rank = _sizes(first, group)
@@ -104,7 +105,7 @@ def contrastive_loss(
     else:
         epsilon = check_number("epsilon", epsilon, positive=True)
         iterations = check_integer("iterations", iterations, "be a whole number of at least 1", least=1)
-        check_tensor("prototypes", prototypes, dtypes=(first.dtype,), like=first)
+        check_tensor("prototypes", prototypes, dtypes=tuple(allowed), like=first)
         if prototypes.dim() != 2 or prototypes.shape[1] != first.shape[1] or not len(prototypes):
             fail("prototypes", f"have shape (K, {first.shape[1]})", tuple(prototypes.shape))
         options = dict(temperature=temperature, epsilon=epsilon, iterations=iterations)

@@ -101,6 +101,23 @@ def test_swav_of_differences():
     assert_close(ds, torch.autograd.grad(exact.loss, leaves)[0], rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("rows", ["responses", "differences"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_swav_of_half_precision_takes_prototypes_of_either_dtype(dtype, rows):
+    halves = [x.to(dtype) for x in (S, T, C)]
+    exact = fk.contrastive_loss("swav", *halves[:2], rows=rows, prototypes=halves[2].float(), epsilon=0.5)
+    wide = fk.contrastive_loss(
+        "swav", *(x.double() for x in halves[:2]), rows=rows, prototypes=halves[2].double(), epsilon=0.5
+    )
+    assert_close(exact.loss, wide.loss.float(), rtol=1e-5, atol=1e-5)
+    own = halves[2].clone().requires_grad_()
+    out = fk.contrastive_loss("swav", *halves[:2], rows=rows, prototypes=own, epsilon=0.5)
+    assert_close(out.loss.detach(), exact.loss, rtol=0, atol=0)
+    assert torch.autograd.grad(out.loss, own)[0].dtype == dtype
+    with pytest.raises(TypeError, match="prototypes must have dtype"):
+        fk.contrastive_loss("swav", *halves[:2], rows=rows, prototypes=C, epsilon=0.5)
+
+
 @pytest.mark.parametrize("block", [1, 40, 97, 2**22])
 @pytest.mark.parametrize("rows", ["responses", "differences"])
 def test_blocks_are_the_whole(block, rows, monkeypatch):

@@ -156,6 +156,8 @@ def test_command_reads_and_writes_tables(tmp_path, ending):
         ([dict(difference=1), dict(difference=[1, 2])], [], "numbers of 2 models, the ones before it of 1"),
         ([dict(difference=float("nan"))], [], "must be a finite number"),
         ([dict(difference=True)], [], "must be a finite number"),
+        ([dict(difference=10**400)], [], "must be a finite number of at most 3.4e+38 in size"),
+        ([dict(chosen_score=1e308, rejected_score=-1e308)], [], "must be a finite number of at most 3.4e+38 in size"),
         ([dict(chosen_scores=[1, 2], rejected_scores=[1])], [], "2 chosen and 1 rejected scores"),
         ([], [], "holds no pair"),
         ([dict(difference=1)], ["--flip", "101"], "--flip must be a percentage"),
@@ -174,6 +176,29 @@ def test_command_refuses_files_that_do_not_match(tmp_path, capsys):
     assert main(["strength", one, "--out", one]) == 2 and "another file" in capsys.readouterr().err
     assert main(["strength", "missing.jsonl"]) == 2 and "no such file" in capsys.readouterr().err
     assert columns_of and read(tmp_path / "1.jsonl") == [dict(difference=1)]
+
+
+def test_command_writes_over_nothing_it_reads_or_writes(tmp_path, capsys):
+    one, page = write(tmp_path / "1.jsonl", [dict(difference=1, vote=7)]), str(tmp_path / "page.html")
+    for options, message in (
+        (["--report", one], "--report must be another file than the ones read"),
+        (["--out", page, "--report", page], "--report must be another file than --out"),
+        (["--out", str(tmp_path / "none" / "out.jsonl")], "--out must be a file in a directory that exists"),
+        (["--report", str(tmp_path)], "--report must be a file in a directory that exists"),
+    ):
+        assert main(["strength", one, *options]) == 2 and message in capsys.readouterr().err
+    assert read(tmp_path / "1.jsonl") == [dict(difference=1, vote=7)] and len(list(tmp_path.iterdir())) == 1
+    assert main(["strength", one, "--out", page]) == 0
+    assert "replaces the columns vote of the file" in capsys.readouterr().out
+
+
+def test_command_reads_what_editors_write(tmp_path, capsys):
+    """A byte order mark is no part of the first row; text that is not UTF-8 is refused with its line."""
+    path, row = tmp_path / "in.jsonl", json.dumps(dict(difference=1, text="é"), ensure_ascii=False)
+    path.write_bytes(b"\xef\xbb\xbf" + f"{row}\r\n{row}\r\n".encode())
+    assert main(["strength", str(path)]) == 0 and "2 pairs, 1 models" in capsys.readouterr().out
+    path.write_bytes(f"{row}\n".encode() + f"{row}\n".encode("latin-1"))
+    assert main(["strength", str(path)]) == 2 and "line 2: not UTF-8" in capsys.readouterr().err
 
 
 def test_distributions_of_one_value():

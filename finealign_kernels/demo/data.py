@@ -1,6 +1,7 @@
 """From a feedback file to padded batches of pairs, with token weights from the spans."""
 
 import random
+import textwrap
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ class Answer(NamedTuple):
     offsets: list[tuple[int, int]]
     weights: list[float]
     scores: list[float]  # 0 where no span is read
+    lost: tuple[int, int] = (0, 0)  # tokens cut off: in front of the prompt, behind the response
 
 
 class Pair(NamedTuple):
@@ -113,7 +115,40 @@ def encode_answer(options, tokenizer, prompt, response, scored):
         offsets=offsets,
         weights=[1.0] * len(offsets),
         scores=span_scores(offsets, response.text, scored),
+        lost=(max(0, start - options.max_prompt), max(0, len(encoded.offsets) - options.max_response)),
     )
+
+
+def cut_sentence(options, answers):
+    """What --max-prompt and --max-response leave out of the answers that are read; empty where that is nothing."""
+    prompts, ends = (sum(answer.lost[i] > 0 for answer in answers) for i in (0, 1))
+    parts = []
+    if prompts:
+        kept = f"its last {options.max_prompt} tokens (--max-prompt)"
+        parts.append(f"The prompt is cut to {kept} for {prompts} of {len(answers)} answers.")
+    if ends:
+        part = f"{ends} of {len(answers)} answers are cut to their first {options.max_response} tokens (--max-response)"
+        lost = sum(len(spans_beyond(answer)) for answer in answers)
+        marked = sum(len(answer.response.spans) for answer in answers)
+        parts.append(part + (f", which leaves out {lost} of {marked} marked spans." if lost else "."))
+    return " ".join(parts)
+
+
+def spans_beyond(answer):
+    """The spans that no token of the answer shows."""
+    spans = answer.response.spans
+    ranges = feedback.token_spans(answer.offsets, answer.response.text, spans)
+    return [span for span, (_, stop) in zip(spans, ranges, strict=True) if not stop]
+
+
+def say_cuts(options, answers):
+    sentence = cut_sentence(options, answers)
+    if sentence:
+        print(textwrap.fill(sentence, 100), flush=True)
+
+
+def cut_facts(options):
+    return {"tokens read": f"last {options.max_prompt} of a prompt, first {options.max_response} of an answer"}
 
 
 def make_batch(options, model, pairs):

@@ -13,7 +13,7 @@ from ..losses.contrastive import contrastive_loss, dropout_views
 from ..losses.pairs import pick_scores
 from ..losses.reward import reward_loss
 from ..losses.strength import Strength, preference_strength
-from .data import read_examples
+from .data import read_examples, say_cuts
 from .models import load_causal
 from .options import UsageError
 from .reward_data import Pairs, read_judgements, read_pairs, standardised
@@ -81,7 +81,9 @@ def run(options):
     causal, tokenizer = load_causal(options, examples)
     body = half(causal.base_model)
     print(f"reading {len(judgements[0])} pairs to train on and {len(judgements[1])} held-out ones ...", flush=True)
-    pairs = standardised(*(read_pairs(options, body, tokenizer, part) for part in judgements))
+    pairs = [read_pairs(options, body, tokenizer, part) for part in judgements]
+    say_cuts(options, [one.answer for part in pairs for one in part.answers])
+    pairs = standardised(*pairs)
     print("training reward heads ...", flush=True)
     result = train_all(options, *pairs)
     print(summary(options, result))

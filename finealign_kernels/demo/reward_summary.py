@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__, report
-from .data import spans_of_tokens, texts_of_tokens
+from .data import cut_facts, spans_of_tokens, texts_of_tokens
 from .models import name_of
 from .summary import faults_of, text_table
 
@@ -111,6 +111,7 @@ def _facts(options, result):
         "labels turned over": f"{result.train.planted.float().mean().item():.0%}" if not options.data else "not known",
         "turned by “flip”": f"{int(result.weakest.sum())} weakest",
         "data": Path(options.data).name if options.data else "faults planted in the shipped sample",
+        **cut_facts(options),
         "seed": options.seed,
         "threads": torch.get_num_threads(),
         "finealign-kernels": __version__,

@@ -16,7 +16,7 @@ from ..ops.logprobs import linear_logprobs
 from ..rl.advantages import advantages
 from ..rl.groups import group_advantages
 from ..rl.rewards import token_rewards
-from .data import read_examples
+from .data import read_examples, say_cuts
 from .heads import backward, differences, refuse_difference, sizes
 from .models import hidden_states, load_model
 from .options import lr_of
@@ -64,6 +64,7 @@ def run(options):
     print("loading the model ...", flush=True)
     model = load_model(options, examples)
     rollouts = read_rollouts(options, model, examples)
+    say_cuts(options, [answer for rollout in rollouts for answer in rollout.answers])
     updates, last = train(options, model, rollouts)
     costs = head_costs(options, model, last, updates)
     print(summary(options, model, last.batch, updates, costs))

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__, report
-from .data import spans_of_tokens, texts_of_tokens
+from .data import cut_facts, spans_of_tokens, texts_of_tokens
 from .effect import sorts_of
 from .heads import LIMIT
 from .options import average_of, beta_of, lr_of, percent_of, scores_of, threshold_of, warmup_of
@@ -162,6 +162,7 @@ def head_facts(options, model):
         "training": "LoRA, head frozen" if options.lora else "all parameters",
         "trained parameters": f"{trained:,}",
         "data": Path(options.data).name if options.data else "shipped sample",
+        **cut_facts(options),
         "seed": options.seed,
         "threads": torch.get_num_threads(),
         "finealign-kernels": __version__,

@@ -121,6 +121,30 @@ def test_rows_predict_the_response_tokens(examples):
             )
 
 
+def test_what_is_cut_is_said(tmp_path, capsys):
+    """Prompts lose their start, answers their end and the spans there; without a cut nothing is said."""
+    text = "One good part, one bad part."
+    marked = feedback.Response(text, (feedback.Span(0, 3, "a"), feedback.Span(19, 27, "b"))), feedback.Response("Yes.")
+    example = feedback.Example("e", "Why is the sky blue?", marked, (feedback.Preference(1, 0),))
+    tokenizer = models.load_model(options(), [example]).tokenizer
+    for cuts, said in (
+        ({}, ""),
+        (dict(max_prompt=2), "The prompt is cut to its last 2 tokens (--max-prompt) for 2 of 2 answers."),
+        (
+            dict(max_response=1),
+            "2 of 2 answers are cut to their first 1 tokens (--max-response), which leaves out 1 of 2 marked spans.",
+        ),
+    ):
+        chosen = options(**cuts)
+        (pair,) = data.read_pairs(chosen, tokenizer, [example])
+        assert data.cut_sentence(chosen, [pair.chosen, pair.rejected]) == said
+    for way in ([], ["--rl"], ["--reward", "4"]):
+        small = ["--model", "tiny", "--max-prompt", "3", "--report", str(tmp_path / "page.html")]
+        assert main(["demo", *small, *way, *([] if "--reward" in way else ["--steps", "2", "--pairs", "1"])]) == 0
+        assert "The prompt is cut to its last 3 tokens (--max-prompt)" in " ".join(capsys.readouterr().out.split())
+        assert "last 3 of a prompt, first 80 of an answer" in (tmp_path / "page.html").read_text()
+
+
 def test_faults_weigh_more_in_the_rejected_answer_and_less_in_the_chosen(examples):
     tokenizer = models.load_model(options(), examples).tokenizer
     text = "One good part, one bad part."

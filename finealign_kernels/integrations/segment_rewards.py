@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from ..feedback.segments import Range, segment_tokens, sub_sentences
 from ..feedback.spans import encode
 from ..formulas.rewards import SegmentRewards
-from ..ops._check import check_number, check_one_of, fail
+from ..ops._check import check_integer, check_number, check_one_of, fail, number
+from ..ops._warn import warn_once
 
 
 class Judgement(NamedTuple):
@@ -40,7 +41,8 @@ class SegmentRewardModel:
     placed      "open" or "close"
     soft        the mean of the rewards under the softmax of the named classes, instead of the largest
     weight      of this model's rewards among others'
-    max_length  tokens of the input; a segment whose separator lies beyond has no reward: it counts 0
+    max_length  tokens of the input, at most as many as the model's config and the tokenizer say that they take; a
+                segment whose separator lies beyond has no reward: it counts 0, and a warning says so once
 
     Source: arXiv:2306.01693 and its code (open, hard, two of three classes compared); close and soft are derived.
     """
@@ -60,17 +62,27 @@ class SegmentRewardModel:
         batch_size: int = 16,
     ):
         check_one_of("placed", placed, ("open", "close"))
-        if len(rewards) < 2:
-            fail("rewards", "name two classes or more", dict(rewards))
+        if not getattr(tokenizer, "is_fast", False):
+            fail("tokenizer", "be a fast one of transformers, which gives offsets", f"a {type(tokenizer).__name__}")
+        if not isinstance(rewards, Mapping) or len(rewards) < 2:
+            fail("rewards", "name two classes or more, {class: reward}", rewards)
         for label, reward in rewards.items():
+            check_integer("rewards", label, "name classes by whole numbers of at least 0", least=0)
             check_number(f"rewards[{label}]", reward)
         if separator is None:
             separator = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
         if separator is None:
             fail("separator", "be given for a tokenizer without separator and end of sequence", None)
+        separator = check_integer("separator", separator, f"be a token id below {len(tokenizer)}", least=0)
+        if separator >= len(tokenizer):
+            fail("separator", f"be a token id below {len(tokenizer)}", separator)
+        for name, value in (("max_length", max_length), ("batch_size", batch_size)):
+            check_integer(name, value, "be a whole number of at least 1", least=1)
+        takes = getattr(getattr(model, "config", None), "max_position_embeddings", None) or max_length
         self.model, self.tokenizer, self.rewards, self.split = model, tokenizer, dict(rewards), split
-        self.separator, self.placed, self.soft, self.weight = separator, placed, soft, weight
-        self.max_length, self.batch_size = max_length, batch_size
+        self.separator, self.placed, self.soft = separator, placed, soft
+        self.weight, self.batch_size = check_number("weight", weight), batch_size
+        self.max_length = min(max_length, takes, tokenizer.model_max_length)
 
     def encode(self, prompt: str, text: str, segments: Sequence[Range]) -> tuple[list[int], list[int]]:
         """Token ids of the input, and the place of each segment's separator; what is beyond max_length is cut off."""
@@ -88,25 +100,29 @@ class SegmentRewardModel:
 
         classes  of the segments of each text, as many as `split` finds; -100: not judged
         """
-        rows, labels = [], []
+        check_as_many(prompts=prompts, texts=texts, classes=classes)
+        rows, labels, lost, many = [], [], 0, 0
         for prompt, text, given in zip(prompts, texts, classes, strict=True):
             segments = list(self.split(text))
             if len(given) != len(segments):
                 fail("classes", f"hold {len(segments)} classes for {text[:40]!r}", len(given))
             ids, places = self.encode(prompt, text, segments)
+            lost, many = lost + len(segments) - len(places), many + len(segments)
             row = [-100] * len(ids)
             for place, one in zip(places, given, strict=False):
                 row[place] = one
             rows.append(ids)
             labels.append(row)
+        self._warn_of_lost("have no label", lost, many)
         return self._padded(rows), _stacked(labels, -100, self._device())
 
     @torch.no_grad()
     def judge(self, prompts: Sequence[str], texts: Sequence[str]) -> list[Judgement]:
         """The judgement of each text; a text without segments has an empty one."""
+        check_as_many(prompts=prompts, texts=texts)
         named, training = list(self.rewards), self.model.training
         value = torch.tensor([self.rewards[one] for one in named], dtype=torch.float32)
-        found = []
+        found, many = [], 0
         self.model.eval()
         try:
             for low in range(0, len(texts), self.batch_size):
@@ -114,15 +130,19 @@ class SegmentRewardModel:
                 cut = [list(self.split(text)) for text in texts[part]]
                 coded = [self.encode(*both) for both in zip(prompts[part], texts[part], cut, strict=True)]
                 logits = self.model(**self._padded([ids for ids, _ in coded])).logits
+                if logits.dim() != 3:
+                    fail("model", "give logits (B, T, C), one row a token", tuple(logits.shape))
                 for row, (_, places), segments in zip(logits, coded, cut, strict=True):
                     own = row[torch.tensor(places, dtype=torch.int64, device=row.device)].float().cpu()
-                    if max(named) >= own.shape[1] or min(named) < 0:
+                    if max(named) >= own.shape[1]:
                         fail("rewards", f"name classes in [0, {own.shape[1]})", named)
-                    scores = own[:, named]
+                    scores, many = own[:, named], many + len(segments)
                     reward = scores.softmax(1) @ value if self.soft else value[scores.argmax(1)]
+                    reward = torch.where(scores.isnan().any(1), torch.nan, reward)  # argmax takes NaN for a class
                     found.append(Judgement(segments[: len(places)], own, reward))
         finally:
             self.model.train(training)
+        self._warn_of_lost("have no reward", many - sum(len(one.segments) for one in found), many)
         return found
 
     def __call__(
@@ -139,11 +159,14 @@ class SegmentRewardModel:
         offsets  (start, end) in the text of each token of the policy, as feedback.decode gives them
         first    the column at which a response's tokens start in the policy's batch, one for all or one each
 
-        Returns SegmentRewards on the CPU.
+        Returns SegmentRewards on the CPU; a segment whose logits are NaN has a reward of NaN.
         """
-        if not len(prompts) == len(texts) == len(offsets):
-            fail("prompts, texts and offsets", "be as many", f"{len(prompts)}, {len(texts)} and {len(offsets)}")
-        starts = [first] * len(texts) if isinstance(first, int) else list(first)
+        check_as_many(prompts=prompts, texts=texts, offsets=offsets)
+        first = first.tolist() if isinstance(first, Tensor) else first
+        starts = [first] * len(texts) if number(first) is not None else list(first)
+        if len(starts) != len(texts):
+            fail("first", f"be a column, or {len(texts)} of them", f"{len(starts)} of them")
+        starts = [check_integer("first", start, "hold columns of at least 0", least=0) for start in starts]
         rewards, ends, bounds = [torch.empty(0)], [], [0]
         for text, own, judged, start in zip(texts, offsets, self.judge(prompts, texts), starts, strict=True):
             ends += [start + t for t in segment_tokens(own, text, judged.segments)]
@@ -151,6 +174,11 @@ class SegmentRewardModel:
             bounds.append(len(ends))
         end, cu_segments = (torch.tensor(x, dtype=torch.int64) for x in (ends, bounds))
         return SegmentRewards(torch.cat(rewards), end, cu_segments, weight=self.weight)
+
+    def _warn_of_lost(self, what: str, lost: int, many: int) -> None:
+        if lost:
+            where = f"their separators lie beyond max_length, {self.max_length} tokens of prompt and response"
+            warn_once(f"SegmentRewardModel {what}", f"SegmentRewardModel: {lost} of {many} segments {what}: {where}")
 
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
@@ -160,6 +188,16 @@ class SegmentRewardModel:
         device = self._device()
         mask = _stacked([[1] * len(row) for row in rows], 0, device)
         return dict(input_ids=_stacked(rows, pad, device), attention_mask=mask)
+
+
+def check_as_many(**lists) -> None:
+    """Lists of one thing a response each: as many, and no string, whose characters would be taken for texts."""
+    for name, value in lists.items():
+        if isinstance(value, str):
+            fail(name, "be a list, one a response", "a str", TypeError)
+    counts = [len(value) for value in lists.values()]
+    if len(set(counts)) > 1:
+        fail(" and ".join(lists), "be as many", " and ".join(map(str, counts)))
 
 
 def _stacked(rows: list[list[int]], fill: int, device: torch.device) -> Tensor:

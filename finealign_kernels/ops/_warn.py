@@ -5,8 +5,10 @@ import warnings
 from pathlib import Path
 
 from torch import Tensor
+from torch.utils import _contextlib
 
 PACKAGE = str(Path(__file__).resolve().parent.parent)
+DECORATORS = _contextlib.__file__  # torch.no_grad() on a function of ours stands between it and its caller
 
 _given: set[str] = set()  # what has been warned about
 
@@ -17,7 +19,7 @@ def warn_once(about: str, message: str) -> None:
         return
     _given.add(about)
     level, frame = 1, sys._getframe()
-    while frame is not None and frame.f_code.co_filename.startswith(PACKAGE):
+    while frame is not None and frame.f_code.co_filename.startswith((PACKAGE, DECORATORS)):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, UserWarning, stacklevel=level)
 

@@ -58,10 +58,12 @@ def test_end_to_end(tmp_path, capsys):
 def test_judgements_of_a_file_stay_as_they_are(tmp_path, capsys):
     data, path = tmp_path / "sample.jsonl", tmp_path / "report.html"
     feedback.write(data, feedback.sample()[:9])
-    assert main([*TINY, "--reward", "--data", str(data), "--report", str(path)]) == 0
+    assert main([*TINY, "--reward", "--max-prompt", "3", "--data", str(data), "--report", str(path)]) == 0
     page = path.read_text(encoding="utf-8")
     assert "right labels" not in page and "Ranked right, %, by votes" in page and "not known" in page
-    assert "had their labels turned over" not in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "had their labels turned over" not in output and "last 3 of a prompt, first 80 of an answer" in page
+    assert "The prompt is cut to its last 3 tokens (--max-prompt)" in output
     train, held = reward_data.read_judgements(options(data=str(data)), feedback.sample()[:9])
     assert not any(pair.planted for pair in [*train, *held])
     real = {

@@ -54,8 +54,10 @@ def test_end_to_end(policy, way, tmp_path, capsys):
 
 def test_without_a_value_it_is_ppo(tmp_path, capsys):
     path = tmp_path / "report.html"
-    assert main([*TINY, "--report", str(path), "--rl"]) == 0
-    assert "PPO on tiny" in path.read_text(encoding="utf-8")
+    assert main([*TINY, "--max-prompt", "3", "--report", str(path), "--rl"]) == 0
+    page = path.read_text(encoding="utf-8")
+    assert "PPO on tiny" in page and "last 3 of a prompt, first 80 of an answer" in page
+    assert "The prompt is cut to its last 3 tokens (--max-prompt)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("policy", demo.POLICIES)

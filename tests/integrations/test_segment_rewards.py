@@ -1,11 +1,15 @@
 """Fine-grained reward models: golden values of section 4.10, transformers' own loss, and from text to advantages."""
 
+import warnings
+
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
 import finealign_kernels as fk
 from finealign_kernels import feedback
+from finealign_kernels.ops import _warn
 
 F64 = torch.float64
 LOGITS = torch.tensor([[0.1, 1, -0.5], [0, -0.3, 0.8]], dtype=F64)
@@ -167,6 +171,83 @@ def test_a_causal_model_and_soft_rewards():
     alone = judge.judge(["sun"], some[1:2])[0]
     assert_close(alone.logits, found[1].logits)  # padding does not count
     assert len(judge([], [], []).reward) == 0
+
+
+def test_segments_beyond_the_length_are_warned_of_once():
+    """Also where model or tokenizer take less than max_length; the warning is at the caller's line."""
+    text = "The sun is a star. It has planets."
+    for options, kept in ((dict(max_length=9), 1), (dict(max_length=2048), 0)):
+        judge = build(**options)
+        prompt = "the star " * (1 if kept else 40)
+        _warn._given.clear()
+        with pytest.warns(
+            UserWarning, match=f"{2 - kept} of 2 segments have no reward: .* {judge.max_length} tokens"
+        ) as caught:
+            (found,) = judge.judge([prompt], [text])
+        assert caught[0].filename == __file__ and len(found.segments) == kept and judge.max_length in (9, 64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            judge.judge([prompt], [text])
+        with pytest.warns(UserWarning, match=f"{2 - kept} of 2 segments have no label"):
+            _, labels = judge.batch([prompt], [text], [[0, 1]])
+        assert int((labels >= 0).sum()) == kept
+    words = tokenizer()
+    words.model_max_length = 7
+    assert fk.SegmentRewardModel(classifier(), words, {0: 0.3, 1: -0.3}).max_length == 7
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build().judge(["the star"], [text])
+
+
+def test_logits_of_nan_are_no_class():
+    judge = build()
+    with torch.no_grad():
+        judge.model.classifier.bias[1] = torch.nan  # argmax would take it for class 1
+    for soft in (False, True):
+        judge.soft = soft
+        assert judge.judge(["the"], ["The sun. The star."])[0].reward.isnan().all()
+    judge.rewards = {0: 0.3, 2: -0.3}  # the class of NaN is not read
+    assert not judge.judge(["the"], ["The sun."])[0].reward.isnan().any()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(weight=float("nan")), "weight must be a finite number"),
+        (dict(max_length=0), "max_length must be a whole number"),
+        (dict(batch_size=2.5), "batch_size must be a whole number"),
+        (dict(separator="[SEP]"), "separator must be a token id below"),
+        (dict(separator=2000), "separator must be a token id below"),
+    ],
+)
+def test_options_are_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        build(**options)
+
+
+def test_arguments_are_refused_by_name():
+    judge, one = build(), [[(0, 3), (4, 7)]]
+    for rewards in ([0.3, -0.3], {"0": 0.3, "1": -0.3}, {-1: 0.3, 0: 0.1}):
+        with pytest.raises(ValueError, match="rewards must name"):
+            fk.SegmentRewardModel(judge.model, judge.tokenizer, rewards)
+    with pytest.raises(ValueError, match="tokenizer must be a fast one"):
+        fk.SegmentRewardModel(judge.model, object(), judge.rewards)
+    with pytest.raises(TypeError, match="texts must be a list, one a response, got a str"):
+        judge.judge(["the"], "sun")
+    with pytest.raises(ValueError, match="prompts and texts must be as many, got 1 and 2"):
+        judge.judge(["the"], ["sun", "star"])
+    with pytest.raises(ValueError, match="prompts and texts and classes must be as many"):
+        judge.batch(["the"], ["sun"], [[0], [1]])
+    for first, message in (([0, 1], "2 of them"), (-1, "got -1"), ([0.5], "got 0.5")):
+        with pytest.raises(ValueError, match=f"first must .*{message}"):
+            judge(["the"], ["the sun"], one, first=first)
+    for first in (2, np.int64(2), [2], torch.tensor([2])):
+        assert judge(["the"], ["the sun"], one, first=first).end.tolist() == [3]
+    import transformers
+
+    whole = transformers.BertForSequenceClassification(judge.model.config)
+    with pytest.raises(ValueError, match=r"model must give logits \(B, T, C\)"):
+        fk.SegmentRewardModel(whole, judge.tokenizer, judge.rewards).judge(["the"], ["sun"])
 
 
 def test_refusals():

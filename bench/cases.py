@@ -279,7 +279,8 @@ def policy(shape: shapes.Packed, case: str, dtype: torch.dtype, device: torch.de
     random = _generator(device)
     size = (shape.S, shape.N // shape.S)
     old_logp = -torch.rand(size, generator=random, device=device)
-    logp, ref_logp = (old_logp + 0.2 * torch.randn(size, generator=random, device=device) for _ in range(2))
+    # -|x|: no log-prob is above 0, and far from 0 the differences stay normal
+    logp, ref_logp = (-(old_logp + 0.2 * torch.randn(size, generator=random, device=device)).abs() for _ in range(2))
     mask = torch.rand(size, generator=random, device=device) < 0.9
     share = 1 / mask.sum() if case == "token" else 1 / (shape.S * mask.sum(1, keepdim=True).clamp(min=1))
     return Sample(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..ops._check import OUTPUTS, fail
 from ..ops.logprobs import linear_logprobs
+from ._versions import check_version
 from ._zero3 import is_sharded, saved_as_shards
 
 TRAINERS = {  # name -> module, imported at its first use: it imports TRL
@@ -58,7 +59,7 @@ _warned: set[tuple[str, str]] = set()  # trainer, column
 
 def __getattr__(name: str):
     if name in TRAINERS:
-        check_version(name)
+        check_trl(name)
         return getattr(import_module(f".{TRAINERS[name]}", __package__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
@@ -165,19 +166,18 @@ def _regathered(utils, weight: Tensor, bias: Tensor | None, head: Tensor):
     return saved_as_shards(utils.maybe_gather_lm_head_ctx, weight, bias, head)
 
 
-def check_version(who: str) -> None:
-    """Refuses a TRL that is not there, or of a version that is not known here."""
+def check_trl(who: str) -> None:
+    """Raises ImportError where TRL cannot be imported, RuntimeError for a version that is not known here."""
     try:
-        import trl
+        import trl  # noqa: F401
     except ImportError as error:
         raise ImportError(f"{who} needs TRL ({error}); pip install 'finealign-kernels[trl]'") from error
-    if ".".join(trl.__version__.split(".")[:2]) not in VERSIONS:
-        fail("trl", f"be of version {' or '.join(VERSIONS)}", trl.__version__, RuntimeError)
+    check_version("trl", VERSIONS)
 
 
 def _known():
     """trl.trainer.utils, if this is a TRL whose function can be replaced."""
-    check_version("patch_kernels")
+    check_trl("patch_kernels")
     from trl.trainer import utils
 
     if _patches:

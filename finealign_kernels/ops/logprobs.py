@@ -77,63 +77,30 @@ def linear_logprobs(
         z = softcap(logit_scale · (hidden @ weightᵀ + u @ bᵀ + bias)) / temperature,  softcap(y) = c tanh(y / c)
 
     hidden       (..., D) float; row n predicts labels[n]: the caller has already shifted
-    weight       (V, D), same dtype and device as hidden (under autocast both are cast to its dtype). Of a head with an
-                 adapter (LoRA) it is the base weight. Where PEFT's module can be found, its adapter is active and none
-                 is given, that is refused if hidden or weight has a gradient; if not, a warning says so once
+    weight       (V, D), same dtype and device as hidden (under autocast both are cast to its dtype)
     labels       (...) int32 or int64
     bias         (V,) float; -inf takes an id out of the vocabulary (padded heads)
-    adapter      (u, b), u (..., R) and b (V, R) of one float dtype: a low-rank part of the head, with a gradient of its
-                 own. LoRA on the head is u = s · dropout(hidden) @ Aᵀ, b = B, exactly: two products a tile, no merged
-                 copy of the head, and A has its gradient through u. Several adapters stand side by side in R. Not on
-                 "triton_fused", nor with a group; a compiler leaves it out of its graph
-    mask         (...) bool (or ints, 0 and 1): True where a row is computed. Where it is False, or the label is
-                 ignore_index, every output is 0, the row is not multiplied by the head (its hidden state may be NaN),
-                 and gradients that arrive at its outputs are ignored
-    temperature, softcap > 0; logit_scale finite. temperature may be a tensor in the shape of labels, a constant, one
-                 number a row: by torch's row operations, not by the native or Triton ones
-    support      (..., K) int32 or int64: ids of the tokens that the sampler kept in each row (top-k, top-p, min-p), so
-                 that a policy ratio is of two distributions over one set. Every output is of the softmax over these ids
-                 alone, and so is the gradient; a negative id fills a shorter row; order and repetition do not matter.
-                 The label must be one of them. None: all. Not by "triton_fused"; under a group all ids, on every rank
-    outputs      further outputs to compute: "entropy", "log_sum_sq_probs", "mean_logits", "is_top1". A row with a
-                 gradient of mean_logits is computed twice, whatever workspace is
-    workspace    memory budget, in bytes, for the softmax numerators that are saved for backward; rows that fit are not
-                 computed twice. A number, 0, "full" (all rows), or "auto": as many bytes as weight has. It depends on
-                 the arguments alone, never on free memory. Nothing is saved where a float32 bias with a gradient is
-                 beside a half-precision head, because its gradient is summed from float32 terms
-    compact      how rows without a label or without a gradient are left out. "host" copies their number to the host
-                 (one synchronization a direction on a GPU). "device" does not, and computes them too; the products of
-                 "triton_fused" stop at the number, which stays on the device. "auto" is "host", unless a CUDA graph is
-                 being captured. Under torch.compile "auto" is "host": with mode="reduce-overhead", which captures a
-                 graph later, pass "device"
-    batch_invariant  True selects "triton_fused", or raises. Every output of a row then has the same bits for any
-                 number of rows, place in the batch, mask, compact and workspace. This holds on one GPU with one version
-                 of Triton, for one head (the memory of weight and bias, options, outputs) and hidden states of one
-                 layout (strides, start at a multiple of 16 bytes or not). It holds for outputs only: gradients repeat
-                 bit for bit, but the shapes of their products depend on which rows have a gradient
-    group        the ranks that the vocabulary is split over (torch.distributed.ProcessGroup): weight (V_local, D) and
-                 bias (V_local,) are this rank's; hidden, labels (global ids), mask and options the same on all of them.
-                 The outputs are those of the whole head, to the bit the same on all ranks. One all-gather of 16 bytes a
-                 row and rank (4 to 16 more for outputs other than entropy); backward none but the sum of dX. Under
-                 torch.compile it is one node of the graph. Not yet run on GPUs
-    vocab_start  id of this rank's first column; None: its rank · V_local. Required where shards differ in size
-    vocab_size   true size of the vocabulary: columns behind it are padding, in no softmax and with gradient 0, also
-                 without a group. None: all columns count
-    hidden_grad  what hidden's gradient is on a rank: "none", as None: its part of the sum (the caller sums, as
-                 Megatron's layers do), "all_reduce": the sum, "reduce_scatter": hidden (n, ..., D) holds this rank's
-                 share of the rows, labels (ranks · n, ...) all; hidden is gathered, forward and backward, and its
-                 gradient is of its share. The sum is of float32.
-                 A weight that is a DTensor: None gathers it, and its gradient is the mean over its ranks (FSDP2); a
-                 name says that hidden is the same on them, and the head stays sharded over the vocabulary. A plain
-                 bias is then whole on every rank, and a rank has the gradient of its own entries alone
-    backend      "auto", "reference" (any order of derivative), "torch", "native", "triton", "triton_fused" (product
-                 and row statistics in one kernel). The fused backend has not been benchmarked on a GPU yet, so "auto"
-                 selects it for batch_invariant=True only; else it selects "triton" on a GPU, which multiplies with the
-                 vendor's library
+    adapter      (u, b), u (..., R) and b (V, R): the low-rank part of a head with LoRA, beside its base weight
+    mask         (...) bool: True where a row is computed. Where it is False, or the label is ignore_index, every output
+                 is 0, hidden may be NaN, and gradients that arrive at the outputs are ignored
+    temperature, softcap > 0; logit_scale finite. temperature may be a constant tensor in the shape of labels
+    support      (..., K) int: the token ids that each row's softmax is over (top-k, top-p); negative ids fill up a row
+    outputs      further outputs to compute: "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"
+    workspace    memory budget, in bytes, for softmax numerators saved for backward: a number, 0, "full" (all rows), or
+                 "auto" (as many bytes as weight has). Rows that fit are not computed twice
+    compact      how rows without a label or a gradient are left out: "host" reads their number on the host, "device"
+                 computes them too, "auto" is "host" unless a CUDA graph is being captured
+    batch_invariant  True: a row's outputs have the same bits whatever else is in the batch. "triton_fused", or raises
+    group        the ranks that the vocabulary is split over; weight and bias are then this rank's part
+    vocab_start  id of this rank's first column; None: its rank · V_local
+    vocab_size   true size of the vocabulary: columns behind it are padding; None: all columns count
+    hidden_grad  under a group: "none" (hidden's gradient is this rank's part of it), "all_reduce", "reduce_scatter"
+    backend      "auto", "reference" (any order of derivative), "torch", "native", "triton", "triton_fused"
+
+    docs/guides/log-probs.md says more of each argument: "Arguments in detail".
 
     Returns LogProbs, each (...). Differentiable once, in hidden, weight, bias and adapter; the gradient of an input
-    comes back in its dtype, accumulated in float32. In backward, rows whose upstream gradient is exactly 0 are dropped
-    before the products. Results repeat bit for bit.
+    comes back in its dtype, accumulated in float32. Results repeat bit for bit.
     Raises  TypeError, ValueError naming argument, expectation and finding; IndexError for a label outside [0, V), or of
             its row's support, on a CPU (elsewhere the row is NaN and check_errors() raises), or that not exactly one
             rank holds; RuntimeError for a backend that cannot run here.

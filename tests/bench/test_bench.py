@@ -485,11 +485,13 @@ def test_a_sweep_times_no_wrong_answer(kernel, written, at, sweep, monkeypatch):
 
 
 def test_every_tile_that_is_swept_fits_a_chunk(sweep):
+    import swept_kernels as swept
+
     for kernel in sweep.KERNELS.values():
         if kernel.sample is sweep.products:
-            tiles = [sweep.heads.Config(*launch) for launch in kernel.launches]
-            assert all(sweep.CHUNK % tile.columns == 0 and tile.columns >= sweep.SMALLEST for tile in tiles)
-            assert all(sweep.heads.Config(*sweep.numbers(tile)) == tile for tile in tiles)
+            tiles = [swept.heads.Config(*launch) for launch in kernel.launches]
+            assert all(swept.CHUNK % tile.columns == 0 and tile.columns >= swept.SMALLEST for tile in tiles)
+            assert all(swept.heads.Config(*swept.numbers(tile)) == tile for tile in tiles)
 
 
 def test_the_best_of_a_sweep_are_lines_of_the_tables(sweep, tmp_path, capsys):

@@ -9,6 +9,7 @@
 // Covered: 1-D grids and blocks, static shared memory, __syncthreads, __syncthreads_and, __syncwarp, __shfl_*_sync, the
 // float types.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -52,7 +53,9 @@ struct Index {
 };
 
 struct Thread {
-  ucontext_t context;
+  ucontext_t start;  // how it is entered the first time; a change of context asks the kernel for the signal mask
+  jmp_buf at;        // where it waits: a jump asks for nothing, and is what most changes are
+  bool entered = false;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   State state = State::ready;
   unsigned mask = 0, source = 0;  // of the shuffle it waits in: lanes that take part, lane it reads
@@ -62,7 +65,7 @@ struct Thread {
 
 struct Block {
   std::vector<Thread> threads;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   unsigned current = 0;
   std::function<void()> kernel;
   std::exception_ptr failure;
@@ -80,16 +83,18 @@ inline Index thread_index, block_index, block_size, grid_size;
 inline void wait(State state) {
   Thread& self = block->threads[block->current];
   self.state = state;
-  swapcontext(&self.context, &block->scheduler);
+  if (_setjmp(self.at) == 0) _longjmp(block->scheduler, 1);
 }
 
 inline void run_thread() {
-  try {
-    block->kernel();
-  } catch (...) {  // an exception may not leave its fiber
-    block->failure = std::current_exception();
+  for (;;) {  // a block after another
+    try {
+      block->kernel();
+    } catch (...) {  // an exception may not leave its fiber
+      block->failure = std::current_exception();
+    }
+    wait(State::done);
   }
-  wait(State::done);
 }
 
 template <typename T>
@@ -110,7 +115,12 @@ T shuffle(unsigned mask, T value, unsigned source) {
 inline void resume(unsigned i) {
   block->current = i;
   thread_index = {i, 0, 0};
-  swapcontext(&block->scheduler, &block->threads[i].context);
+  Thread& t = block->threads[i];
+  if (_setjmp(block->scheduler) == 0) {
+    if (t.entered) _longjmp(t.at, 1);
+    t.entered = true;
+    setcontext(&t.start);
+  }
   if (block->failure) std::rethrow_exception(block->failure);
 }
 
@@ -179,14 +189,7 @@ inline bool step_warp(unsigned warp, Order order, std::mt19937& random) {
 
 inline void run_block(Order order, std::mt19937& random) {
   Block& b = *block;
-  for (Thread& t : b.threads) {
-    t.state = State::ready;
-    getcontext(&t.context);
-    t.context.uc_stack.ss_sp = t.stack.get();
-    t.context.uc_stack.ss_size = kStackBytes;
-    t.context.uc_link = nullptr;
-    makecontext(&t.context, run_thread, 0);
-  }
+  for (Thread& t : b.threads) t.state = State::ready;
   std::vector<unsigned> turn((b.threads.size() + kWarpSize - 1) / kWarpSize);
   for (;;) {
     order_turns(turn, order, random);
@@ -204,6 +207,13 @@ inline void run_block(Order order, std::mt19937& random) {
 inline void launch(unsigned blocks, unsigned threads, Order order, unsigned seed, std::function<void()> kernel) {
   Block b;
   b.threads = std::vector<Thread>(threads);
+  for (Thread& t : b.threads) {
+    getcontext(&t.start);
+    t.start.uc_stack.ss_sp = t.stack.get();
+    t.start.uc_stack.ss_size = kStackBytes;
+    t.start.uc_link = nullptr;
+    makecontext(&t.start, run_thread, 0);
+  }
   b.kernel = std::move(kernel);
   block = &b;
   block_size = {threads, 1, 1};

@@ -232,7 +232,7 @@ def test_what_another_put_there_is_not_thrown_away(monkeypatch):
 
 
 def test_an_unknown_version_is_refused(monkeypatch):
-    monkeypatch.setattr(trl, "__version__", "1.17.0")
+    monkeypatch.setattr("finealign_kernels.integrations._versions.version", lambda package: "1.17.0")
     with pytest.raises(RuntimeError, match=r"trl must be of version 1\.16, got 1\.17\.0"):
         patch_kernels()
 

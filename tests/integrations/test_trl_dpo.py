@@ -544,7 +544,7 @@ def test_a_template_that_changes_the_text_is_refused(folder):
 
 
 def test_an_unknown_version_is_refused(monkeypatch):
-    monkeypatch.setattr(trl, "__version__", "1.17.0")
+    monkeypatch.setattr("finealign_kernels.integrations._versions.version", lambda package: "1.17.0")
     with pytest.raises(RuntimeError, match=r"trl must be of version 1\.16, got 1\.17\.0"):
         seam.FineGrainedDPOTrainer  # noqa: B018
     with pytest.raises(AttributeError, match="no attribute 'FineGrainedTrainer'"):

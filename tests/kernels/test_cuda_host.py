@@ -5,7 +5,6 @@ import itertools
 import math
 import re
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -429,23 +428,22 @@ def test_policies_of_bad_cu_seqlens_are_nan(policy_lib):
 # ---- for GPUs -----------------------------------------------------------------------------------------------
 
 
-@with_nvcc
-@pytest.mark.parametrize("source", sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ids=lambda path: path.stem)
-def test_compiles_for_every_gpu_without_spills_or_atomics(source, tmp_path):
-    def compile_for(arch):
-        ptx, include = tmp_path / f"{arch}.ptx", ["-I", ROOT / "csrc", "-I", CUDA]
-        flags = ["-std=c++17", "-O3", *include]
-        subprocess.run([NVCC, *flags, f"-arch=compute_{arch}", "-ptx", source, "-o", ptx], check=True)
-        told = subprocess.run(
-            [NVCC, f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", ptx, "-o", tmp_path / f"{arch}.cubin"],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        return ptx.read_text(), told.stderr
+# The others are compiled by bench/compile_gate.py, which holds them to more rules, in each run of CI.
+COMPILED = [arch if arch == "90a" else pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHS]
 
-    with ThreadPoolExecutor(2) as pool:
-        for arch, (ptx, told) in zip(ARCHS, pool.map(compile_for, ARCHS), strict=True):
-            spills = [int(n) for n in re.findall(r"(\d+) bytes spill", told)]
-            assert spills and not any(spills), f"sm_{arch}: {told}"
-            assert not re.findall(r"^\s*(?:@\S+\s+)?(?:atom|red)\.\S+", ptx, re.M), f"sm_{arch}"
+
+@with_nvcc
+@pytest.mark.parametrize("arch", COMPILED)
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ids=lambda path: path.stem)
+def test_compiles_without_spills_or_atomics(source, arch, tmp_path):
+    ptx, flags = tmp_path / "code.ptx", ["-std=c++17", "-O3", "-I", ROOT / "csrc", "-I", CUDA]
+    subprocess.run([NVCC, *flags, f"-arch=compute_{arch}", "-ptx", source, "-o", ptx], check=True)
+    assembled = subprocess.run(
+        [NVCC, f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", ptx, "-o", tmp_path / "code.cubin"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", assembled.stderr)]
+    assert spills and not any(spills), assembled.stderr
+    assert not re.findall(r"^\s*(?:@\S+\s+)?(?:atom|red)\.\S+", ptx.read_text(), re.M)

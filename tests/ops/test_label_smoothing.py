@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from head_layers import head_layers
 from torch.testing import assert_close
 
 import finealign_kernels as fk
@@ -12,16 +13,7 @@ from finealign_kernels.testing import samples
 N, V, D = 13, 203, 16
 MEAN = ("mean_logits",)
 F64 = torch.float64
-LAYERS = [
-    ("reference", F64, 0, "host"),
-    ("torch", F64, 7 * V * 8, "host"),
-    ("torch", torch.bfloat16, "full", "device"),
-    ("native", torch.float32, 0, "device"),
-    ("native", torch.float32, 7 * V * 4, "host"),
-    ("native", torch.bfloat16, "full", "host"),
-    ("triton", torch.float32, 7 * V * 4, "host"),
-    ("triton_fused", torch.float32, 7 * V * 4, "device"),
-]
+LAYERS = [*head_layers(V), ("triton_fused", torch.float32, 7 * V * 4, "device")]
 TOLERANCE = {F64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 6e-3, torch.float16: 2e-3}
 
 

@@ -1,5 +1,6 @@
 """linear_logprobs and token_logprobs: golden values, derivatives, error budgets, limits, refusals."""
 
+import itertools
 import math
 import os
 import subprocess
@@ -36,6 +37,12 @@ def backend(request):
 def small_tiles(monkeypatch):
     """Tiles small enough that little inputs cross every boundary: of rows, of columns, of the workspace."""
     monkeypatch.setattr(_chunked, "tile_of", lambda device: _chunked.Tile(4, 24))
+
+
+@pytest.fixture
+def nine_tiles(monkeypatch):
+    """Three by three, with 21 rows and 203 columns, the last of each smaller: few launches for the slow interpreter."""
+    monkeypatch.setattr(_chunked, "tile_of", lambda device: _chunked.Tile(8, 72))
 
 
 def loss_of(out, upstream):
@@ -148,10 +155,28 @@ def test_gradient_of_a_float32_bias_beside_a_half_precision_head(small_tiles, na
 # ---- derivatives ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workspace", (0, "full", 3 * 53 * 8))
-@pytest.mark.parametrize("options", ({}, dict(softcap=1.5, temperature=0.6, logit_scale=1.2)))
-@pytest.mark.parametrize("compact", ("host", "device"))
-def test_gradcheck(small_tiles, workspace, options, compact):
+OPTIONS = dict(softcap=1.5, temperature=0.6, logit_scale=1.2)
+PAIRWISE = (
+    "0 plain host",
+    "0 options device",
+    "full plain device",
+    "full options host",
+    "3 plain host",
+    "3 options device",
+)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        case if case in PAIRWISE else pytest.param(case, marks=pytest.mark.slow)
+        for case in map(" ".join, itertools.product(("0", "full", "3"), ("plain", "options"), ("host", "device")))
+    ],
+)
+def test_gradcheck(small_tiles, case):
+    """Rows kept, options and the way to count rows, every two of them together; all three with -m slow."""
+    rows, kind, compact = case.split()
+    workspace, options = "full" if rows == "full" else int(rows) * 53 * 8, OPTIONS if kind == "options" else {}
     torch.manual_seed(0)
     x, w, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((6, 2), (53, 2), (53,)))
     labels = torch.randint(53, (6,))
@@ -191,7 +216,7 @@ EVERY = [
 
 
 @pytest.mark.parametrize("backend, dtype, workspace, compact", EVERY)
-def test_every_backend_agrees_with_float64(small_tiles, backend, dtype, workspace, compact, usable):
+def test_every_backend_agrees_with_float64(nine_tiles, backend, dtype, workspace, compact, usable):
     """Tails of rows and columns, masked rows, dropped rows, banned tokens, rows with and without E, every output."""
     usable(backend, "cpu", dtype)
     n, v, d = 21, 203, 16
@@ -440,8 +465,7 @@ def test_runs_repeat_bit_for_bit(dtype):
 
 @pytest.mark.parametrize("compact", ("host", "device"))
 @pytest.mark.parametrize("workspace", WORKSPACES)
-@pytest.mark.parametrize("junk", (torch.nan, torch.inf))
-def test_masked_rows_may_hold_anything(backend, compact, workspace, junk, usable):
+def test_masked_rows_may_hold_anything(backend, compact, workspace, usable):
     usable(backend)
     s = samples.linear(24, 307, 16)
     mask = torch.ones(24, dtype=torch.bool)
@@ -455,7 +479,8 @@ def test_masked_rows_may_hold_anything(backend, compact, workspace, junk, usable
         return out, torch.autograd.grad((out.logp, out.lse, out.entropy), (hidden, weight), tuple(upstream))
 
     dirty, dirty_up = s.hidden.clone(), s.upstream.clone()
-    dirty[~mask], dirty_up[:, ~mask] = junk, junk
+    junk = torch.tensor([torch.nan, torch.inf, -torch.inf, torch.nan]).repeat(2)  # of the eight masked rows
+    dirty[~mask], dirty_up[:, ~mask] = junk[:, None], junk
     clean, (clean_dx, clean_dw) = run(s.hidden, s.upstream, mask)
     out, (dx, dw) = run(dirty, dirty_up, mask)
     for a, b in zip(out, clean, strict=True):
@@ -754,7 +779,7 @@ def test_autocast_casts_and_returns_input_dtypes(name, usable):
 
 @pytest.mark.parametrize("workspace", WORKSPACES)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_green_on_poisoned_memory(poisoned, small_tiles, backend, workspace, dtype, usable):
+def test_green_on_poisoned_memory(poisoned, nine_tiles, backend, workspace, dtype, usable):
     usable(backend)
     s = samples.linear(21, 203, 16, dtype)
     labels = s.labels.clone()

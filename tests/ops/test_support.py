@@ -3,6 +3,7 @@
 import pytest
 import ranks
 import torch
+from head_layers import head_layers
 from torch.testing import assert_close
 
 import finealign_kernels as fk
@@ -13,15 +14,7 @@ from finealign_kernels.testing import samples
 N, V, D, K = 13, 203, 16, 9
 F64 = torch.float64
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-LAYERS = [
-    ("reference", F64, 0, "host"),
-    ("torch", F64, 7 * V * 8, "host"),
-    ("torch", torch.bfloat16, "full", "device"),
-    ("native", torch.float32, 0, "device"),
-    ("native", torch.float32, 7 * V * 4, "host"),
-    ("native", torch.bfloat16, "full", "host"),
-    ("triton", torch.float32, 7 * V * 4, "host"),
-]
+LAYERS = head_layers(V)
 TOLERANCE = {F64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}
 
 

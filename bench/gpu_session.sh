@@ -121,7 +121,7 @@ race head_kinds 60 head "${bf16[@]}" "${first[@]}" --case frozen --case pivots20
 race token_logprobs 40 token_logprobs "${bf16[@]}" "${first[@]}" --rival trl --rival copy
 batches=()
 [ "$DEVICE" = cuda ] && batches=(--shape "1024 of 4096" --shape "64 of 512" --shape "32 of 32768")
-race rest 40 rl sequence policy --size "$models" "${batches[@]}" --rounds 5 --no-memory
+race rest 40 rl sequence policy segments --size "$models" "${batches[@]}" --rounds 5 --no-memory
 
 launches=(--launch 128,256,64,8,3,32,8 --launch 128,256,64,8,4,32,8 --launch 128,256,64,8,3,32,16
   --launch 128,256,64,8,3,64,8 --launch 128,128,64,8,4,32,8 --launch 256,128,64,8,3,32,8 --launch 128,128,64,4,3,16,8)

@@ -78,10 +78,29 @@ def sequence(count: int, length: int) -> list[Kernel]:
     return [*sums(count, length), Kernel(pieces or count, 4, 4 if pieces else 2, 1, ceil(tokens / (THREADS * AHEAD)))]
 
 
-OPS = {"gae": (gae, 17), "policy_loss": (policy, 40), "sequence_loss": (sequence, 17)}  # bytes read and written a token
+def segment(count: int, length: int) -> list[Kernel]:
+    """segment_mean with a mask. Backward counts what the mask keeps again; a piece adds the counts of its segment."""
+    pieces, parts = slots(count, length, SPREAD), ceil(length / CHUNK / THREADS)
+    again, tokens = sums(count, length), ceil((SPREAD if pieces else length) / (THREADS * AHEAD))
+    if not pieces:  # a block counts its segment and writes it
+        return [*again, again[-1]._replace(rounds=again[-1].rounds + tokens)]
+    return [*again, again[0], Kernel(pieces, 4, 5 + parts, 1, tokens)]
+
+
+OPS = {  # bytes read and written a token
+    "gae": (gae, 17),
+    "policy_loss": (policy, 40),
+    "sequence_loss": (sequence, 17),
+    "segment_mean": (segment, 11),
+}
 SHAPES = {"gae": ((1024, 4096), (32, 32768), (1, 1 << 20))}
-SHAPES |= dict.fromkeys(("policy_loss", "sequence_loss"), ((64, 512), (32, 32768), (1, 1 << 20)))
-RACES = {"gae": ("rl", "gae-large"), "policy_loss": ("policy", "sequence"), "sequence_loss": ("sequence", "mean")}
+SHAPES |= dict.fromkeys(("policy_loss", "sequence_loss", "segment_mean"), ((64, 512), (32, 32768), (1, 1 << 20)))
+RACES = {
+    "gae": ("rl", "gae-large"),
+    "policy_loss": ("policy", "sequence"),
+    "sequence_loss": ("sequence", "mean"),
+    "segment_mean": ("segments", "mean"),
+}
 
 
 def seconds(op: str, count: int, length: int) -> float:
@@ -90,8 +109,9 @@ def seconds(op: str, count: int, length: int) -> float:
 
 
 def measured(rows: list[dict], op: str, shape: tuple[int, int]) -> float | None:
+    tokens = [shape[0], shape[0] * shape[1]]
     for row in rows:
-        if (row.get("suite"), row.get("case")) == RACES[op] and row["impl"] == "ours" and row["shape"] == list(shape):
+        if (row.get("suite"), row.get("case")) == RACES[op] and row["impl"] == "ours" and row["shape"] == tokens:
             return row["queued_s"]
     return None
 

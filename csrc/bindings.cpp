@@ -232,7 +232,7 @@ SegmentReduce make_reduce(const Tensor& x, const std::optional<Tensor>& mask, co
   STD_TORCH_CHECK(x.dim() == 1 && x.is_contiguous(), "x must be (N,), contiguous");
   const Segments segments = make_segments(cu_seqlens, mask, x.size(0), x);
   out = new_vector(segments.count, sum_type(x.scalar_type()), x);
-  return {segments, over_of(over), x.const_data_ptr(), dtype_of(x, "x"), out.mutable_data_ptr()};
+  return {segments, over_of(over), x.const_data_ptr(), dtype_of(x, "x"), out.mutable_data_ptr(), nullptr};
 }
 
 SegmentSpread make_spread(const Tensor& v, const std::optional<Tensor>& mask, const Tensor& cu_seqlens, int64_t over,
@@ -241,7 +241,7 @@ SegmentSpread make_spread(const Tensor& v, const std::optional<Tensor>& mask, co
   STD_TORCH_CHECK(v.dim() == 1 && v.is_contiguous() && v.size(0) == segments.count, "v must be (S,), contiguous");
   STD_TORCH_CHECK(v.scalar_type() == sum_type(dtype), "v must be float32, or float64 for a float64 result");
   out = new_vector(total, dtype, v);
-  return {segments, over_of(over), v.const_data_ptr(), out.mutable_data_ptr(), dtype_of(out, "the result")};
+  return {segments, over_of(over), v.const_data_ptr(), out.mutable_data_ptr(), dtype_of(out, "the result"), nullptr};
 }
 
 Tensor segment_reduce(const Tensor& x, const std::optional<Tensor>& mask, const Tensor& cu_seqlens, int64_t over) {
@@ -266,7 +266,10 @@ Tensor segment_reduce_on_gpu(const Tensor& x, const std::optional<Tensor>& mask,
                              int64_t over) {
   const DeviceGuard guard(x.get_device_index());
   Tensor out;
-  const char* failure = segment_reduce_cuda(make_reduce(x, mask, cu_seqlens, over, out), current_stream(x));
+  SegmentReduce op = make_reduce(x, mask, cu_seqlens, over, out);
+  Tensor room = room_for<Tally>(op.tallies() ? slots(op.segments, kChunk) : 0, x);
+  op.parts = static_cast<Tally*>(room.mutable_data_ptr());
+  const char* failure = segment_reduce_cuda(op, current_stream(x));
   STD_TORCH_CHECK(failure == nullptr, "segment_reduce: ", failure);
   return out;
 }
@@ -275,8 +278,10 @@ Tensor segment_spread_on_gpu(const Tensor& v, const std::optional<Tensor>& mask,
                              int64_t total, ScalarType dtype) {
   const DeviceGuard guard(v.get_device_index());
   Tensor out;
-  const char* failure =
-      segment_spread_cuda(make_spread(v, mask, cu_seqlens, over, total, dtype, out), current_stream(v));
+  SegmentSpread op = make_spread(v, mask, cu_seqlens, over, total, dtype, out);
+  Tensor room = room_for<Tally>(op.tallies() ? slots(op.segments, kChunk) : 0, v);
+  op.parts = static_cast<Tally*>(room.mutable_data_ptr());
+  const char* failure = segment_spread_cuda(op, current_stream(v));
   STD_TORCH_CHECK(failure == nullptr, "segment_spread: ", failure);
   return out;
 }

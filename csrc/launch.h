@@ -115,12 +115,22 @@ enum class Over : int32_t { sum = 0, mean = 1, last = 2 };
 constexpr int kChunk = 1024;
 constexpr int kLanes = 32;
 
+// What is known of a stretch of tokens.
+struct Tally {
+  double sum;
+  int64_t kept;  // tokens that the mask keeps
+  int64_t last;  // index of the last of them, -1 if none
+};
+
 struct SegmentReduce {
   Segments segments;
   Over over;
   const void* x;  // (total,)
   DType dtype;
-  void* out;  // (count,) float32; float64 for float64
+  void* out;     // (count,) float32; float64 for float64
+  Tally* parts;  // room that a GPU needs: (slots(segments, kChunk),) if tallies(), for the chunks of few long segments
+
+  FINEALIGN_BOTH bool tallies() const { return over != Over::last || segments.mask != nullptr; }
 };
 
 struct SegmentSpread {
@@ -129,6 +139,9 @@ struct SegmentSpread {
   const void* v;  // (count,) float32; float64 for float64
   void* out;      // (total,)
   DType dtype;
+  Tally* parts;  // as above
+
+  FINEALIGN_BOTH bool tallies() const { return over != Over::sum && segments.mask != nullptr; }
 };
 
 // cu_seqlens must be valid: starts at 0, does not decrease, ends at total.

@@ -1,6 +1,7 @@
 """Refusals: every message names the argument, what it should be and what it is."""
 
 import os
+import secrets
 from collections.abc import Iterable
 
 import numpy as np
@@ -19,6 +20,8 @@ OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 # rows with a wrong label, counted on a device whose values are not read on the host, for each size of a vocabulary
 _words: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}  # a count (1,), and where it is: [0]
+_captured: dict[tuple[torch.device, int], Tensor] = {}  # a count and MARK (2, 1), of words first made in a capture
+MARK = secrets.randbits(62)  # of this process: memory that nobody wrote to does not hold it
 
 
 def fail(name: str, expected: str, got: object, kind: type[Exception] = ValueError):
@@ -230,20 +233,42 @@ def targets(labels: Tensor, mask: Tensor | None, ignore_index: int, vocab: int, 
     return torch.where(read, torch.where(outside, BAD, flat), SKIP)
 
 
+def capturing(x: Tensor) -> bool:
+    """Whether calls on x are recorded into a CUDA graph: the host may read nothing then."""
+    return x.device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+
+
 def note_errors(target: Tensor, vocab: int) -> None:
     """Counts rows whose label is out of range in the device's error word, without reading it. The addition is atomic:
-    streams that meet there lose no count. A word first made while a graph is captured is 0 again in each replay."""
+    streams that meet there lose no count.
+
+    Zeros that are made while a graph is captured would be made again by each replay, and the counts of those before it
+    lost. There a word starts from whatever its memory holds: it is 0 until MARK stands beside it.
+    """
     key = target.device, vocab
+    wrong = (target == BAD).sum()[None]
+    if key not in _words and capturing(target):
+        if key not in _captured:
+            with torch.inference_mode(False):
+                _captured[key] = torch.empty(2, 1, dtype=torch.int64, device=target.device)
+        word, mark = _captured[key]
+        word.mul_(mark == MARK)
+        mark.fill_(MARK)
+        word.index_add_(0, torch.zeros_like(mark), wrong)
+        return
     if key not in _words:
         with torch.inference_mode(False):  # one made in inference mode could not be written outside of it
             _words[key] = torch.zeros(2, 1, dtype=torch.int64, device=target.device).unbind()
     word, at = _words[key]
-    word.index_add_(0, at, (target == BAD).sum()[None])
+    word.index_add_(0, at, wrong)
 
 
 def check_errors() -> None:
-    """Raises IndexError if a label was out of range since the last call, on any device. It is a host sync."""
-    for (device, vocab), (word, _) in _words.items():
+    """Raises IndexError if a label was out of range since the last call, on any device, replays of graphs included.
+    It is a host sync."""
+    words = [(key, word) for key, (word, _) in _words.items()]
+    words += [(key, word) for key, (word, mark) in _captured.items() if int(mark) == MARK]
+    for (device, vocab), word in words:
         count = int(word)
         if count:
             word.zero_()

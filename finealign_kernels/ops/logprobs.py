@@ -13,6 +13,7 @@ from . import _choose, _chunked, _parallel, _tiles
 from ._adapter import check_adapter
 from ._check import (
     OUTPUTS,
+    capturing,
     check_bool,
     check_flags,
     check_head,
@@ -138,7 +139,7 @@ def linear_logprobs(
     batch_invariant = check_bool("batch_invariant", batch_invariant)
     if compact not in ("auto", "host", "device"):
         fail("compact", "be 'auto', 'host' or 'device'", repr(compact))
-    on_device = compact == "device" or (compact == "auto" and _capturing(hidden))
+    on_device = compact == "device" or (compact == "auto" and capturing(hidden))
     heat = inverse_temperature(
         temperature, labels, _chunked.wide(hidden.dtype), _choose.FUSED if batch_invariant else backend
     )
@@ -327,11 +328,6 @@ def _bytes(workspace, weight: Tensor) -> int:
     if workspace == "full":
         return _chunked.FULL
     return check_integer("workspace", workspace, "be 'auto', 'full' or a number of bytes >= 0", least=0)
-
-
-def _capturing(x: Tensor) -> bool:
-    """Whether a CUDA graph is being captured; False while torch.compile traces, which cannot trace the question."""
-    return x.device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
 def _project(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
 // Segment sums, means and last tokens on a GPU, and their transposes. csrc/launch.h fixes the order of a sum.
 //
 // A block takes `each` consecutive segments: first each of its warps takes those of one chunk for itself, then all
-// warps take the longer ones together, a chunk each. The additions are those of launch.h either way, so the result
-// does not depend on `each`. No atomics, nothing shared between blocks.
+// warps take the longer ones together, a chunk each. Where few segments are long, warps all over the GPU tally their chunks
+// first, a block adds those of a segment in order, and blocks write a piece each. The additions are those of launch.h
+// either way, so the result does not depend on the launch. A lane reads several tokens before the mask decides on the
+// first. No atomics, nothing shared between blocks of a kernel.
 #pragma once
 #include <cstdint>
 
@@ -15,14 +17,8 @@ constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kLanes;
 constexpr unsigned kAllLanes = 0xffffffffu;
 static_assert(kLanes == 32, "a lane of the sum is a lane of a warp");
-constexpr int kAhead = 8;  // tokens that a lane reads before it adds the first of them
-
-// What is known of a stretch of tokens.
-struct Tally {
-  double sum;
-  int64_t kept;  // tokens that the mask keeps
-  int64_t last;  // index of the last of them, -1 if none
-};
+constexpr int kAhead = 8;          // tokens that a lane reads before it adds the first of them
+constexpr int64_t kSpread = 4096;  // tokens that a block writes of a long segment
 
 // Bounds of segment s. Where they are invalid (cu_seqlens does not start at 0, decreases, does not end at total) valid
 // is false and [start, stop) is the part of the batch that the segment has to fill with NaN, never outside the batch.
@@ -100,12 +96,24 @@ __device__ __forceinline__ Tally chunk_tally(const Segments& segments, const T* 
   const int n = static_cast<int>(stop - start < kChunk ? stop - start : kChunk);
   const uint8_t* mask = segments.mask == nullptr ? nullptr : segments.mask + start;
   x = x == nullptr ? nullptr : x + start;
-#pragma unroll 4
-  for (int i = threadIdx.x % kLanes; i < n; i += kLanes) {
-    if (mask != nullptr && mask[i] == 0) continue;  // select, do not multiply: a masked token may hold NaN
-    if (x != nullptr) sum += load(x[i]);
-    ++kept;
-    last = i;
+#pragma unroll 1
+  for (int first = threadIdx.x % kLanes; first < n; first += kAhead * kLanes) {
+    T values[kAhead];
+    bool keeps[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int i = first + k * kLanes;
+      const bool has = i < n;
+      values[k] = has && x != nullptr ? x[i] : T(0.0f);
+      keeps[k] = has && (mask == nullptr || mask[i] != 0);
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      if (!keeps[k]) continue;  // select, do not multiply: a masked token may hold NaN
+      sum += load(values[k]);
+      ++kept;
+      last = first + k * kLanes;
+    }
   }
   for (int half = kLanes / 2; half > 0; half /= 2) {
     sum += __shfl_xor_sync(kAllLanes, sum, half);
@@ -146,6 +154,29 @@ __device__ __forceinline__ Tally block_tally(const Segments& segments, const T* 
   return tally;
 }
 
+// parts of segments of several chunks, a warp a slot.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 4) segment_parts_kernel(Segments segments, const T* x, Tally* parts) {
+  if (!all_valid(segments)) return;
+  const int64_t slot = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes;
+  const Piece at = piece_at(segments, slot, kChunk);
+  if (at.index >= at.count || at.count == 1) return;
+  const int64_t start = segments.start(at.segment) + at.index * kChunk;
+  const Tally part = chunk_tally(segments, x, start, segments.start(at.segment + 1));
+  if (threadIdx.x % kLanes == 0) parts[slot] = part;
+}
+
+// One block: all threads return the tally of segment s, of its parts where they were made and it has several chunks.
+template <typename T>
+__device__ __forceinline__ Tally block_tally(const Segments& segments, const T* x, const Tally* parts, int64_t s,
+                                             Bounds b) {
+  if (parts == nullptr || b.stop - b.start <= kChunk) return block_tally(segments, x, b.start, b.stop);
+  Tally tally{0, 0, -1};
+  add_in_order(parts + first_slot(segments, s, kChunk), (b.stop - b.start + kChunk - 1) / kChunk,
+               [&](const Tally& part) { append(tally, part); });
+  return tally;
+}
+
 // For the segments of this block: by_warp(s, bounds) where one chunk holds all tokens, else by_block(s, bounds).
 template <typename ByWarp, typename ByBlock>
 __device__ __forceinline__ void for_segments(const Segments& segments, int each, ByWarp by_warp, ByBlock by_block) {
@@ -175,7 +206,8 @@ __device__ __forceinline__ void finish_reduce(const SegmentReduce& op, int64_t s
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4) segment_reduce_kernel(SegmentReduce op, int each) {
   const T* x = op.over == Over::last ? nullptr : static_cast<const T*>(op.x);
-  const bool reads = x != nullptr || op.segments.mask != nullptr;
+  const bool reads = op.tallies();
+  const Tally* parts = op.parts != nullptr && all_valid(op.segments) ? op.parts : nullptr;
   for_segments(
       op.segments, each,
       [&](int64_t s, Bounds b) {
@@ -183,12 +215,12 @@ __global__ void __launch_bounds__(kThreads, 4) segment_reduce_kernel(SegmentRedu
         if (threadIdx.x % kLanes == 0) finish_reduce<T>(op, s, b.valid, tally);
       },
       [&](int64_t s, Bounds b) {
-        const Tally tally = reads && b.valid ? block_tally(op.segments, x, b.start, b.stop) : all_kept(b);
+        const Tally tally = reads && b.valid ? block_tally(op.segments, x, parts, s, b) : all_kept(b);
         if (threadIdx.x == 0) finish_reduce<T>(op, s, b.valid, tally);
       });
 }
 
-// Thread `thread` of `threads` writes its tokens of segment s.
+// Thread `thread` of `threads` writes its tokens of [b.start, b.stop), which are segment s or a piece of it.
 template <typename T>
 __device__ __forceinline__ void fill(const SegmentSpread& op, int64_t s, Bounds b, const Tally& tally, int thread,
                                      int threads) {
@@ -196,9 +228,19 @@ __device__ __forceinline__ void fill(const SegmentSpread& op, int64_t s, Bounds 
   T* out = static_cast<T*>(op.out);
   A value = static_cast<const A*>(op.v)[s];
   if (op.over == Over::mean) value = static_cast<A>(static_cast<double>(value) / (tally.kept > 0 ? tally.kept : 1));
-  for (int64_t i = b.start + thread; i < b.stop; i += threads) {
-    const bool takes = op.over == Over::last ? i == tally.last : op.segments.keeps(i);
-    store(out + i, !b.valid ? static_cast<A>(NAN) : takes ? value : A(0));
+#pragma unroll 1
+  for (int64_t first = b.start + thread; first < b.stop; first += kAhead * threads) {
+    bool takes[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int64_t i = first + k * threads;
+      takes[k] = op.over == Over::last ? i == tally.last : i < b.stop && op.segments.keeps(i);
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int64_t i = first + k * threads;
+      if (i < b.stop) store(out + i, !b.valid ? static_cast<A>(NAN) : takes[k] ? value : A(0));
+    }
   }
 }
 
@@ -206,7 +248,7 @@ __device__ __forceinline__ void fill(const SegmentSpread& op, int64_t s, Bounds 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4) segment_spread_kernel(SegmentSpread op, int each) {
   const T* none = nullptr;
-  const bool reads = op.over != Over::sum && op.segments.mask != nullptr;
+  const bool reads = op.tallies();
   for_segments(
       op.segments, each,
       [&](int64_t s, Bounds b) {
@@ -217,6 +259,25 @@ __global__ void __launch_bounds__(kThreads, 4) segment_spread_kernel(SegmentSpre
         const Tally tally = reads && b.valid ? block_tally(op.segments, none, b.start, b.stop) : all_kept(b);
         fill<T>(op, s, b, tally, threadIdx.x, kThreads);
       });
+}
+
+// The same, a block a slot: tokens of a piece. With invalid bounds somewhere blocks take whole segments.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 4) segment_pieces_kernel(SegmentSpread op) {
+  const T* none = nullptr;
+  const Segments& segments = op.segments;
+  const bool valid = all_valid(segments);
+  Piece at{static_cast<int64_t>(blockIdx.x), 0, 1};
+  if (valid) at = piece_at(segments, at.segment, kSpread);
+  if (at.index >= at.count || at.segment >= segments.count) return;
+  Bounds b = bounds(segments, at.segment);
+  const bool reads = op.tallies() && b.valid;
+  const Tally tally = reads ? block_tally(segments, none, valid ? op.parts : nullptr, at.segment, b) : all_kept(b);
+  if (valid) {
+    b.start += at.index * kSpread;
+    if (b.stop - b.start > kSpread) b.stop = b.start + kSpread;
+  }
+  fill<T>(op, at.segment, b, tally, threadIdx.x, kThreads);
 }
 
 }  // namespace finealign

@@ -10,8 +10,6 @@
 
 namespace finealign {
 
-constexpr int64_t kSpread = 4096;  // tokens that a block writes of a long sequence
-
 // One warp: all lanes return the sums of the first chunk of [start, stop).
 template <typename T>
 __device__ __forceinline__ Stretch chunk_part(const SequenceLossForward& op, int64_t start, int64_t stop) {

@@ -589,7 +589,7 @@ def session(tmp_path, monkeypatch):
 def test_a_call_on_a_gpu_machine_is_whole_and_goes_on_where_it_was_cut(session):
     status, told, calls = session()
     assert status == 0, told
-    assert any("rl sequence policy --size small" in call for call in calls)
+    assert any("rl sequence policy segments --size small" in call for call in calls)
     first = [call for call in calls if call.startswith(("bench/ceilings.py", "bench/run.py", "-m pytest"))]
     assert first[0].startswith("bench/ceilings.py") and first[1].startswith("bench/run.py head")
     rows = json.loads((session.out / "results.json").read_text())
@@ -679,7 +679,7 @@ def test_the_latency_model_counts_waves_and_rounds(latency):
             assert not few, f"{op} {count} x {length}: {few} leaves a GPU idle"
     one_block = latency.Kernel(1, 2, 2, 1, 1024)  # a million tokens in rounds of 1024
     assert one_block.seconds() > 20 * latency.seconds("gae", 1, 1 << 20)
-    row = {"suite": "rl", "case": "gae-large", "impl": "ours", "shape": [1024, 4096], "queued_s": 3.1e-5}
+    row = {"suite": "rl", "case": "gae-large", "impl": "ours", "shape": [1024, 1024 * 4096], "queued_s": 3.1e-5}
     assert "| `gae` | 1024 × 4096 | 1 | 24 | 31 |" in latency.table([row]).splitlines()
 
 

@@ -71,17 +71,18 @@ def batch(lengths, dtype, masked, seed=0):
 
 
 def check(lib, name, dtype):
-    """Every launch equal to what is expected, whatever the thread order, the index type and the segments per block."""
+    """Every launch equal to what is expected, whatever the thread order, the index type and the segments per block;
+    0 of them: long ones are cut into pieces that blocks share."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for masked, over in itertools.product((False, True), OVER):
         x, mask, cu_seqlens, total = batch(BATCHES[name], dtype, masked)
         v = torch.linspace(-3, 3, cu_seqlens.shape[0] - 1, dtype=wide)
         for which, source in (("reduce", x), ("spread", v)):
             exact = expected(which, source, mask, cu_seqlens, total, over, dtype)
-            for order in ORDERS.values():
-                ends, each = (cu_seqlens.int(), 11) if order == ORDERS["backward"] else (cu_seqlens, 1)
-                actual = run(lib, which, source, mask, ends, total, over, dtype, each, order)
-                assert torch.equal(actual, exact), (which, masked, over, order)
+            for (walk, order), whole in itertools.product(ORDERS.items(), (True, False)):
+                ends, each = (cu_seqlens.int(), 11) if walk == "backward" else (cu_seqlens, 1)
+                actual = run(lib, which, source, mask, ends, total, over, dtype, each if whole else 0, order)
+                assert torch.equal(actual, exact), (which, masked, over, walk, whole)
 
 
 @pytest.fixture
@@ -97,16 +98,18 @@ def test_segments_on_the_host(lib, name, dtype):
 
 
 def check_bad_cu_seqlens(lib):
-    for ends in ([1, 4, 8], [0, 4, 7], [-3, 4, 8], [0, 4, 60], [0, 6, 3, 8], [0, 60, 8]):
-        cu_seqlens = torch.tensor(ends)
+    batches = [(ends, 1) for ends in ([1, 4, 8], [0, 4, 7], [-3, 4, 8], [0, 4, 60], [0, 6, 3, 8], [0, 60, 8])]
+    for ends, scale in (*batches, ([1, 4, 8], 700)):  # the last of them has a long segment that is valid
+        cu_seqlens, total = torch.tensor(ends) * scale, 8 * scale
         count = len(ends) - 1
         bad = torch.tensor([a < 0 or a > b or b > 8 for a, b in zip(ends, ends[1:], strict=False)])
         bad[0] |= ends[0] != 0
         bad[-1] |= ends[-1] != 8
-        for over in OVER:
-            y = run(lib, "reduce", torch.ones(8), None, cu_seqlens, 8, over, torch.float32, pad=5.0)
+        for over, each, mask in itertools.product(OVER, (0, 1), (None, torch.ones(total, dtype=torch.bool))):
+            rest = (mask, cu_seqlens, total, over, torch.float32, each)
+            y = run(lib, "reduce", torch.ones(total), *rest, pad=5.0)
             assert torch.equal(y.isnan(), bad)
-            x = run(lib, "spread", torch.ones(count), None, cu_seqlens, 8, over, torch.float32, pad=5.0)
+            x = run(lib, "spread", torch.ones(count), *rest, pad=5.0)
             assert not (x == -77).any() and x.isnan().any() == (bad.any() and ends != [0, 6, 3, 8])
 
 

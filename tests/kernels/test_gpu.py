@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import finealign_kernels as fk
 from finealign_kernels.losses.policy import POLICY
 from finealign_kernels.losses.preference import PREFERENCE
-from finealign_kernels.ops import _choose, _native
+from finealign_kernels.ops import _check, _choose, _native
 from finealign_kernels.testing import measure
 
 gpu = pytest.mark.gpu
@@ -480,6 +480,29 @@ def test_a_graph_replays_with_other_values(name):
         graph.replay()
         torch.cuda.synchronize()
         assert equal(captured, expected)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("first", ("captured", "run"))
+def test_a_graph_replays_its_counts_of_wrong_labels(first):
+    vocab = {"captured": 611, "run": 613}[first]  # nobody else's
+    target = torch.tensor([0, _check.BAD, 1, _check.BAD], device="cuda")
+    _check.note_errors(target, 607)
+    if first == "run":
+        _check.note_errors(torch.zeros_like(target), vocab)
+    with pytest.raises(IndexError):
+        fk.check_errors()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _check.note_errors(target, vocab)
+    fk.check_errors()
+    for count in (3, 1):
+        for _ in range(count):
+            graph.replay()
+        torch.cuda.synchronize()
+        with pytest.raises(IndexError, match=f"{2 * count} labels"):
+            fk.check_errors()
 
 
 @gpu

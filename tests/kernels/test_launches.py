@@ -184,3 +184,78 @@ def test_labels_out_of_range_are_counted_by_an_atomic_addition():
     with pytest.raises(IndexError, match="1 labels"):
         _check.check_errors()
     assert "index_add_" in count.launches and "add_" not in count.launches
+
+
+class Graph(TorchDispatchMode):
+    """A CUDA graph on a CPU: what is called is kept, and replay() does it again in the memory of the capture, which
+    holds anything before: a capture runs nothing."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.calls, self.patch = [], monkeypatch
+
+    def __enter__(self):
+        self.patch.setattr(_check, "capturing", lambda x: True)
+        return super().__enter__()
+
+    def __exit__(self, *failure):
+        super().__exit__(*failure)
+        self.patch.setattr(_check, "capturing", lambda x: False)
+        for word in _check._captured.values():
+            word.fill_(7)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls.append((func, args, kwargs or {}, func(*args, **(kwargs or {}))))
+        return self.calls[-1][-1]
+
+    @property
+    def names(self):
+        return [func._schema.name.removeprefix("aten::") for func, *_ in self.calls]
+
+    @torch.inference_mode()  # it may write to tensors of either kind
+    def replay(self):
+        for func, args, kwargs, out in self.calls:
+            if func._schema.name != "aten::empty":
+                again = func(*args, **kwargs)
+                if isinstance(again, torch.Tensor) and again is not out:
+                    out.copy_(again)
+
+
+@pytest.fixture
+def words(monkeypatch):
+    for name in ("_words", "_captured"):
+        monkeypatch.setattr(_check, name, {})
+    return torch.tensor([0, _check.BAD, 1, _check.BAD])  # two labels out of range
+
+
+@pytest.mark.parametrize("inference", (False, True))
+def test_a_word_first_made_in_a_capture_counts_in_every_replay(words, monkeypatch, inference):
+    graphs = [Graph(monkeypatch), Graph(monkeypatch)]
+    for graph in graphs:
+        with torch.inference_mode(inference), graph:
+            _check.note_errors(words, VOCAB)
+    fk.check_errors()  # nothing has run
+    for graph in (graphs[1], *graphs):  # the one that made the memory is not the first
+        graph.replay()
+    _check.note_errors(words, VOCAB)  # in front of a replay's count, and beside it
+    with pytest.raises(IndexError, match="2 labels"):
+        fk.check_errors()
+    with pytest.raises(IndexError, match="6 labels"):
+        fk.check_errors()
+    fk.check_errors()
+    graphs[0].replay()
+    with pytest.raises(IndexError, match="2 labels"):
+        fk.check_errors()
+
+
+def test_a_graph_takes_the_word_that_was_there(words, monkeypatch):
+    _check.note_errors(words, VOCAB)
+    with Graph(monkeypatch) as graph:
+        _check.note_errors(words, VOCAB)
+    assert not _check._captured and not {"empty", "fill_", "zeros"} & set(graph.names)
+    with pytest.raises(IndexError, match="4 labels"):
+        fk.check_errors()  # the capture itself ran on this CPU
+    for _ in range(3):
+        graph.replay()
+    with pytest.raises(IndexError, match="6 labels"):
+        fk.check_errors()

@@ -20,7 +20,7 @@ OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 # rows with a wrong label, counted on a device whose values are not read on the host, for each size of a vocabulary
 _words: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}  # a count (1,), and where it is: [0]
-_captured: dict[tuple[torch.device, int], Tensor] = {}  # a count and MARK (2, 1), of words first made in a capture
+_captured: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}  # first made in a capture: a count, and MARK (1,)
 MARK = secrets.randbits(62)  # of this process: memory that nobody wrote to does not hold it
 
 
@@ -246,21 +246,17 @@ def note_errors(target: Tensor, vocab: int) -> None:
     lost. There a word starts from whatever its memory holds: it is 0 until MARK stands beside it.
     """
     key = target.device, vocab
-    wrong = (target == BAD).sum()[None]
-    if key not in _words and capturing(target):
-        if key not in _captured:
-            with torch.inference_mode(False):
-                _captured[key] = torch.empty(2, 1, dtype=torch.int64, device=target.device)
-        word, mark = _captured[key]
-        word.mul_(mark == MARK)
-        mark.fill_(MARK)
-        word.index_add_(0, torch.zeros_like(mark), wrong)
-        return
-    if key not in _words:
+    captured = key not in _words and capturing(target)
+    words, make = (_captured, torch.empty) if captured else (_words, torch.zeros)
+    if key not in words:
         with torch.inference_mode(False):  # one made in inference mode could not be written outside of it
-            _words[key] = torch.zeros(2, 1, dtype=torch.int64, device=target.device).unbind()
-    word, at = _words[key]
-    word.index_add_(0, at, wrong)
+            words[key] = make(2, 1, dtype=torch.int64, device=target.device).unbind()
+    word, at = words[key]
+    if captured:
+        word.mul_(at == MARK)
+        at.fill_(MARK)
+        at = torch.zeros_like(at)
+    word.index_add_(0, at, (target == BAD).sum()[None])
 
 
 def check_errors() -> None:

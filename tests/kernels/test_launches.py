@@ -4,6 +4,7 @@ The library's own Python runs on a CPU with a GPU's tiles; its products and row 
 call of torch counts once, also a sort, which is several kernels.
 """
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -201,8 +202,8 @@ class Graph(TorchDispatchMode):
     def __exit__(self, *failure):
         super().__exit__(*failure)
         self.patch.setattr(_check, "capturing", lambda x: False)
-        for word in _check._captured.values():
-            word.fill_(7)
+        for memory in itertools.chain(*_check._captured.values()):
+            memory.fill_(7)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.calls.append((func, args, kwargs or {}, func(*args, **(kwargs or {}))))

@@ -449,7 +449,7 @@ MUTANTS = [
     Mutant("the number of pairs for k²", "metarm.py", "(2 / (max(1, m) * max(1, k) ** 2))", "(2 / (max(1, m) * max(1, k * (k - 1))))", METARM),
     Mutant("the slope of the floored loss", "formulas/margin.py", "-up * (-m).sigmoid() / (up + floor)", "-(-m).sigmoid()", REWARD),
     # the fused head
-    Mutant("a graph that is traced asks for a capture", OP, "not torch.compiler.is_compiling() and torch.cuda", "torch.cuda", GPU),
+    Mutant("a graph that is traced asks for a capture", "ops/_check.py", "not torch.compiler.is_compiling() and torch.cuda", "torch.cuda", GPU),
     Mutant("fused head: one maximum of several", "kernels/_tiles.py", "tl.where(ties > 1, below + (ties - 1.0), below)", "below", HEAD),
     Mutant("fused head: a tile of banned tokens under their maximum", "kernels/_tiles.py", 'return tl.where(m == float("-inf"), 0.0, m)', "return m", HEAD),
     Mutant("fused head: a NaN that no sum sees", "kernels/_tiles.py", "below = tl.where(d >= 0, 0.0, e)", "below = tl.where(d < 0, e, 0.0)", HEAD),

@@ -42,7 +42,7 @@ ADAPTERS = "tests/integrations/test_rl_adapters.py"
 SEAMS = "tests/integrations/test_rl_seams.py"
 TRL_POINTWISE, TRL_GRPO = "tests/integrations/test_trl_pointwise.py", "tests/integrations/test_trl_grpo.py"
 FUSED_POLICY = "tests/ops/test_policy_loss.py"
-SILENT = "tests/mistakes/test_silent_faults.py"
+SILENT, LIMITS = "tests/mistakes/test_silent_faults.py", "tests/mistakes/test_limits.py"
 MISTAKES = "tests/mistakes/test_ordinary_mistakes.py"
 DIVERGENCE, RETURNS, SCAN = "tests/losses/test_divergence.py", "tests/rl/test_returns.py", "tests/ops/test_scan.py"
 ADVANTAGES, HEAD = "tests/rl/test_advantages.py", "tests/kernels/test_linear_logprobs_triton.py"
@@ -95,6 +95,26 @@ MUTANTS = [
     Mutant("sharded tensors taken on the short way", "ops/_layout.py", "usual = is_plain(y)", "usual = isinstance(y, Tensor)", MISTAKES),
     Mutant("soft targets of a loss of hard ones", "losses/pointwise.py", "        if len(soft):", "        if False:", SILENT),
     Mutant("unequal pairs taken", "ops/_layout.py", "shapes[0][0] != shapes[1][0]", "False", "tests/ops/test_layout.py"),
+    # limits
+    Mutant("EXO: 0 times an infinite slope", "formulas/margin.py", "times(up * down, m -", "(up * down) * (m -", LIMITS),
+    Mutant("EXO: 0 times an infinite cost", "formulas/margin.py", "times(down, logsigmoid(-m) - unlikely)", "down * (logsigmoid(-m) - unlikely)", LIMITS),
+    Mutant("EXO's limits changed places in the kernels", "csrc/../kernels/cuda/formulas.cuh", "m > 0 ? rest : rest + a", "m < 0 ? rest : rest + a", LIMITS),
+    Mutant("DiscoPOP's slope at -inf in the kernels", "csrc/../kernels/cuda/formulas.cuh", "a > 1 ? -INFINITY : -1.0", "-1.0", LIMITS),
+    Mutant("robust without noise in the kernels", "csrc/../kernels/cuda/formulas.cuh", "if (a == 0) return {at.cost, -at.down};", "", LIMITS),
+    Mutant("DiscoPOP: the difference of two infinite slopes", "formulas/margin.py", "torch.where(steep == torch.inf, -torch.inf, slope)", "slope", LIMITS),
+    Mutant("DiscoPOP: e^(m/τ - m) of two infinities", "formulas/margin.py", "torch.where(lowest, times(1 / tau - 1, m), up - m)", "(up - m)", LIMITS),
+    Mutant("robust: no noise times an infinite margin", "formulas/margin.py", "-logsigmoid(m) - times(push, m)", "-logsigmoid(m) - push * m", LIMITS),
+    Mutant("smoothed: the difference of two infinities", "formulas/margin.py", "torch.where(m == -torch.inf, at_least, value)", "value", LIMITS),
+    Mutant("smoothed: no noise times an infinite margin", "formulas/margin.py", "times(smoothing, m) - logsigmoid(m)", "smoothing * m - logsigmoid(m)", LIMITS),
+    Mutant("accuracies by rewards that overflow", PREFERENCE, "torch.gt(*score.chunk(2))", "(chosen > rejected)", LIMITS),
+    Mutant("a flat loss that a divergence tilts", PREFERENCE, "torch.where(slopes == 0, slopes, slopes * stretch)", "slopes * stretch", LIMITS),
+    Mutant("aot: the policy's difference from an infinite reference", PREFERENCE, "torch.where(infinite, other, ratio + own)", "ratio + own", LIMITS),
+    Mutant("a count decides the dtype", "ops/sequence_loss.py", ").to(total.dtype)", ")", LIMITS),
+    Mutant("logits summed as they are", FORMULA, "part[:, 4] = torch.where(allowed, z / UNIT, 0)", "part[:, 4] = UNIT**-1 * torch.where(allowed, z, 0)", LIMITS),
+    Mutant("the native sum of logits in another unit", ROWS, "total / 0x1p24", "total / 0x1p23", LIMITS),
+    Mutant("squares of large float64 values overflow", "rl/whitening.py", "(top > 2.0**480)", "(top > 2.0**960)", LIMITS),
+    Mutant("the mean of large values in their unit", "rl/whitening.py", "mean * unit", "mean", LIMITS),
+    Mutant("sums that overflow count as one value", "formulas/returns.py", "v = torch.where(square == torch.inf, torch.nan, v)", "nothing = nothing | square.isinf()", LIMITS),
     # groups and heads over ranks
     Mutant("turns of this rank's responses alone", "rl/groups.py", "(wide,), own = rows_of_all(process_group, wide)", "own = slice(None); counts = cu_turns.diff()", "tests/ops/test_over_ranks.py"),
     Mutant("columns of sharded logits counted from 0", "ops/_parallel.py", "min(dist.get_rank(group) * step, vocab)", "0", "tests/ops/test_sharded_heads.py"),
@@ -272,7 +292,7 @@ MUTANTS = [
     Mutant("KTO's z0 below 0", "losses/pointwise.py", "max(0.0, z0)", "z0", POINTWISE),
     Mutant("weights of the classes exchanged", "losses/pointwise.py", "masked_fill(positive, positive_weight), losses)", "masked_fill(~positive, positive_weight), losses)", POINTWISE),
     Mutant("class means over the batch", "losses/pointwise.py", "[inside.sum().clamp(min=1) for inside in classes]", "[positive.numel()] * 2", POINTWISE),
-    Mutant("EXO's slope without its odds", "formulas/margin.py", "(m - (likely - unlikely))", "m", TABLE),
+    Mutant("EXO's slope without its odds", "formulas/margin.py", "m - (likely - unlikely))", "m)", TABLE),
     Mutant("DiscoPOP's slope without tau", "formulas/margin.py", "turn / tau -", "turn -", TABLE),
     Mutant("NCA's slope", "formulas/margin.py", "m.sigmoid() - 2 * (-m).sigmoid()", "m.sigmoid() - (-m).sigmoid()", TABLE),
     Mutant("a slope beyond the exponent's bound", "formulas/margin.py", "torch.where(beyond, 0, exponent.exp())", "exponent.exp()", TABLE),

@@ -290,7 +290,7 @@ inline void forward_rows(const RowForward& op, int64_t begin, int64_t end) {
       double total = 0, count = 0;
       for (int64_t j = 0; j < op.columns; ++j)
         if (z[j] != -kInf) total += z[j], count += 1;
-      part[4] = static_cast<float>(total);
+      part[4] = static_cast<float>(total / 0x1p24);  // UNIT of formulas/logprobs.py
       part[5] = static_cast<float>(count);
     }
     part[0] = m;

@@ -15,7 +15,8 @@ from torch import Tensor
 
 SKIP, BAD = -2, -1  # targets of a row that is not read, and of one whose label is out of range
 ENTROPY, SQUARES, MEAN = 1, 2, 4  # what a pass over a tile is asked for beside m and R
-PARTS = 6  # a row's partial of one tile: m, R, T, Q, sum of z, number of tokens that are not banned
+PARTS = 6  # a row's partial of one tile: m, R, T, Q, sum of z / UNIT, number of tokens that are not banned
+UNIT = 2.0**24  # a power of two, so that no bit depends on it; 2^24 of the largest float32 have a sum that is finite
 
 
 class Head(NamedTuple):
@@ -113,7 +114,7 @@ def reference(x: Tensor, bias: Tensor | None, target: Tensor, head: Head) -> Row
         lse=lse,
         entropy=-(p * safe).sum(-1),
         log_sum_sq_probs=torch.logsumexp(2 * logp_all.detach(), -1),
-        mean_logits=torch.where(allowed, z, 0).sum(-1) / allowed.sum(-1),
+        mean_logits=torch.where(allowed, z / UNIT, 0).sum(-1) / allowed.sum(-1) * UNIT,
         is_top1=first_argmax(z.detach()) == target,
         m=m,
         l=lse.detach() - m,
@@ -147,7 +148,7 @@ def tile_state(z: Tensor, col0: int, want: int) -> tuple[Tensor, Tensor, Tensor]
         part[:, 3] = (others * others).sum(-1)
     if want & MEAN:
         allowed = z != -torch.inf
-        part[:, 4] = torch.where(allowed, z, 0).sum(-1)
+        part[:, 4] = torch.where(allowed, z / UNIT, 0).sum(-1)
         part[:, 5] = allowed.sum(-1)
     return part, col0 + index, e
 
@@ -199,7 +200,7 @@ def combine(part: Tensor, first: Tensor, label: Tensor, target: Tensor, want: in
     if want & SQUARES:
         log_sum_sq = q.log1p() - 2 * l
     if want & MEAN:
-        mean = total / count
+        mean = total / count * UNIT
     rows = Rows((label[:, 0] - m) - l, m + l, entropy, log_sum_sq, mean, top == target, m, l, label[:, 1], count)
     return settle(rows, target)
 

@@ -1,5 +1,8 @@
 """Losses of one margin m (nats). Each returns (value, slope), slope = d value / d m, elementwise.
 
+At m = inf and m = -inf, where a log-prob is -inf or a sum overflows, both are the limits of the formula; they may be
+infinite. A margin that is no limit, the difference of two infinite scores, is NaN, and so is its loss.
+
 Below them, what a score may become before its margin is formed: (value, slope) with respect to the score.
 """
 
@@ -10,6 +13,13 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 LARGEST_EXPONENT = 80.0  # e^80 is still a float32
+
+
+def times(weight: float | Tensor, x: Tensor) -> Tensor:
+    """weight · x, and 0 where the weight is 0: the limit, also of an infinite x."""
+    if isinstance(weight, Tensor):
+        return torch.where(weight == 0, 0, weight * x)
+    return weight * x if weight else torch.zeros_like(x)
 
 
 def logistic(m: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,13 +39,15 @@ def hinge(m: Tensor) -> tuple[Tensor, Tensor]:
 
 def smoothed(m: Tensor, *, smoothing: float) -> tuple[Tensor, Tensor]:
     """-(1-ε) log σ(m) - ε log σ(-m) = -log σ(m) + ε m, ε the smoothing; slope ε - σ(-m)."""
-    return smoothing * m - logsigmoid(m), smoothing - (-m).sigmoid()
+    value = times(smoothing, m) - logsigmoid(m)
+    at_least = times(1 - smoothing, torch.full_like(m, torch.inf))  # the value at -inf
+    return torch.where(m == -torch.inf, at_least, value), smoothing - (-m).sigmoid()
 
 
 def robust(m: Tensor, *, smoothing: float) -> tuple[Tensor, Tensor]:
     """[-(1-ε) log σ(m) + ε log σ(-m)] / (1-2ε) = -log σ(m) - ε/(1-2ε) m; slope -σ(-m) - ε/(1-2ε)."""
     push = smoothing / (1 - 2 * smoothing)
-    return -logsigmoid(m) - push * m, -(-m).sigmoid() - push
+    return -logsigmoid(m) - times(push, m), -(-m).sigmoid() - push
 
 
 def floored(m: Tensor, *, floor: float = 1e-5) -> tuple[Tensor, Tensor]:
@@ -57,20 +69,24 @@ def linear(m: Tensor) -> tuple[Tensor, Tensor]:
 def exo(m: Tensor, *, smoothing: float) -> tuple[Tensor, Tensor]:
     """σ(m) (log σ(m) - log(1-ε)) + σ(-m) (log σ(-m) - log ε), the KL of (σ(m), σ(-m)) from (1-ε, ε), ε the smoothing.
 
-    Slope σ(m) σ(-m) (m - log((1-ε)/ε)).
+    Slope σ(m) σ(-m) (m - log((1-ε)/ε)). Flat far out: -log(1-ε) at inf, -log ε at -inf.
     """
     up, down = m.sigmoid(), (-m).sigmoid()
     likely, unlikely = math.log1p(-smoothing), math.log(smoothing)
-    value = up * (logsigmoid(m) - likely) + down * (logsigmoid(-m) - unlikely)
-    return value, up * down * (m - (likely - unlikely))
+    value = times(up, logsigmoid(m) - likely) + times(down, logsigmoid(-m) - unlikely)
+    return value, times(up * down, m - (likely - unlikely))
 
 
 def discovered(m: Tensor, *, tau: float) -> tuple[Tensor, Tensor]:
-    """-σ(-m/τ) log σ(m) + σ(m/τ) e^-m, each product with e^-m formed in the exponent."""
-    up, down = logsigmoid(m / tau), logsigmoid(-m / tau)
-    steep, soft = (up - m).exp(), -logsigmoid(m)
-    turn = (up + down - m).exp() - (up + down).exp() * soft
-    return down.exp() * soft + steep, turn / tau - down.exp() * (-m).sigmoid() - steep
+    """-σ(-m/τ) log σ(m) + σ(m/τ) e^-m, each product with e^-m formed in the exponent.
+
+    Slope -1 at -inf; where τ > 1, -inf there and wherever e^(m/τ - m) overflows.
+    """
+    up, down, lowest = logsigmoid(m / tau), logsigmoid(-m / tau), m == -torch.inf
+    steep, soft = torch.where(lowest, times(1 / tau - 1, m), up - m).exp(), -logsigmoid(m)
+    turn = torch.where(lowest, steep, (up + down - m).exp() - (up + down).exp() * soft)
+    slope = turn / tau - down.exp() * (-m).sigmoid() - steep
+    return down.exp() * soft + steep, torch.where(steep == torch.inf, -torch.inf, slope)
 
 
 def rising(m: Tensor) -> tuple[Tensor, Tensor]:

@@ -124,12 +124,14 @@ def standard(triple: Tensor, mode: str, unbiased: bool) -> tuple[Tensor, Tensor]
 
     0 where n < 2 or v <= 2^-46 Σx²/n. For float32 that is v <= (2^-23 max|x|)² with the root mean square for the
     maximum, which a sum over ranks does not give: where v is that small the two differ by less than a factor of 2. It
-    is also where the cancellation in Σx²/n - μ² leaves v no digits to speak of, so float64 has the same bound.
+    is also where the cancellation in Σx²/n - μ² leaves v no digits to speak of, so float64 has the same bound. NaN
+    where n >= 2 and Σx² overflows.
     """
     n = triple[0].clamp(min=1)
     mean, square = triple[1] / n, triple[2] / n
     v = (square - mean * mean).clamp(min=0)
-    nothing = (triple[0] < 2) | (v <= CONSTANT * square)
+    nothing = (triple[0] < 2) | ((v <= CONSTANT * square) & square.isfinite())
+    v = torch.where(square == torch.inf, torch.nan, v)  # of sums that overflow nothing is known
     if unbiased:
         v = v * (n / (n - 1).clamp(min=1))
     spread = {"std": lambda: v + EPSILON, "clamp": lambda: v.clamp(min=EPSILON), "compat": lambda: v.sqrt() + EPSILON}

@@ -58,7 +58,7 @@ class PreferenceLoss(NamedTuple):
     chosen_rewards: Tensor  # beta h of the chosen response
     rejected_rewards: Tensor
     margins: Tensor  # beta (h_chosen - h_rejected): chosen_rewards - rejected_rewards, also where these overflow
-    accuracies: Tensor  # 1 where the chosen reward is the larger one
+    accuracies: Tensor  # 1 where h of the chosen response is the larger one, also where both rewards overflow
     nll: Tensor  # the NLL term of the chosen responses, as reduced; 0 where there is none
 
 
@@ -99,7 +99,8 @@ def score_loss(
     if row.chosen is not None:
         more, steeper = row.chosen(beta * chosen - shift)
         value, slopes[: len(slope)] = value + more, slope + beta * scale * steeper
-    return scale * value, slopes * stretch
+    # phi is flat where its slope is 0; an infinite slope of the transform does not tilt it
+    return scale * value, torch.where(slopes == 0, slopes, slopes * stretch) if transform else slopes
 
 
 def _labelled_loss(row, policy, beta, score, shift, scale, target, hyper):
@@ -182,6 +183,10 @@ def preference_loss(
                   denominator: a number or tensor to divide the sum over pairs by instead
     drop_empty    leave out pairs of which neither response has a token, from numerator and denominator
     hyper         numbers the row takes, `PREFERENCE[name].hyper`: smoothing, ...
+
+    A log-prob of -inf, or a sum beyond float32, makes a margin infinite: loss and gradient are then the limits of the
+    formula, which may be infinite. Where both scores of a pair are the same infinity, or a token is -inf in policy and
+    reference alike, there is no limit and the loss is NaN, unless a weight of 0 leaves it out.
 
     A row of single responses (KTO, ...) takes a pair as a desirable and an undesirable one, with the mean of their
     losses. Returns PreferenceLoss. An empty response has h = 0 and no gradient; no pair at all gives 0, connected to
@@ -272,24 +277,27 @@ def preference_loss(
         chosen_rewards=chosen,
         rejected_rewards=rejected,
         margins=beta * torch.sub(*score.chunk(2)),
-        accuracies=(chosen > rejected).to(score.dtype),
+        accuracies=torch.gt(*score.chunk(2)).to(score.dtype),
         nll=term.detach(),
     )
 
 
 def _losses_of_scores(name, row: Row, score, tokens: Tokens, ref_logp, weight, pairs: str, options) -> Tensor:
     """(P,) from scores, for any row: what is re-matched across the batch, what single responses have of their own."""
-    shift, beta, policy, met = options["shift"], options["beta"], None, score
+    shift, beta, policy, met, values = options["shift"], options["beta"], None, score, score.detach()
     if row.positive == "nll":
         policy = _halves(sequence_scores(tokens.x.detach(), weight, tokens), pairs)
     if row.label is not None and isinstance(shift, Tensor) and shift.dim():
         shift = torch.cat([shift, shift])
     if row.match == "rejected":
         met = _match_rejected(score)
+        values = met.detach()
     elif row.match == "reference":
         reference = _halves(_reference_scores(tokens, ref_logp, weight), pairs)
-        shift = shift + beta * _rank_offset(score.detach(), reference)
-    losses, slope = score_loss(name, met.detach(), policy=policy, **{**options, "shift": shift})
+        own = _halves(sequence_scores(tokens.x.detach(), weight, tokens), pairs)
+        values, offset = _rank_offset(score.detach(), reference, own)
+        shift = shift + beta * offset
+    losses, slope = score_loss(name, values, policy=policy, **{**options, "shift": shift})
     return FromScores.apply(met, losses, slope)
 
 
@@ -379,10 +387,14 @@ def _match_rejected(score: Tensor) -> Tensor:
     return torch.cat([chosen, rejected[order[_rank(chosen.detach())]]])
 
 
-def _rank_offset(score: Tensor, reference: Tensor) -> Tensor:
-    """(P,): the reference's difference whose rank is that of the policy's, less the pair's own."""
-    own, ratio = (torch.sub(*x.chunk(2)) for x in (reference, score))
-    return own[own.argsort(stable=True)[_rank(ratio + own)]] - own
+def _rank_offset(score: Tensor, reference: Tensor, policy: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores (2P,) and what to take off their differences (P,): the reference's difference whose rank is that of the
+    policy's, less the pair's own. Where the pair's own is infinite, its scores are the policy's, less nothing."""
+    own, ratio, other = (torch.sub(*x.chunk(2)) for x in (reference, score, policy))
+    infinite = own.isinf()
+    matched = own[own.argsort(stable=True)[_rank(torch.where(infinite, other, ratio + own))]]
+    both = torch.cat([infinite, infinite])
+    return torch.where(both, policy, score), torch.where(infinite, matched, matched - own)
 
 
 def _chosen_nll(tokens: Tokens, token_weight, weight, average, nll: str, pairs: str, denominator) -> Tensor:

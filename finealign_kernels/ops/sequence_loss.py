@@ -77,11 +77,12 @@ class BatchLoss(NamedTuple):
 
 
 def over_count(total: Tensor, count: float | Tensor) -> Tensor:
-    """total / count; where the count is a tensor of 0 (nothing in the whole step), 0 with a gradient of 0."""
+    """total / count, in the dtype of total; where the count is a tensor of 0 (nothing in the whole step), 0 with a
+    gradient of 0."""
     if not isinstance(count, Tensor):
         return total / count
     none = count == 0
-    return torch.where(none, 0, total) / torch.where(none, 1, count)
+    return (torch.where(none, 0, total) / torch.where(none, 1, count)).to(total.dtype)
 
 
 def missing(phi: Callable, device: torch.device) -> str | None:

@@ -45,8 +45,8 @@ def whiten(
     cu_seqlens   of (N,), if at hand; only checked: the moments are the batch's
     sum_moments  takes the triple (3,) float64 of `moments` and returns its sum over all ranks (an all_reduce, say)
 
-    A valid value that is NaN or infinite makes every result NaN; float64 values beyond 1e154, whose squares overflow,
-    give 0.
+    A valid value that is NaN or infinite makes every result NaN, and so does a sum of sum_moments that overflows: of
+    float64 values beyond 1e154. Without it such values are scaled by a power of two before they are squared.
     Where fewer than two values are valid, or where all are one value (v <= 2^-46 Σx²/n), the result is 0, or μ.
     Whitening two values maps them to ±1, so with fewer than about eight values it is mostly noise.
     Returns float32 (float64 for float64) in the shape of x, detached. Raises ValueError, TypeError.
@@ -56,8 +56,28 @@ def whiten(
     unbiased, shift_mean = check_bool("unbiased", unbiased), check_bool("shift_mean", shift_mean)
     check_callable("sum_moments", sum_moments)
     tokens = constants(x, mask, _one_sequence(x) if cu_seqlens is None else cu_seqlens, "x")
+    unit = _unit(tokens) if sum_moments is None else None
+    if unit is not None:
+        tokens = tokens.with_x(tokens.x / unit)
     triple = summed(moments_of(tokens, backend), sum_moments)
-    return unflatten(whiten_of(tokens, triple, mode, unbiased, shift_mean, backend), tokens.shapes)
+    found = whiten_of(tokens, triple, mode, unbiased, shift_mean, backend)
+    if unit is not None:  # "compat" divides by the root of a standard deviation; a mean comes back in its own size
+        mean, back = triple[1] / triple[0].clamp(min=1), unit.sqrt() if mode == "compat" else 1
+        far = found * back if shift_mean else (found - mean) * back + mean * unit
+        far = far if tokens.mask is None else torch.where(tokens.mask, far, 0)
+        found = torch.where(unit == 1, found, far)
+    return unflatten(found, tokens.shapes)
+
+
+def _unit(tokens: Tokens) -> Tensor | None:
+    """() a power of four that float64 values are divided by before their squares overflow: 1 up to 2^480."""
+    x = tokens.x
+    if x.dtype != torch.float64 or not x.numel():
+        return None
+    top = (x if tokens.mask is None else torch.where(tokens.mask, x, 0)).abs().amax()
+    large = (top > 2.0**480) & top.isfinite()
+    half = (torch.frexp(top).exponent - 400) // 2  # so large still that 1e-8 of a variance is none
+    return torch.ldexp(torch.ones_like(top), torch.where(large, 2 * half, 0))
 
 
 # ---- flat, checked: what advantages.py puts together as well --------------------------------------------------------

@@ -114,7 +114,8 @@ struct Item {
   double value, slope;  // slope = d value / d margin
 };
 
-// Loss of one margin m; a is the row's constant, where it has one (launch.h says which). A NaN reaches the value.
+// Loss of one margin m; a is the row's constant, where it has one (launch.h says which). A NaN reaches the value. Where m
+// is infinite, value and slope are the limits.
 FINEALIGN_FORMULA Item margin_loss(Phi phi, double m, double a) {
   if (phi == Phi::squared) return {(m - a) * (m - a), 2 * (m - a)};
   if (phi == Phi::linear) return {-m, -1};
@@ -129,18 +130,22 @@ FINEALIGN_FORMULA Item margin_loss(Phi phi, double m, double a) {
     return {a == 0 ? at.cost : a == 1 ? at.other : mixed, fma(a, at.up, (a - 1) * at.down)};
   }
   if (phi == Phi::robust) {
+    if (a == 0) return {at.cost, -at.down};  // without 0 times inf
     const double ease = fma(-2.0, a, 1.0);
     return {fma(-a, at.other, (1 - a) * at.cost) / ease, fma(-a, at.up, (a - 1) * at.down) / ease};
   }
   if (phi == Phi::exo) {  // a = log((1-ε)/ε), so log(1-ε) = -rest and log ε = -rest - a
     const double rest = log1p_of(exp_of(-a));
+    if (fabs(m) == INFINITY) return {m > 0 ? rest : rest + a, 0};
     return {fma(at.down, rest + a - at.other, at.up * (rest - at.cost)), at.up * at.down * (m - a)};
   }
   // discovered, a = τ: each product with e^-m is formed in the exponent
+  if (m == -INFINITY) return {INFINITY, a > 1 ? -INFINITY : -1.0};
   const Logistic turned = logistic_of(m / a);
   const double steep = exp_of(-turned.cost - m), both = turned.cost + turned.other;
   const double turn = fma(-exp_of(-both), at.cost, exp_of(-both - m));
-  return {fma(turned.down, at.cost, steep), fma(-turned.down, at.down, turn / a) - steep};
+  const double slope = fma(-turned.down, at.down, turn / a) - steep;
+  return {fma(turned.down, at.cost, steep), steep == INFINITY ? -INFINITY : slope};
 }
 
 // The two margins of an item: of phi, and of `first` where the form has it. rejected is not read without pairs.
@@ -303,7 +308,7 @@ struct Standard {
 FINEALIGN_BOTH inline Standard standard(Moments of, Scale scale, bool unbiased) {
   const double n = of.n < 1 ? 1 : of.n, mean = of.sum / n, square = of.squares / n;
   double v = square - mean * mean;
-  v = v < 0 ? 0 : v;  // a NaN stays
+  v = v < 0 ? 0 : square == INFINITY ? NAN : v;  // a NaN stays; of sums that overflow nothing is known
   if (of.n < 2 || v <= 0x1p-46 * square) return {mean, 0};
   if (unbiased) v *= n / (n - 1);
   const double spread = scale == Scale::std ? v + 1e-8 : scale == Scale::clamp ? (v < 1e-8 ? 1e-8 : v) : sqrt(v) + 1e-8;

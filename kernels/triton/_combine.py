@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 
 from ._launch import OPTIONS, on_device_of
-from ._tiles import ENTROPY, MEAN, SQUARES, log1p
+from ._tiles import ENTROPY, MEAN, SQUARES, UNIT, log1p
 
 SKIP, BAD = tl.constexpr(-2), tl.constexpr(-1)  # targets of a row that is not read, of one whose label is out of range
-PARTS = tl.constexpr(6)  # of a row and a tile: m, R, T, Q, sum of z, number of tokens that are not banned
+PARTS = tl.constexpr(6)  # of a row and a tile: m, R, T, Q, sum of z / UNIT, number of tokens that are not banned
 INT_MAX = tl.constexpr(2**31 - 1)
 
 
@@ -74,7 +74,7 @@ def combine_kernel(
         if MEAN & WANT:
             total = tl.sum(tl.load(part + 4, mask=here, other=0.0), axis=0)
             allowed = tl.sum(tl.load(part + 5, mask=here, other=0.0), axis=0)
-            mean = total / allowed
+            mean = total / allowed * UNIT
         _settle(logp_ptr + at, (tl.load(label_ptr + row * 2) - m) - l, target)
         _settle(lse_ptr + at, m + l, target)
         _settle(entropy_ptr + at, entropy, target)

@@ -10,6 +10,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = 2^(x log2 e): a GPU has no other, and this one flushes to 0
 LOWEST = tl.constexpr(-1e4)  # of log e in a product with e, which is 0 long before: no -inf times 0
 ENTROPY, SQUARES, MEAN = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
+UNIT = tl.constexpr(2.0**24)  # formulas/logprobs.py
 
 
 @triton.jit

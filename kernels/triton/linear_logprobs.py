@@ -28,6 +28,7 @@ from ._tiles import (
     LOWEST,
     MEAN,
     SQUARES,
+    UNIT,
     base_of,
     label_gradient,
     log_of_e,
@@ -212,7 +213,7 @@ def _sums(
             q += _fold(e_below * e_below, SUMS)
         if MEAN & WANT:
             allowed = z != float("-inf")
-            total += _fold(tl.where(allowed, z, 0.0), SUMS)
+            total += _fold(tl.where(allowed, z / UNIT, 0.0), SUMS)
             count += _fold(allowed.to(tl.float32), SUMS)
         if e_rows is not None:
             lanes = tl.arange(0, y.shape[1])[None, :]

@@ -20,6 +20,7 @@ from ._tiles import (
     LOWEST,
     MEAN,
     SQUARES,
+    UNIT,
     base_of,
     label_gradient,
     log_of_e,
@@ -112,7 +113,7 @@ def _add_block(
         q += _fold(e_below * e_below, GROUP)
     if MEAN & WANT:
         allowed = z != float("-inf")
-        total += tl.where(allowed, z, 0.0)
+        total += tl.where(allowed, z / UNIT, 0.0)
         count += _fold(allowed.to(tl.float32), GROUP)
     if e_ptr is not None:
         e = e.to(e_ptr.dtype.element_ty)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+NATIVE = ("csrc/", "kernels/cuda/")
 LOGPROBS, LOSSES, SEGMENTS = "tests/ops/test_logprobs.py", "tests/losses/test_losses.py", "tests/ops/test_segments.py"
 LAUNCH, GPU = "tests/kernels/test_triton_launch.py", "tests/kernels/test_gpu.py"
 LAUNCHES = "tests/kernels/test_launches.py"
@@ -57,7 +58,7 @@ ROWS, PREFERENCE, REDUCE = "csrc/cpu/row_kernels.h", "losses/preference.py", "lo
 
 class Mutant(NamedTuple):
     what: str
-    path: str  # below finealign_kernels/, or from the root for csrc/
+    path: str  # below finealign_kernels/, or from the root for csrc/ and kernels/cuda/
     old: str
     new: str
     tests: str
@@ -98,9 +99,9 @@ MUTANTS = [
     # limits
     Mutant("EXO: 0 times an infinite slope", "formulas/margin.py", "times(up * down, m -", "(up * down) * (m -", LIMITS),
     Mutant("EXO: 0 times an infinite cost", "formulas/margin.py", "times(down, logsigmoid(-m) - unlikely)", "down * (logsigmoid(-m) - unlikely)", LIMITS),
-    Mutant("EXO's limits changed places in the kernels", "csrc/../kernels/cuda/formulas.cuh", "m > 0 ? rest : rest + a", "m < 0 ? rest : rest + a", LIMITS),
-    Mutant("DiscoPOP's slope at -inf in the kernels", "csrc/../kernels/cuda/formulas.cuh", "a > 1 ? -INFINITY : -1.0", "-1.0", LIMITS),
-    Mutant("robust without noise in the kernels", "csrc/../kernels/cuda/formulas.cuh", "if (a == 0) return {at.cost, -at.down};", "", LIMITS),
+    Mutant("EXO's limits changed places in the kernels", "kernels/cuda/formulas.cuh", "m > 0 ? rest : rest + a", "m < 0 ? rest : rest + a", LIMITS),
+    Mutant("DiscoPOP's slope at -inf in the kernels", "kernels/cuda/formulas.cuh", "a > 1 ? -INFINITY : -1.0", "-1.0", LIMITS),
+    Mutant("robust without noise in the kernels", "kernels/cuda/formulas.cuh", "if (a == 0) return {at.cost, -at.down};", "", LIMITS),
     Mutant("DiscoPOP: the difference of two infinite slopes", "formulas/margin.py", "torch.where(steep == torch.inf, -torch.inf, slope)", "slope", LIMITS),
     Mutant("DiscoPOP: e^(m/τ - m) of two infinities", "formulas/margin.py", "torch.where(lowest, times(1 / tau - 1, m), up - m)", "(up - m)", LIMITS),
     Mutant("robust: no noise times an infinite margin", "formulas/margin.py", "-logsigmoid(m) - times(push, m)", "-logsigmoid(m) - push * m", LIMITS),
@@ -519,7 +520,7 @@ def rebuild(sources: Path, target: Path) -> None:
 
 
 def caught(mutant: Mutant, site: Path, sources: Path) -> bool:
-    native = mutant.path.startswith("csrc/")
+    native = mutant.path.startswith(NATIVE)
     path = sources / mutant.path if native else site / "finealign_kernels" / mutant.path
     text = path.read_text()
     if text.count(mutant.old) != 1:
@@ -554,13 +555,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         site, sources = Path(folder) / "site", Path(folder) / "sources"
         install(site)
-        if any(mutant.path.startswith("csrc/") for mutant in chosen):
+        if any(mutant.path.startswith(NATIVE) for mutant in chosen):
             shutil.copytree(ROOT, sources, ignore=shutil.ignore_patterns(".git", "__pycache__", "*.so"))
             rebuild(sources, site)
         pristine = shutil.copy(site / "finealign_kernels/_C.abi3.so", Path(folder) / "pristine.so")
         for count, mutant in enumerate(chosen, 1):
             found = caught(mutant, site, sources)
-            if mutant.path.startswith("csrc/"):
+            if mutant.path.startswith(NATIVE):
                 shutil.copy(pristine, site / "finealign_kernels/_C.abi3.so")
             alive += [] if found else [mutant]
             print(

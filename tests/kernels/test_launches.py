@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from host_reads import reads
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import finealign_kernels as fk
@@ -23,7 +24,6 @@ VOCAB = CHUNKS * TILE.columns  # Llama-3-8B's head is 8 chunks too
 # what makes memory without writing to it, or a number on the host: no kernel runs
 FREE = {"empty", "empty_like", "new_empty", "empty_strided", "scalar_tensor"}
 OPS = {"linear_logprobs_fwd": op._linear_fwd, "linear_logprobs_bwd": op._linear_bwd}
-WAITS = {"nonzero", "_local_scalar_dense", "item", "is_nonzero", "masked_select", "equal", "unique"}
 
 
 class Count(TorchDispatchMode):
@@ -39,7 +39,7 @@ class Count(TorchDispatchMode):
             with self:
                 return OPS[name]._init_fn(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
-        if name in WAITS or (name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])):
+        if reads(func, args):
             self.waits.append(name)
         leaves = torch.utils._pytree.tree_leaves
         old, new = (

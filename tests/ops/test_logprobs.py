@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from host_reads import reads
 from torch.testing import assert_close
 
 import finealign_kernels as fk
@@ -558,18 +559,14 @@ def test_strided_expanded_and_transposed_inputs(backend, usable):
 class Watch(torch.utils._python_dispatch.TorchDispatchMode):
     """Sees every torch op: which ones ask the host for a value, and how large the tensors get."""
 
-    SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique")
-
     def __init__(self):
         super().__init__()
         self.syncs, self.largest, self.made = [], 0, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        name = func.__name__.split(".")[0]
-        boolean_index = name == "index" and any(t is not None and t.dtype == torch.bool for t in args[1])
-        if name in self.SYNCS or boolean_index:
-            self.syncs.append(name)
+        if reads(func, args):
+            self.syncs.append(func.overloadpacket.__name__)
         for t in torch.utils._pytree.tree_leaves(out):
             if isinstance(t, torch.Tensor) and t.untyped_storage().nbytes() > self.largest:
                 self.largest = t.untyped_storage().nbytes()

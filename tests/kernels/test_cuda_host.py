@@ -99,7 +99,8 @@ def test_segments_on_the_host(lib, name, dtype):
 
 def check_bad_cu_seqlens(lib):
     batches = [(ends, 1) for ends in ([1, 4, 8], [0, 4, 7], [-3, 4, 8], [0, 4, 60], [0, 6, 3, 8], [0, 60, 8])]
-    for ends, scale in (*batches, ([1, 4, 8], 700)):  # the last of them has a long segment that is valid
+    # one of the last has a long segment that is valid, the other a slot far outside
+    for ends, scale in (*batches, ([1, 4, 8], 700), ([0, -300, 8], 700)):
         cu_seqlens, total = torch.tensor(ends) * scale, 8 * scale
         count = len(ends) - 1
         bad = torch.tensor([a < 0 or a > b or b > 8 for a, b in zip(ends, ends[1:], strict=False)])

@@ -443,6 +443,7 @@ MUTANTS = [
     Mutant("NaN logits taken for a class", "integrations/segment_rewards.py", "torch.where(scores.isnan().any(1), torch.nan, reward)", "torch.where(scores.isnan().all(0).all(), torch.nan, reward)", SEGMENT_REWARDS),
     Mutant("segments behind the length lost without a word", "integrations/segment_rewards.py", "        if lost:", "        if lost < 0:", SEGMENT_REWARDS),
     Mutant("the model's positions not looked at", "integrations/segment_rewards.py", "min(max_length, takes, tokenizer", "min(max_length, tokenizer", SEGMENT_REWARDS),
+    Mutant("a negative count reverses a loss", "losses/reduce.py", "if value < 0 or value", "if value < -9 or value", SILENT),
     Mutant("margins of the command unscaled", "strength.py", "margin = options.scale * strength.mean", "margin = strength.mean", STRENGTH),
     Mutant("an own key among the negatives", "ops/contrast.py", ".scatter_(1, own, -torch.inf)", "", CONTRASTIVE),
     Mutant("mirrored keys pull", "ops/contrast.py", "similar.sub_(minus)", "similar.add_(minus)", CONTRASTIVE),

@@ -65,13 +65,14 @@ def nll_loss(
     warn_of_tokens("nll_loss", tokens, token_weight)
     if epsilon or mean_logp is not None:
         tokens = _smoothed(tokens, epsilon, mean_logp)
+    given = denominator is not None
     if reduction == "token":
         if denominator is None:
             denominator = _token_count(tokens, token_weight if average == "kept" else None)
         reduction, average = "sum", False
     if average != "segments" and missing(margin.linear, tokens.whole.device) is None:
         options = dict(phi=margin.linear, beta=1.0, token_weight=token_weight, average=average, pairs=None)
-        plain = plain_denominator(reduction, denominator, tokens.segments)
+        plain = plain_denominator(reduction, denominator, tokens.segments, given)
         if plain is not None:
             return NLLLoss(*batch_loss(tokens, denominator=plain, **options)[:2])
         items = sequence_loss(tokens, **options).losses
@@ -80,7 +81,7 @@ def nll_loss(
             token_weight = flatten_like(token_weight, tokens, "token_weight").detach()
         weight = sequence_weights(token_weight, tokens, average, segment_ids)
         items = -sequence_scores(tokens.x, weight, tokens)
-    return NLLLoss(reduce(items, reduction, denominator), items.detach())
+    return NLLLoss(reduce(items, reduction, denominator, given=given), items.detach())
 
 
 def _smoothed(tokens: Tokens, epsilon: float, mean_logp: TokenTensor | None) -> Tokens:

@@ -74,9 +74,10 @@ def has_tokens(tokens: Tokens) -> Tensor:
     return segment_sum(torch.ones_like(tokens.x), tokens.cu_seqlens, mask=tokens.mask) > 0
 
 
-def reduce(items: Tensor, reduction: str, denominator, counted: Tensor | None = None) -> Tensor:
+def reduce(items: Tensor, reduction: str, denominator, counted: Tensor | None = None, given: bool = True) -> Tensor:
     """Batch loss of items (S,): "mean", "sum" or "none"; a denominator divides the sum in place of the number of items.
 
+    given: denominator is the caller's, whose values are checked, and not a count made here.
     counted (S,) bool leaves items out of numerator and denominator. No item at all, and a denominator that is a tensor
     of 0 (the whole step has none), give 0, connected to the graph.
     """
@@ -90,18 +91,18 @@ def reduce(items: Tensor, reduction: str, denominator, counted: Tensor | None = 
         return items
     total = items.sum()
     if denominator is not None:
-        return over_count(total, check_denominator(denominator))
+        return over_count(total, check_denominator(denominator, given=given))
     if reduction == "sum":
         return total
     return total / (counted.sum().clamp(min=1) if counted is not None else max(1, items.numel()))
 
 
-def plain_denominator(reduction: str, denominator, items: int) -> float | Tensor | None:
+def plain_denominator(reduction: str, denominator, items: int, given: bool = True) -> float | Tensor | None:
     """What `reduce` divides the sum of all items by, where it divides one sum at all."""
     if reduction not in ("mean", "sum"):
         return None
     if denominator is not None:
-        return check_denominator(denominator)
+        return check_denominator(denominator, given=given)
     return 1 if reduction == "sum" else max(1, items)
 
 
@@ -166,12 +167,19 @@ def one_for_none(total: Tensor) -> Tensor:
     return torch.where(total == 0, 1, total)
 
 
-def check_denominator(denominator, name: str = "denominator"):
-    """A number > 0, or a tensor with one element (a global count, say; 0 gives a loss of 0), not read on the host."""
+def check_denominator(denominator, name: str = "denominator", given: bool = True):
+    """A number > 0, or a tensor with one element: a global count, say; 0 gives a loss of 0, NaN goes through.
+
+    One on a GPU is not read. On a CPU a negative one, which would reverse the loss, is refused, and an infinite one.
+    """
     if isinstance(denominator, Tensor):
         check_plain(name, denominator)
         if denominator.numel() != 1:
             fail(name, "hold one number", f"shape {tuple(denominator.shape)}")
+        if given and reads_values(denominator):
+            value = denominator.item()
+            if value < 0 or value == float("inf"):
+                fail(name, "hold a finite number of at least 0", value)
         return denominator.detach().reshape(())
     count = number(denominator)
     if count is None or not 0 < count < float("inf"):

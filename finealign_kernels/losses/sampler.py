@@ -34,7 +34,7 @@ def sampler_weights(
     sampler_logp  as old_logp: those that the sampler reported
     mode          "token_truncate": clamp(e_t, low, high); "token_mask": e_t inside [low, high], else 0;
                   "sequence_truncate", "sequence_mask": the same of E_b, for every token of its sequence
-    low, high     at least one of them; the other is no bound
+    low, high     at least one of them, low >= 0, high > 0; the other is no bound
     on_missing    what a NaN in sampler_logp at a token of the mask does: "propagate", or "one": count as no difference
     gate          what the mask modes compare with the bounds. "ratio": the weight itself. The others keep e_t, of a
                   token or of every token of a sequence, if their statistic is inside the bounds, else 0:
@@ -56,8 +56,8 @@ def sampler_weights(
         fail("mode", "be 'sequence_mask' with gate='geometric': the mean is that of a sequence", repr(mode))
     if on_missing not in ("propagate", "one"):
         fail("on_missing", "be 'propagate' or 'one'", repr(on_missing))
-    low = low if low is None else check_number("low", low)
-    high = high if high is None else check_number("high", high)
+    low = low if low is None else check_number("low", low, least=0)
+    high = high if high is None else check_number("high", high, positive=True)
     if gate in ("binary_kl", "tv") and low is not None:
         fail("low", f"be None with gate={gate!r}: a divergence is bounded from above", low)
     if low is None and high is None:

@@ -342,7 +342,8 @@ def _tokens(rewards, mask, cu_seqlens) -> tuple[Tokens, list[SegmentRewards] | N
         return flatten(rewards, mask, cu_seqlens, name="rewards"), None
     models = [rewards] if isinstance(rewards, SegmentRewards) else rewards
     if not isinstance(models, Sequence) or not models:
-        fail("rewards", "be a tensor, SegmentRewards or a sequence of them", type(rewards).__name__, TypeError)
+        found = "an empty one" if isinstance(models, Sequence) else type(rewards).__name__
+        fail("rewards", "be a tensor, SegmentRewards or a sequence of them", found, TypeError)
     tokens = layout_of(mask, cu_seqlens)
     models = [check_model(f"rewards[{k}]", model, tokens) for k, model in enumerate(models)]
     double = any(model.reward.dtype == torch.float64 for model in models)

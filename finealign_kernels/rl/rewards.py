@@ -181,6 +181,8 @@ def _mask_of(tokens: Tokens, first: int, stop: int) -> list[int]:
 def layout_of(mask: Tensor | None, cu_seqlens: Tensor | None) -> Tokens:
     """The layout of tokens of which the mask alone is known."""
     if mask is None:
+        if cu_seqlens is not None:
+            check_tensor("cu_seqlens", cu_seqlens, dtypes=INDICES)
         if cu_seqlens is None or cu_seqlens.device.type != "cpu":
             fail(
                 "mask",

@@ -1114,6 +1114,16 @@ REFUSALS = {
         "low must be None with gate='binary_kl'",
     ),
     "no bound": (lambda: fk.sampler_weights(L, L, mode="token_truncate"), ValueError, "high must be given, or low"),
+    "bound below 0": (
+        lambda: fk.sampler_weights(L, L, mode="token_mask", high=-1.0),
+        ValueError,
+        "high must be a finite number > 0",
+    ),
+    "low below 0": (
+        lambda: fk.sampler_weights(L, L, mode="token_mask", low=-0.5),
+        ValueError,
+        "low must be a finite number >= 0",
+    ),
     "sampler bounds": (
         lambda: fk.sampler_weights(L, L, mode="token_mask", low=2.0, high=1.0),
         ValueError,

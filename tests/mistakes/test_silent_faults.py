@@ -53,6 +53,17 @@ def test_a_global_count_of_0_gives_0_beside_nan(name):
     assert not x.grad.any()
 
 
+@pytest.mark.parametrize("count", (-3.0, -1, torch.inf))
+@pytest.mark.parametrize("name", COUNTED)
+def test_a_count_that_would_reverse_a_loss_is_refused(name, count, monkeypatch):
+    """A difference of counts taken the wrong way round, say: its loss would be trained upwards, without a word."""
+    monkeypatch.setitem(globals(), "ZERO", torch.tensor(count))
+    monkeypatch.setitem(BY_ROW, "denominator", torch.tensor(count))
+    monkeypatch.setitem(BY_CLASS, "denominator", torch.tensor([2, count]))
+    with pytest.raises(ValueError, match=f"denominator must hold a finite number of at least 0, got {count}"):
+        COUNTED[name](log_probs().requires_grad_(), ~NONE)
+
+
 @pytest.mark.parametrize("mask", (NONE, ~NONE), ids=("no token", "tokens"))
 def test_a_global_count_of_0_of_an_nll_beside_a_preference(mask):
     out = fk.cpo(log_probs().requires_grad_(), mask=mask, nll_denominator=ZERO)

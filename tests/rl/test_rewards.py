@@ -425,6 +425,8 @@ def test_refusal_of_options_and_layouts():
     for option in ("placement", "on_collision", "on_empty"):
         with pytest.raises(ValueError, match=f"{option} must be one of .* got 'first'"):
             fk.token_rewards(GOOD, mask=MASK, **{option: "first"})
+    with pytest.raises(TypeError, match="cu_seqlens must be a tensor, got a list"):
+        fk.token_rewards(GOOD, cu_seqlens=[0, 5])
     with pytest.raises(ValueError, match="mask must be given"):
         fk.token_rewards(GOOD)
     with pytest.raises(TypeError, match="mask must have dtype bool"):

@@ -286,7 +286,7 @@ MUTANTS = [
     Mutant("kept and all exchanged", REDUCE, "weight if average == \"kept\" else ones", "ones if average == \"kept\" else weight", LOSSES),
     Mutant("mask by multiplication", REDUCE, "torch.where(tokens.mask, weight, 0)", "weight * tokens.mask", LOSSES),
     Mutant("NaN at a weight of 0", REDUCE, "weight * torch.where(weight != 0, x, 0)", "weight * x", LOSSES),
-    Mutant("denominator ignored", REDUCE, "return over_count(total, check_denominator(denominator))", "return total / items.numel()", LOSSES),
+    Mutant("denominator ignored", REDUCE, "return over_count(total, check_denominator(denominator, given=given))", "return total / items.numel()", LOSSES),
     Mutant("IPO's slope halved", "formulas/margin.py", "2 * (m - center)", "(m - center)", LOSSES),
     # point-wise losses, the further rows, weights
     Mutant("KTO's z0 outside beta", "losses/pointwise.py", "shift=beta * z0", "shift=z0", POINTWISE),

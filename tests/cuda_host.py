@@ -50,7 +50,6 @@ with_nvcc = pytest.mark.skipif(not NVCC, reason="no nvcc")
 # a fortified longjmp takes a change of fibers for an error
 FLAGS = [
     "-std=c++17",
-    "-O0",
     "-fPIC",
     "-U_FORTIFY_SOURCE",
     "-ffp-contract=off",
@@ -58,6 +57,10 @@ FLAGS = [
     "-isystem",
     HEADERS,
 ]
+
+
+# A library runs for many tests, a mutant for one, most of whose time is its build.
+OFTEN, ONCE = "-O1", "-O0"
 
 
 class Builds:
@@ -76,21 +79,22 @@ class Builds:
                 (self.folder / "part").rename(out)
         return out
 
-    def shim(self) -> Path:
-        """The shim as a precompiled header, which halves the time of every build after it."""
-        command = [CXX, *FLAGS, "-w", "-x", "c++-header", ROOT / "tests/emu/cuda_host_shim.h"]
-        return self.once(self.folder / "cuda_host_shim.h.gch", command).parent
+    def shim(self, level: str) -> Path:
+        """The folder of the shim as a precompiled header, which halves the time of every build after it."""
+        folder = self.folder / level
+        folder.mkdir(exist_ok=True)
+        command = [CXX, *FLAGS, level, "-w", "-x", "c++-header", ROOT / "tests/emu/cuda_host_shim.h"]
+        return self.once(folder / "cuda_host_shim.h.gch", command).parent
 
-    def command(self, name: str, *before: Path) -> list:
+    def command(self, name: str, level: str, *before: Path) -> list:
         """tests/emu/NAME.cpp, with the .cuh files of `before` in place of those of kernels/cuda."""
-        include = [
-            word for place in (self.shim(), *before, CUDA, ROOT / "csrc", ROOT / "tests/emu") for word in ("-I", place)
-        ]
-        return [CXX, *FLAGS, *include, "-shared", ROOT / f"tests/emu/{name}.cpp"]
+        places = (self.shim(level), *before, CUDA, ROOT / "csrc", ROOT / "tests/emu")
+        include = [word for place in places for word in ("-I", place)]
+        return [CXX, *FLAGS, level, *include, "-shared", ROOT / f"tests/emu/{name}.cpp"]
 
     def __call__(self, name: str) -> ctypes.CDLL:
         if name not in self.loaded:
-            self.loaded[name] = ctypes.CDLL(str(self.once(self.folder / f"{name}.so", self.command(name))))
+            self.loaded[name] = ctypes.CDLL(str(self.once(self.folder / f"{name}.so", self.command(name, OFTEN))))
         return self.loaded[name]
 
     def mutant(self, name: str, folder: Path, old: str, new: str, file: str | None = None) -> ctypes.CDLL:
@@ -101,7 +105,7 @@ class Builds:
         source = place.read_text()
         assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {place.name}"
         place.write_text(source.replace(old, new))
-        subprocess.run([*self.command(name, folder), "-o", folder / "mutant.so"], check=True)
+        subprocess.run([*self.command(name, ONCE, folder), "-o", folder / "mutant.so"], check=True)
         return ctypes.CDLL(str(folder / "mutant.so"))
 
 

@@ -1,5 +1,6 @@
 """The fused head against float64 and against the chunked layer: compiled where there is a GPU, else interpreted."""
 
+import itertools
 import math
 
 import pytest
@@ -153,6 +154,13 @@ def test_shapes(small_tiles, n, v, d):
         assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
+WAYS = [(0, "host"), (0, "device"), ("full", "device"), (40, "device")]
+SMALL = [
+    (1, 5, 8),  # a row, less than a tile, half a step
+    (5, 16, 3),  # one tile, less than a step that a product needs
+    (1, 33, 20),  # a row of three tiles, of which the last holds a column
+    (17, 7, 33),
+]
 BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of a gradient, relative
 
 
@@ -171,18 +179,17 @@ def against_float64(s, bound, outputs_within=1e-5, **options):
 
 
 @runs
-@pytest.mark.parametrize("workspace, compact", [(0, "host"), (0, "device"), ("full", "device"), (40, "device")])
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "n, v, d",
+    "shape, dtype, way",
     [
-        (1, 5, 8),  # a row, less than a tile, half a step
-        (5, 16, 3),  # one tile, less than a step that a product needs
-        (1, 33, 20),  # a row of three tiles, of which the last holds a column
-        (17, 7, 33),
+        # each dtype with each shape, and with each way; all with -m slow
+        pytest.param(shape, dtype, way, marks=() if (shape + way) % 4 == kind else pytest.mark.slow)
+        for shape, (kind, dtype), way in itertools.product(range(4), enumerate(DTYPES), range(4))
     ],
 )
-def test_every_dtype_and_way_at_small_shapes(small_tiles, n, v, d, dtype, workspace, compact):
+def test_every_dtype_and_way_at_small_shapes(small_tiles, shape, dtype, way):
+    n, v, d = SMALL[shape]
+    workspace, compact = WAYS[way]
     against_float64(linear(n, v, d, dtype, seed=n), BOUNDS[dtype], workspace=workspace, compact=compact)
 
 
@@ -487,8 +494,16 @@ def test_forward_stays_within_its_buffers(small_tiles, dtype, live, room):
 
 @runs
 @pytest.mark.skipif(GPU, reason="another tile's product rounds as it likes on a GPU")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("on_device", (False, True))
+@pytest.mark.parametrize(
+    "dtype, on_device",
+    [
+        (torch.float32, True),
+        (torch.bfloat16, False),
+        (torch.bfloat16, True),
+        (torch.float16, False),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((torch.float32, False), (torch.float16, True))),
+    ],
+)
 def test_copied_blocks_give_the_bits_of_pointers(small_tiles, monkeypatch, dtype, on_device):
     """The variant for sm_90 and later, more tiles than programs; rows that are not read hold NaN."""
     s = exact(40, 56, 24, dtype)

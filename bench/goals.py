@@ -1,8 +1,8 @@
 """Goals of the first GPU run as ratios to what the same run timed, and where its rows go.
 
     python bench/goals.py                        the table, from the GPU rows in bench/results
-    python bench/goals.py RESULTS.json           the results of bench/gpu_session.sh: into bench/results under the GPU's
-                                                 name, and into the table of docs/status.md
+    python bench/goals.py RESULTS.json           the results of bench/gpu_session.sh: into a folder of bench/results
+                                                 with the GPU's name, and into the table of docs/status.md
     python bench/goals.py RESULTS.json --root F  the same in another checkout, F
 
 Times are those on the GPU. Estimates are arithmetic from instructions, bytes and FLOPs of an H100, not measurements.
@@ -105,17 +105,18 @@ def table(results: list[list[dict]]) -> str:
 
 
 def published(root: Path) -> list[list[dict]]:
-    return [json.loads(file.read_text()) for file in sorted((root / "bench/results").glob("gpu-*.json"))]
+    return [json.loads(file.read_text()) for file in sorted((root / "bench/results").glob("gpu-*/session.json"))]
 
 
 def take(results: Path, root: Path) -> Path:
-    """Copies the rows into root's bench/results and makes the table of its docs/status.md anew."""
+    """Copies the rows into root's bench/results/gpu-NAME and makes the table of its docs/status.md anew."""
     rows = json.loads(results.read_text())
     devices = {row["device"] for row in rows if "versions" in row}
     if devices != {"cuda"}:
         raise ValueError(f"{results} must hold races on a GPU alone, got devices {sorted(devices)}")
     slug = re.sub(r"[^a-z0-9]+", "-", name_of(rows).lower()).strip("-")
-    target = root / f"bench/results/gpu-{slug}.json"
+    target = root / f"bench/results/gpu-{slug}/session.json"
+    target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(rows, indent=1) + "\n")
     page = root / "docs/status.md"
     text = page.read_text()

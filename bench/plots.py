@@ -1,4 +1,4 @@
-"""Pictures of what run.py wrote. python bench/plots.py bench/results/*.json --out bench/results
+"""Pictures of what run.py wrote. python bench/plots.py bench/results/DEVICE/*.json --out bench/results/DEVICE
 
 For each machine, dtype and case of the head that was raced at several sizes:
     rows, vocabulary    time and extra memory against N and against V

@@ -131,13 +131,13 @@ def studies() -> str:
     from studies import runs
     from studies.__main__ import STUDIES
 
-    rows = {name: runs.read(RESULTS / f"study-{name}.jsonl") for name in STUDIES}
+    rows = {name: runs.read(RESULTS / f"studies/study-{name}.jsonl") for name in STUDIES}
     return "\n".join(runs.page(study, rows[name]) for name, study in STUDIES.items() if rows[name])
 
 
 def head() -> str:
     """The races of the loss head: time as a ratio to ours with the full workspace, and extra memory."""
-    found = json.loads((RESULTS / "head-cpu-zen4-2cores.json").read_text())
+    found = json.loads((RESULTS / "cpu-amd-epyc-avx512-2-threads/head.json").read_text())
     by = {(row["case"], row["dtype"], row["impl"]): row for row in found}
     rows = []
     for impl, shown in IMPLEMENTATIONS.items():
@@ -166,7 +166,7 @@ def history() -> str:
 
 def accuracy() -> str:
     """RMS error against float64, eager beside ours."""
-    found = json.loads((RESULTS / "accuracy-cpu.json").read_text())
+    found = json.loads((RESULTS / "cpu-unnamed/accuracy.json").read_text())
     rows = [(row["case"], row["dtype"], row["quantity"], f"{row['eager']:.1e}", f"{row['ours']:.1e}") for row in found]
     return table(("rows", "dtype", "quantity", "eager PyTorch", "this library"), rows)
 

@@ -102,7 +102,7 @@ def table(study: Study, rows: list[dict]) -> str:
 
 def page(study: Study, rows: list[dict]) -> str:
     """The study as a section of the documentation."""
-    shown = f"![{study.name}: curves of the arms](results/study-{study.name}.svg)"
+    shown = f"![{study.name}: curves of the arms](results/studies/study-{study.name}.svg)"
     return f"## {study.name}\n\nClaim: {study.claim}\n\n{table(study, rows)}\n\n{shown}\n\n{study.scale}\n"
 
 
@@ -144,7 +144,9 @@ def main(studies: dict[str, Study], argv=None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="two arms of a study, one seed, short; status 1 if a sign is not held"
     )
-    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the rows and pictures")
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench/results/studies"), help="folder of the rows and pictures"
+    )
     args = parser.parse_args(argv)
     unknown = set(args.names) - set(studies)
     if unknown:

@@ -738,7 +738,8 @@ def test_one_command_takes_results_into_the_pages(goals, tmp_path, capsys):
         assert page.read_text() == (
             "before\n<!-- goals -->\n" + goals.table([gpu_rows()]) + "<!-- /goals -->\nbehind\n"
         )
-    assert [file.name for file in (tmp_path / "bench/results").iterdir()] == ["gpu-some-gpu-80gb.json"]
+    (written,) = (tmp_path / "bench/results").rglob("*.json")
+    assert written == tmp_path / "bench/results/gpu-some-gpu-80gb/session.json"
     page.write_text("no table")
     with pytest.raises(ValueError, match="has no <!-- goals -->"):
         goals.main([str(results), "--root", str(tmp_path)])

@@ -107,6 +107,8 @@ def _distinct(path, examples):
     if not examples:
         raise ValueError(f"{path} must hold at least one example, got none")
     for example in examples:
+        if not isinstance(example, Example):
+            raise ValueError(f"{path}: examples must be Example, got {brief(example)}")
         if example.id in seen:
             raise ValueError(f"{path}: id must be different in every example, got {example.id!r} twice")
         seen.add(example.id)
@@ -116,6 +118,8 @@ def _distinct(path, examples):
 def _json(text, path=None):
     try:
         return json.loads(text)
+    except RecursionError:
+        raise ValueError(f"expected JSON, got {brief(text)} (nested too deeply)") from None
     except json.JSONDecodeError as error:
         where = f"{path}, line {error.lineno}: " if path else ""
         raise ValueError(f"{where}expected JSON, got {brief(text)} ({error.msg}, column {error.colno})") from None

@@ -1,8 +1,9 @@
 """The records of fine-grained feedback. Each checks itself when it is made, and raises ValueError naming the field."""
 
-import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from numbers import Integral, Real
 from reprlib import repr as brief
 
 
@@ -25,6 +26,7 @@ class Span:
     text: str | None = None
 
     def __post_init__(self):
+        _make_plain(self, "start", "end", "score")
         _require(_is_int(self.start) and self.start >= 0, "start", "an integer of at least 0", self.start)
         _require(_is_int(self.end) and self.end > self.start, "end", f"an integer above start ({self.start})", self.end)
         _require_text("kind", self.kind)
@@ -43,6 +45,7 @@ class Response:
     score: float | None = None
 
     def __post_init__(self):
+        _make_plain(self, "score")
         _require_text("text", self.text)
         _hold(self, "spans", Span)
         _check_within(self.text, self.spans)
@@ -59,6 +62,7 @@ class Preference:
     strength: float | None = None
 
     def __post_init__(self):
+        _make_plain(self, "chosen", "rejected", "strength")
         _require(_is_int(self.chosen) and self.chosen >= 0, "chosen", "an integer of at least 0", self.chosen)
         _require(_is_int(self.rejected) and self.rejected >= 0, "rejected", "an integer of at least 0", self.rejected)
         _require(self.rejected != self.chosen, "rejected", "another response than chosen", self.rejected)
@@ -94,8 +98,8 @@ UNITS = ("code points", "utf-16")
 def to_spans(text, spans, *, unit="code points"):
     """The spans of a text as a tuple of Span, checked against the text.
 
-    spans  each a Span; a mapping with the fields of Span, of which start and end are required and None counts as left
-           out; or (start, end) or (start, end, kind). Without a kind it is "fault"
+    spans  a sequence, or an array (n, 2). Each is a Span; a mapping with the fields of Span, of which start and end are
+           required and None counts as left out; or (start, end) or (start, end, kind). Without a kind it is "fault"
     unit   what start and end count: "code points", as Python's str does, or "utf-16" code units, as JavaScript and
            label-studio do, where a character beyond U+FFFF counts as two; the result counts code points
 
@@ -105,8 +109,9 @@ def to_spans(text, spans, *, unit="code points"):
     """
     if unit not in UNITS:
         raise ValueError(f"unit must be one of {UNITS}, got {unit!r}")
+    _require(isinstance(text, str), "text", "a string", text)
     found = []
-    for i, span in enumerate(spans):
+    for i, span in enumerate(listed("spans", spans, "a sequence of spans")):
         record = span if isinstance(span, Span) else _span_fields(span, f"spans[{i}]")
         if unit == "utf-16":
             record = to_json(record) if isinstance(record, Span) else dict(record)
@@ -128,6 +133,7 @@ def _span_fields(span, path):
 
 def _from_utf16(text, offset, path):
     """Code points in front of an offset that counts UTF-16 code units."""
+    offset = _plain(offset)
     _require(_is_int(offset) and offset >= 0, path, "an integer of at least 0", offset)
     units = text.encode("utf-16-le")
     expected = f"at most {len(units) // 2}, the text's length in UTF-16 code units"
@@ -204,9 +210,51 @@ def _require_text(field, value):
         raise ValueError(f"{field} must be valid Unicode, got half a surrogate pair at character {halves[0]}")
 
 
+def listed(name, value, expected):
+    """A sequence, array or tensor as a list; what is one item, or a string, is refused."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    one = isinstance(value, str | bytes | Mapping | Span) or not isinstance(value, Iterable)
+    _require(not one, name, expected, value)
+    return list(value)
+
+
+def range_of(name, value, most, expected):
+    """(start, end) of a sequence of two whole numbers, 0 <= start <= end <= most; expected completes the message."""
+    pair = tuple(map(_plain, value)) if isinstance(value, list | tuple) else ()
+    fits = len(pair) == 2 and all(map(_is_int, pair)) and 0 <= pair[0] <= pair[1] <= most
+    _require(fits, name, expected, value)
+    return pair
+
+
+def positive(name, value):
+    """A finite number above 0, as Python's."""
+    value = _plain(value)
+    _require(_is_number(value) and value > 0, name, "finite and above 0", value)
+    return value
+
+
+def finite(name, value):
+    """A finite number, as Python's."""
+    value = _plain(value)
+    _require(_is_number(value), name, "a finite number", value)
+    return value
+
+
+def _plain(value):
+    """Python's number for one of numpy; all else as it is."""
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    return float(value) if isinstance(value, Real) and not isinstance(value, int) else value
+
+
+def _make_plain(record, *names):
+    for name in names:
+        object.__setattr__(record, name, _plain(getattr(record, name)))
+
+
 def _is_int(value):
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value):
-    return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)
+    return (_is_int(value) or isinstance(value, float)) and abs(value) <= sys.float_info.max  # no NaN is

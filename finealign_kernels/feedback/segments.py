@@ -3,8 +3,8 @@
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from .records import Span
-from .spans import core
+from .records import Span, listed, range_of
+from .spans import core, token_cores
 
 Range = tuple[int, int]
 
@@ -27,6 +27,8 @@ def sentences(text: str) -> list[Range]:
     a better splitter to sub_sentences and segment_tokens; spaCy's, for one:
     [(s.start_char, s.end_char) for s in nlp(text).sents].
     """
+    if not isinstance(text, str):
+        raise ValueError(f"text must be a string, got {type(text).__name__}")
     found, start = [], 0
     for match in _END.finditer(text):
         if _ends(text, start, match):
@@ -50,6 +52,8 @@ def sub_sentences(text: str, *, least: int = 5, splitter: Callable[[str], Iterab
     splitter  text -> (start, end) of its sentences, in order
     Source    arXiv:2306.01693, fgrlhf/reward_utils.py of its code.
     """
+    if not isinstance(least, int) or least < 1:
+        raise ValueError(f"least must be a whole number of at least 1, got {least!r}")
     parts = []
     for start, end in _trimmed(text, splitter(text)):
         words = [(start + word.start(), start + word.end()) for word in re.finditer(r"\S+", text[start:end])]
@@ -75,14 +79,15 @@ def segment_tokens(offsets: Sequence[Range], text: str, segments: Iterable[Range
     segments  (start, end) in text, in order; also Span or {"start": ..., "end": ...}
     Raises    ValueError if a segment is out of order or ends beyond the text.
     """
-    tokens = [core(text, start, end) for start, end in offsets]
+    tokens = token_cores(offsets, text)
     last, at, before = [], 0, 0
-    for segment in segments:
+    for i, segment in enumerate(listed("segments", segments, "a sequence of (start, end)")):
         segment = _bounds(segment)
-        start, end = core(text, *segment)
-        if segment[0] < before or segment[1] > len(text):
+        if isinstance(segment, list | tuple) and (segment[0] < before or segment[1] > len(text)):
             expected = f"segments must be in order, without overlap, and end at most at {len(text)}"
             raise ValueError(f"{expected}, got {segment} after a segment that ends at {before}")
+        segment = range_of(f"segments[{i}]", segment, len(text), "(start, end), whole numbers")
+        start, end = core(text, *segment)
         before = segment[1]
         own = [t for t, (first, stop) in enumerate(tokens) if max(first, start) < min(stop, end)]
         at = max(at, own[-1]) if own else at
@@ -93,7 +98,7 @@ def segment_tokens(offsets: Sequence[Range], text: str, segments: Iterable[Range
 def _bounds(segment) -> Range:
     if isinstance(segment, Mapping):
         return segment["start"], segment["end"]
-    return (segment.start, segment.end) if isinstance(segment, Span) else (segment[0], segment[1])
+    return (segment.start, segment.end) if isinstance(segment, Span) else tuple(segment[:2])
 
 
 def _ends(text: str, start: int, match: re.Match) -> bool:

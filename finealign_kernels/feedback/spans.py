@@ -1,10 +1,13 @@
 """From character spans to tokens, by the offsets that a fast tokenizer gives with its tokens."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
+from reprlib import repr as brief
 from typing import NamedTuple
 
-from .records import Response, Span, to_spans
+from .records import Response, Span, finite, listed, positive, range_of, to_spans
 
+_OFFSETS = "a sequence of (start, end), one a token"
 # U+FFFD as a vocabulary writes it: the character, its UTF-8 bytes in the byte-level alphabet, and as fallback bytes
 REPLACEMENT = ("\ufffd", "\u00ef\u00bf\u00bd", "<0xEF><0xBF><0xBD>")
 
@@ -35,6 +38,8 @@ def encode(tokenizer, prompt: str | Sequence[int], response: Response | str, *, 
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"tokenizer must be a fast one, which gives offsets, got {type(tokenizer).__name__}")
     prompt_ids = _prompt_ids(tokenizer, prompt)
+    if not isinstance(response, str | Response):
+        raise ValueError(f"response must be text or a Response, got {type(response).__name__}")
     text = response if isinstance(response, str) else response.text
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     response_ids, offsets = list(tokens["input_ids"]), [tuple(offset) for offset in tokens["offset_mapping"]]
@@ -71,7 +76,7 @@ def decode(tokenizer, ids: Sequence[int]) -> Decoded:
         tokens = tokenizer.convert_ids_to_tokens(ids[first:stop])
         return "".join(token or "" for token in tokens).endswith(REPLACEMENT)  # None: an id of no token
 
-    ids, special = list(ids), set(tokenizer.all_special_ids)
+    ids, special = _ids("ids", ids), set(tokenizer.all_special_ids)
     text, offsets = "", []
     lead = 0  # where the last tokens that said something start: a decoder may treat the first of a text in its own way
     for t in range(len(ids)):
@@ -95,10 +100,20 @@ def token_spans(offsets, text: str, spans: Sequence[Span]) -> list[tuple[int, in
     gets (0, 0).
 
     offsets  (start, end) of each token in text    spans  within text, as to_spans takes them
-    Raises   ValueError if a span ends beyond the text.
+    Raises   ValueError if a span or a token ends beyond the text: offsets of prompt and response together, say.
     """
-    tokens = [core(text, start, end) for start, end in offsets]
-    return [_token_range(tokens, text, span) for span in to_spans(text, spans)]
+    spans = to_spans(text, spans)
+    tokens = token_cores(offsets, text)
+    return [_token_range(tokens, text, span) for span in spans]
+
+
+def token_cores(offsets, text):
+    """The tokens' ranges without white space; refuses offsets that are not ranges of the text."""
+    cores = []
+    for i, offset in enumerate(listed("offsets", offsets, _OFFSETS)):
+        expected = f"(start, end) with 0 <= start <= end <= {len(text)}, the length of the text"
+        cores.append(core(text, *range_of(f"offsets[{i}]", offset, len(text), expected)))
+    return cores
 
 
 def token_weights(
@@ -115,8 +130,9 @@ def token_weights(
     Where spans overlap, the weight furthest from `outside` holds, of two as far the larger. So the order of the spans
     does not matter, and a second judgement never weakens the first. The end-of-sequence token is outside.
     """
-    by_kind, spans = by_kind or {}, to_spans(text, spans)
-    weights = [float(outside)] * len(offsets)
+    by_kind, spans, offsets = _by_kind(by_kind, finite), to_spans(text, spans), listed("offsets", offsets, _OFFSETS)
+    inside, outside = float(finite("inside", inside)), float(finite("outside", outside))
+    weights = [outside] * len(offsets)
     for span, (first, stop) in zip(spans, token_spans(offsets, text, spans), strict=True):
         weight = float(by_kind.get(span.kind, inside))
         for t in range(first, stop):
@@ -151,6 +167,9 @@ def pair_weights(
     Returns one weight a token, as many as there are offsets, of each side.
     Raises  ValueError for a weight that is not above 0, and where to_spans does.
     """
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        if not isinstance(side, tuple | list) or len(side) != 3:
+            raise ValueError(f"{name} must be (offsets, text, spans), got {brief(side)}")
     options = {"span_weight": span_weight, "by_kind": by_kind}
     return response_weights(*chosen, raised=True, **options), response_weights(*rejected, raised=False, **options)
 
@@ -165,11 +184,9 @@ def response_weights(
     by_kind: Mapping[str, float] | None = None,
 ) -> list[float]:
     """Token weights of one response, as pair_weights has them for the chosen (raised) or the rejected one of a pair."""
-    by_kind = by_kind or {}
-    for weight in (span_weight, *by_kind.values()):
-        if not 0 < weight < float("inf"):
-            raise ValueError(f"span_weight and by_kind must be finite and above 0, got {weight}")
+    span_weight, by_kind = positive("span_weight", span_weight), _by_kind(by_kind, positive)
     spans, side = to_spans(text, spans), 1.0 if raised else -1.0
+    offsets = listed("offsets", offsets, _OFFSETS)
     praise = [span for span in spans if (span.score or 0.0) > 0]
     faults = [span for span in spans if span not in praise]
     found = []
@@ -184,8 +201,15 @@ def token_segments(offsets, text: str, spans: Sequence[Span]) -> list[int]:
 
     All tokens of a segment lie in the same spans; a response without spans is one segment.
     """
+    offsets = listed("offsets", offsets, _OFFSETS)
     edges = {edge for first, stop in token_spans(offsets, text, spans) for edge in (first, stop)} - {0}
     return [sum(edge <= t for edge in edges) for t in range(len(offsets))]
+
+
+def _by_kind(by_kind, check):
+    if not isinstance(by_kind, Mapping | type(None)):
+        raise ValueError(f"by_kind must be a mapping from kinds to numbers, got {brief(by_kind)}")
+    return {kind: check(f"by_kind[{kind!r}]", weight) for kind, weight in (by_kind or {}).items()}
 
 
 def _token_range(tokens, text, span):
@@ -195,6 +219,16 @@ def _token_range(tokens, text, span):
     return (shared[0], shared[-1] + 1) if shared else (0, 0)
 
 
+def _ids(name, ids, expected="a sequence of the token ids of one response, each at least 0"):
+    ids = ids.tolist() if hasattr(ids, "tolist") else ids
+    whole = isinstance(ids, Iterable) and not isinstance(ids, str)
+    found = [int(i) if isinstance(i, Integral) and not isinstance(i, bool) else -1 for i in ids] if whole else [-1]
+    if min(found, default=0) < 0:
+        got = brief(ids) if isinstance(ids, list | tuple | str) else type(ids).__name__
+        raise ValueError(f"{name} must be {expected}, got {got}")
+    return found
+
+
 def core(text, start, end):
     """text[start:end] without the white space around it, as offsets; empty if there is nothing else."""
     part = text[start:end]
@@ -202,12 +236,9 @@ def core(text, start, end):
 
 
 def _prompt_ids(tokenizer, prompt):
-    if not isinstance(prompt, str):
-        ids = list(prompt)
-        if not all(isinstance(i, int) for i in ids):  # a BatchEncoding, say, whose items are its keys
-            hint = "messages go through tokenizer.apply_chat_template(messages, return_dict=False) first"
-            raise ValueError(f"prompt must be text or a sequence of token ids ({hint}), got {type(prompt).__name__}")
-        return ids
+    if not isinstance(prompt, str):  # items of a BatchEncoding, say, are its keys
+        hint = "messages go through tokenizer.apply_chat_template(messages, return_dict=False) first"
+        return _ids("prompt", prompt, f"text or a sequence of token ids ({hint})")
     tokens = tokenizer(prompt, return_special_tokens_mask=True)
     ids, added = list(tokens["input_ids"]), list(tokens["special_tokens_mask"])
     while added and added[-1]:  # a separator or an end of sequence behind the prompt would cut the response off

@@ -1,13 +1,17 @@
 """Feedback as data: the schema and its refusals, the shipped sample, and spans on the tokens of real tokenizers."""
 
+import dataclasses
 import json
+import math
 import os
 import random
 import re
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import finealign_kernels.feedback as fb
 from finealign_kernels.feedback import Example, Preference, Response, Span, files, records
@@ -354,7 +358,7 @@ def test_pair_weights_of_a_worked_example():
     plain = fb.pair_weights((offsets, text, spans), (offsets[:2], text, []), span_weight=1.0)
     assert plain == ([1.0] * 5, [1.0] * 2)
     for wrong in (0.0, -1.0, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match="span_weight and by_kind must be finite and above 0, got"):
+        with pytest.raises(ValueError, match="must be finite and above 0, got"):
             fb.pair_weights((offsets, text, spans), (offsets, text, spans), span_weight=wrong)
 
 
@@ -555,3 +559,75 @@ def test_a_slow_tokenizer_and_a_wrong_prompt_are_refused(offline):
         ValueError, match="prompt must be text or a sequence of token ids .messages go through .*, got BatchEncoding"
     ):
         fb.encode(tokenizer, tokenizer("p"), Response("r"))
+
+
+# ------------------------------------------------------------------------------------------ what users hand over
+
+SUN, SUN_TOKENS = "The sun is hot.", [(0, 3), (3, 7), (7, 10), (10, 14), (14, 15)]
+
+
+@pytest.mark.parametrize("kind", [list, tuple, iter, np.array, torch.tensor], ids=lambda kind: kind.__name__)
+def test_lists_arrays_and_tensors_are_the_same(kind):
+    """Of offsets, of spans and of their ends; the records hold Python's numbers, which JSON takes."""
+    offsets, spans, weights = (lambda: kind(SUN_TOKENS)), (lambda: kind([(4, 7), (11, 15)])), [1.0, 2.0, 1.0, 2.0, 2.0]
+    assert fb.token_weights(offsets(), SUN, spans(), inside=2) == weights
+    assert fb.token_segments(offsets(), SUN, spans()) == [0, 1, 2, 3, 3]
+    assert fb.pair_weights((SUN_TOKENS, SUN, []), (offsets(), SUN, spans()))[1] == weights
+    assert fb.segment_tokens(offsets(), SUN, kind([(0, 7), (8, 15)])) == [1, 4]
+    (span,) = fb.to_spans(SUN, [dict(start=np.int64(4), end=np.int32(7), score=np.float32(-0.5))])
+    assert [type(x) for x in (span.start, span.end, span.score)] == [int, int, float]
+    assert json.loads(json.dumps(dataclasses.asdict(span)))["score"] == -0.5
+    assert fb.to_spans(SUN, [(np.int64(4), np.int64(7))], unit="utf-16") == fb.to_spans(SUN, [(4, 7)])
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: fb.token_spans([(0, 3), (12, 19)], SUN, []), r"offsets\[1\] must be .* 15, the length of the text"),
+        (lambda: fb.token_spans([(3, 0)], SUN, []), r"offsets\[0\] must be \(start, end\)"),
+        (lambda: fb.token_spans(torch.tensor([SUN_TOKENS]), SUN, []), r"offsets\[0\] must be \(start, end\)"),
+        (lambda: fb.token_spans([0, 3, 7], SUN, []), r"offsets\[0\] must be \(start, end\)"),
+        (lambda: fb.segment_tokens([(0, 99)], SUN, []), r"offsets\[0\] must be \(start, end\)"),
+        (lambda: fb.segment_tokens(SUN_TOKENS, SUN, [(3, 0)]), r"segments\[0\] must be \(start, end\)"),
+        (lambda: fb.segment_tokens(SUN_TOKENS, SUN, [(0.0, 3.0)]), r"segments\[0\] must be \(start, end\)"),
+        (lambda: fb.segment_tokens(SUN_TOKENS, SUN, None), "segments must be a sequence"),
+        (lambda: fb.token_spans(SUN_TOKENS, SUN, fb.Span(0, 3, "x")), "spans must be a sequence of spans, got Span"),
+        (lambda: fb.token_spans(SUN_TOKENS, SUN, dict(start=0, end=3)), "spans must be a sequence of spans"),
+        (lambda: fb.token_spans(SUN_TOKENS, SUN, None), "spans must be a sequence of spans, got None"),
+        (lambda: fb.token_spans(SUN_TOKENS, None, []), "text must be a string, got None"),
+        (lambda: fb.token_weights(SUN_TOKENS, SUN, [(4, 7)], inside=math.nan), "inside must be a finite number"),
+        (lambda: fb.token_weights(SUN_TOKENS, SUN, [], inside=1, outside=math.inf), "outside must be a finite number"),
+        (
+            lambda: fb.token_weights(SUN_TOKENS, SUN, [], inside=1, by_kind={"a": math.nan}),
+            r"by_kind\['a'\] must be a finite number",
+        ),
+        (lambda: fb.token_weights(SUN_TOKENS, SUN, [], inside=1, by_kind=["a"]), "by_kind must be a mapping"),
+        (lambda: fb.pair_weights((SUN_TOKENS, SUN), (SUN_TOKENS, SUN, [])), r"chosen must be \(offsets, text, spans\)"),
+        (lambda: fb.response_weights(SUN_TOKENS, SUN, [], raised=True, span_weight="2"), "span_weight must be finite"),
+        (lambda: fb.response_weights(SUN_TOKENS, SUN, [], raised=True, span_weight=10**400), "span_weight must be"),
+        (lambda: fb.Span(0, 3, "a", score=10**400), "score must be a finite number"),
+        (lambda: fb.sub_sentences(SUN, least=0), "least must be a whole number of at least 1"),
+        (lambda: fb.sentences(None), "text must be a string, got NoneType"),
+        (lambda: fb.decode(None, [-100, 5]), "ids must be a sequence of the token ids of one response"),
+        (lambda: fb.decode(None, torch.tensor([[5, 6]])), "ids must be a sequence of the token ids of one response"),
+        (lambda: fb.write("none.jsonl", [dict(id="a")]), "none.jsonl: examples must be Example"),
+    ],
+)
+def test_what_is_of_another_form_is_refused_by_name(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_file_that_is_nested_too_deeply_is_refused(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        fb.read(tmp_path / "deep.json")
+
+
+def test_token_ids_of_any_kind_are_a_prompt(tokenizer):
+    wanted = fb.encode(tokenizer, [3, 4], "here")
+    for ids in (np.array([3, 4]), torch.tensor([3, 4]), (np.int64(3), 4)):
+        assert fb.encode(tokenizer, ids, "here") == wanted
+    for response in (None, {"text": "here"}):
+        with pytest.raises(ValueError, match="response must be text or a Response"):
+            fb.encode(tokenizer, [3], response)

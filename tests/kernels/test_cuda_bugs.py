@@ -28,7 +28,10 @@ SEGMENT_BUGS = {
     "half the warp is not added": ("int half = kLanes / 2", "int half = kLanes / 4"),
     "last token left out": ("const bool has = i < n;", "const bool has = i < n - 1;"),
     "one token beyond the end": ("const bool has = i < n;", "const bool has = i <= n;"),
-    "empty segment not written": ("b.start <= kChunk) by_warp", "b.start - 1u < kChunk) by_warp"),
+    "empty segment not written": (
+        "if (b.stop - b.start <= kChunk) by_warp",
+        "if (b.stop > b.start && b.stop - b.start <= kChunk) by_warp",
+    ),
     "segments beyond the last": (
         "const int64_t end = first + each < segments.count ? first + each : segments.count;",
         "const int64_t end = first + each;",

@@ -124,24 +124,26 @@ ROW_SPILL = 64
 
 
 def row_cases() -> list[Case]:
-    """Every launch of LAUNCH with all options on; other dtypes, the fewest options and odd sizes on the largest."""
+    """Every launch of both tables with all options on; on the largest other dtypes, the fewest options, odd sizes."""
     from finealign_kernels.kernels import row_logprobs as rows
 
     largest = rows.LAUNCH[-1]
     found = [_row_fwd(rows, launch, "bf16") for launch in rows.LAUNCH]
     found += [_row_fwd(rows, largest, dtype) for dtype in ("fp32", "fp16")]
     found += [_row_fwd(rows, largest, "bf16", full=False), _row_fwd(rows, largest, "bf16", aligned=False)]
-    found += [_row_bwd(rows, launch, "bf16", from_e=False) for launch in rows.LAUNCH]
+    largest = rows.BACKWARD[-1]
+    found += [_row_bwd(rows, launch, "bf16", from_e=False) for launch in rows.BACKWARD]
     found += [_row_bwd(rows, largest, dtype, from_e=True) for dtype in ("bf16", "fp32", "fp16")]
     found += [_row_bwd(rows, largest, "bf16", from_e, full=False) for from_e in (False, True)]
     found += [_row_bwd(rows, largest, "bf16", from_e=False, aligned=False)]
     found += [_row_bwd(rows, largest, "bf16", from_e=True, e_columns=128)]
+    found += [_only(_row_bwd(rows, largest, "bf16", from_e=True, full=False, e_columns=256), "bare")]
+    largest = rows.LAUNCH[-1]
     bare = _row_fwd(rows, largest, "bf16", full=False)
     found += [_only(bare, "bare, entropy,", WANT=1)]
     kept = _row_fwd(rows, largest, "fp32", full=False)
     kept = kept._replace(constexprs={name: value for name, value in kept.constexprs.items() if name != "e_ptr"})
     found += [_only(kept._replace(signature=kept.signature | {"e_ptr": "*bf16"}), "bare, E in bf16,")]
-    found += [_only(_row_bwd(rows, largest, "bf16", from_e=True, full=False, e_columns=256), "bare")]
     return found
 
 

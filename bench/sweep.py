@@ -13,7 +13,8 @@ the products nobody can leave out, and beside it is its share of what a copy of 
 products, reaches in the same rounds. Each launch compiles and answers once in a process of its own first, many at a
 time: one that hangs or breaks the GPU's context takes no other along.
 
-How a result becomes the default: the lines that --best prints go into LAUNCH of kernels/triton/row_logprobs.py and into
+How a result becomes the default: the lines that --best prints go into LAUNCH or BACKWARD of
+kernels/triton/row_logprobs.py and into
 HALF, CAPPED, PRODUCT or FLOAT of kernels/triton/linear_logprobs.py, by hand, because a tile of HALF serves forward and
 backward; TMA there loses a GPU on which head_fwd beats head_fwd_tma. Then bench/compile_gate.py has to pass.
 """
@@ -160,7 +161,7 @@ def best(found: list[dict], most: int = 3) -> str:
         text.append(f"\n{where}, by {name} in {dtype} at {sizes} sizes; {gpu}, Triton {version}")
         for launch in dict.fromkeys((*ranked[:most], *(one for one in ranked if one in shipped))):
             numbers = ", ".join(map(str, launch))
-            line = f'(float("inf"), {numbers}),' if where == "LAUNCH" else f'"{arch}": Config({numbers}),'
+            line = f'(float("inf"), {numbers}),' if where in ("LAUNCH", "BACKWARD") else f'"{arch}": Config({numbers}),'
             note = " <- ships" if launch in shipped else ""
             text.append(f"    {line}  # {means[launch]:.2f} of the bare work{note}")
         if not ranked:

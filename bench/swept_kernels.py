@@ -40,7 +40,7 @@ class Kernel(NamedTuple):
 
     @property
     def unit(self) -> tuple[str, float]:
-        return ("GB/s", 1e9) if self.table == "LAUNCH" else ("TFLOP/s", 1e12)
+        return ("GB/s", 1e9) if self.table in ("LAUNCH", "BACKWARD") else ("TFLOP/s", 1e12)
 
 
 def relative(found: Tensor, exact: Tensor) -> float:
@@ -91,12 +91,13 @@ def tile(n: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tile
 @contextmanager
 def row_launch(launch: tuple[int, int]) -> Iterator[None]:
     """The row kernels take this (BLOCK, num_warps) at any number of columns."""
-    with mock.patch.object(rows, "LAUNCH", ((float("inf"), *launch),)):
+    table = ((float("inf"), *launch),)
+    with mock.patch.multiple(rows, LAUNCH=table, BACKWARD=table):
         yield
 
 
-def shipped_row_launch(t: Tile) -> tuple[int, int]:
-    chosen = rows._launch(t.x.shape[1])
+def shipped_row_launch(table: str, t: Tile) -> tuple[int, int]:
+    chosen = rows._launch(getattr(rows, table), t.x.shape[1])
     return chosen["BLOCK"], chosen["num_warps"]
 
 
@@ -125,18 +126,18 @@ def copy(t: Tile, passes: int) -> None:
     t.dx[:half].copy_(t.x[:half])
 
 
-def row_kernel(call: Callable, error: Callable, written: tuple[str, ...], passes: int) -> Kernel:
+def row_kernel(table: str, call: Callable, error: Callable, written: tuple[str, ...], passes: int) -> Kernel:
     launches = tuple(itertools.product((1024, 2048, 4096, 8192, 16384), (4, 8, 16)))
     return Kernel(
         sample=tile,
         launches=launches,
-        shipped=shipped_row_launch,
+        shipped=partial(shipped_row_launch, table),
         call=call,
         error=error,
         written=written,
         bare=lambda t: copy(t, passes),
         work=lambda t: passes * t.x.numel() * t.x.element_size(),
-        table="LAUNCH",
+        table=table,
     )
 
 
@@ -328,8 +329,8 @@ def logits_of(weight: str) -> Callable:
 STATES, PLAIN_TILE, CAPPED_TILE = ("part", "label", "e"), partial(shipped_tile, False), partial(shipped_tile, True)
 BY_TMA, CAPPED_ERROR = partial(head_fwd, by=heads.linear_fwd_tma), partial(forward_error, head=SOFTCAP)
 KERNELS = {
-    "row_fwd": row_kernel(row_fwd, lambda t, launch: lse_error(t), ("part",), 1),
-    "row_bwd": row_kernel(row_bwd, lambda t, launch: dx_error(t), ("dx",), 2),
+    "row_fwd": row_kernel("LAUNCH", row_fwd, lambda t, launch: lse_error(t), ("part",), 1),
+    "row_bwd": row_kernel("BACKWARD", row_bwd, lambda t, launch: dx_error(t), ("dx",), 2),
     "head_fwd": head_kernel(head_fwd, forward_error, STATES, PLAIN_TILE, "HALF", logits_of("weight"), True),
     "head_fwd_tma": head_kernel(
         BY_TMA, forward_error, STATES, PLAIN_TILE, "HALF", logits_of("weight"), True, BY_TMA_LAUNCHES

@@ -40,6 +40,8 @@ STAGES = 1  # loads go to registers, of which many are left, and not through sha
 
 # Columns up to: BLOCK, num_warps. Compiled for every target of bench/compile_gate.py, not yet run on a GPU.
 LAUNCH = ((1024, 1024, 4), (8192, 2048, 8), (float("inf"), 4096, 8))
+# Backward adds nothing up, and eight elements a thread keep more blocks at work; 16 and a softcap do not fit registers.
+BACKWARD = ((1024, 1024, 4), (float("inf"), 2048, 8))
 
 
 @triton.jit
@@ -398,7 +400,7 @@ def tile_fwd(x, bias, target, col0, head, want, part, first, label, e=None, in_p
         row_fwd_kernel[(n * spans,)](
             x, x.stride(0), bias, target, part, part.stride(0), first, first.stride(0), label,
             label.stride(0), e, 0 if e is None else e.stride(0), col0, columns, spans, *head_arguments(head),
-            WANT=want, GROUP=_neighbours(x), **_launch(columns),
+            WANT=want, GROUP=_neighbours(x), **_launch(LAUNCH, columns),
         )  # fmt: skip
 
 
@@ -422,7 +424,7 @@ def tile_bwd(out, src, index, e_max, bias, target, coef: Tensor, col0, head, e_c
         row_bwd_kernel[(n * spans,)](
             out, out.stride(0), src, src.stride(0), index, e_max, 0 if e_max is None else e_max.stride(0),
             bias, target, coef, coef.stride(0), col0, columns, spans, *head_arguments(head),
-            SPREAD=len(coef) == 9, E_COLUMNS=e_columns, **_launch(columns),
+            SPREAD=len(coef) == 9, E_COLUMNS=e_columns, **_launch(BACKWARD, columns),
         )  # fmt: skip
 
 
@@ -439,8 +441,8 @@ def spans_of(columns: int) -> int:
     return -(-columns // SPAN)
 
 
-def _launch(columns: int) -> dict:
-    block, num_warps = next((block, warps) for limit, block, warps in LAUNCH if columns <= limit)
+def _launch(table: tuple, columns: int) -> dict:
+    block, num_warps = next((block, warps) for limit, block, warps in table if columns <= limit)
     return {"SPAN": SPAN, "BLOCK": block, "num_warps": num_warps, "num_stages": STAGES, **OPTIONS}
 
 

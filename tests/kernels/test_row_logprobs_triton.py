@@ -130,6 +130,11 @@ def expected_state(z, target):
     return part, first, zlabel, e
 
 
+def whole(part):
+    """float64 states, whose sum of z stands in units of 2^24 on a GPU."""
+    return part.cpu().double() * torch.tensor([1, 1, 1, 1, formula.UNIT, 1], dtype=torch.float64)
+
+
 @pytest.mark.parametrize("head, with_bias", [(PLAIN, False), (FULL, True)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", COLUMNS)
@@ -137,7 +142,7 @@ def test_forward(columns, dtype, head, with_bias):
     t = tile(columns, dtype, head, with_bias)
     part, first, label, e = forward(t, e_dtype=torch.float32)
     part64, first64, zlabel64, e64 = expected_state(logits(t), t.target.cpu())
-    assert_close(part.double(), part64, rtol=5e-6, atol=5e-6)
+    assert_close(whole(part), part64, rtol=5e-6, atol=5e-6)
     assert torch.equal(first, first64)
     assert_close(label[:, 0].double(), zlabel64, rtol=1e-6, atol=1e-6, equal_nan=True)
     assert_close(label[:, 1].double(), label_slope(t), rtol=1e-5, atol=1e-30, equal_nan=True)
@@ -150,7 +155,7 @@ def test_a_negative_scale():
     t = t._replace(x=t.x[[ORDINARY, LAST]], target=t.target[[ORDINARY, LAST]])
     part, first, *_ = forward(t)
     part64, first64, *_ = expected_state(logits(t), t.target.cpu())
-    assert_close(part.double(), part64, rtol=5e-6, atol=5e-6)
+    assert_close(whole(part), part64, rtol=5e-6, atol=5e-6)
     assert torch.equal(first, first64)
 
 
@@ -272,7 +277,7 @@ def test_every_span_has_a_state_of_its_own(columns, head, with_bias):
         target = t.target.cpu()
         target = target.where(target < COL0, (target - begin).clamp(min=0))
         part64, first64, zlabel64, e64 = expected_state(logits(t)[:, here], target)
-        assert_close(part[:, s].cpu().double(), part64, rtol=5e-6, atol=5e-6)
+        assert_close(whole(part[:, s]), part64, rtol=5e-6, atol=5e-6)
         assert torch.equal(first[:, s].cpu(), torch.where(first64 < 0, first64, first64 + begin))
         labelled = ~zlabel64.isnan()
         assert_close(label[:, 0].cpu().double()[labelled], zlabel64[labelled], rtol=1e-6, atol=1e-6)

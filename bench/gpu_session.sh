@@ -75,8 +75,7 @@ race() { # race NAME SECONDS ARGUMENTS...
 
 export PYTHONUNBUFFERED=1 TORCHINDUCTOR_COMPILE_THREADS=1 # every test process would start a pool of its own
 if [ "$DEVICE" = cuda ]; then
-  models=models first=(--shape "Llama-3-8B") many=()
-  python3 -c 'import xdist' 2>/dev/null && many=(-n 8)
+  models=models first=(--shape "Llama-3-8B")
   marked=(-m gpu) swept=bfloat16
   (nvidia-smi --query-gpu=timestamp,clocks.sm,power.draw --format=csv,noheader -lms 500 >"$STATE/clocks.csv" 2>/dev/null) &
   clocks=$!
@@ -86,8 +85,11 @@ if [ "$DEVICE" = cuda ]; then
   export FINEALIGN_ARCHS=$arch
 else
   export FINEALIGN_CUDA=off TRITON_INTERPRET=1
-  models=small first=() many=() marked=() swept=float32 # bfloat16 is not right in Triton's interpreter
+  models=small first=() marked=() swept=float32 # bfloat16 is not right in Triton's interpreter
 fi
+
+cores=$(nproc) many=()
+[ "$cores" -ge 4 ] && python3 -c 'import xdist' 2>/dev/null && many=(-n $((cores < 8 ? cores : 8)))
 
 rm -f "$STATE/install.done" # another machine may have nothing; where nothing changed it takes a moment
 if [ -z "${BUILD:-}" ] && ls "$WHEELS"/*.whl >/dev/null 2>&1; then
@@ -120,7 +122,7 @@ step profile 30 "${ceilings[@]}" --profile ours fused trl gemm3 --json "$STATE/p
 race head_kinds 60 head "${bf16[@]}" "${first[@]}" --case frozen --case pivots20 --case grpo30 --rival trl --rival fused
 race token_logprobs 40 token_logprobs "${bf16[@]}" "${first[@]}" --rival trl --rival copy
 batches=()
-[ "$DEVICE" = cuda ] && batches=(--shape "1024 of 4096" --shape "64 of 512" --shape "32 of 32768")
+[ "$DEVICE" = cuda ] && batches=(--shape "1024 of 4096" --shape "64 of 512" --shape "32 of 32768" --shape "1 of a million")
 race rest 40 rl sequence policy segments --size "$models" "${batches[@]}" --rounds 5 --no-memory
 
 launches=(--launch 128,256,64,8,3,32,8 --launch 128,256,64,8,4,32,8 --launch 128,256,64,8,3,32,16
@@ -131,7 +133,7 @@ step sweep_forward 90 python3 bench/sweep.py --kernel head_fwd_tma --dtype "$swe
   --json "$STATE/sweep_forward.json"
 
 tests gpu 120 tests/kernels/test_gpu.py "${marked[@]}" \
-  -k "nothing_waits or graph_replays or queued_on or agrees or bits_repeat"
+  -k "nothing_waits or graph_replays or queued_on or agrees or bits_repeat or any_length"
 tests head 90 tests/kernels/test_linear_logprobs_triton.py -k "shipped_tiles or agrees_with_float64 or within_eagers"
 tests rows 60 tests/kernels/test_row_logprobs_triton.py
 step tests_large 90 python3 -m pytest -q tests/kernels/test_gpu.py "${marked[@]}" -k past_two # one at a time: 60 GiB

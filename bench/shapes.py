@@ -85,6 +85,7 @@ PACKED = {
     "default": (
         Packed("64 of 512", 64, 64 * 512),
         Packed("a million tokens", 1999, 10**6),
+        Packed("1 of a million", 1, 10**6),
     ),  # 1999 does not divide: ragged
 }
 PACKED["full"] = PACKED["default"]

@@ -414,6 +414,28 @@ def test_a_gpu_agrees_with_a_cpu(name):
         assert_close(a.cpu(), b, rtol=bound, atol=bound / 10)
 
 
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_a_gpu_agrees_bit_for_bit_on_long_segments(dtype):
+    """Blocks share pieces of the first; the last of 300 segments is long and each has a block of its own."""
+    random = torch.Generator().manual_seed(0)
+    for lengths in ([100_000, 0, 7, 5000, 1024, 1025], [3] * 299 + [20_000]):
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+        x, v = (torch.randn(size, generator=random) for size in (int(cu_seqlens[-1]), len(lengths)))
+        mask = torch.rand(x.shape, generator=random) < 0.8
+        x = x.where(mask, torch.nan)
+        given = [x.to(dtype), v.to(dtype), cu_seqlens, mask]
+        found = {}
+        for device in ("cpu", "cuda"):
+            x_, v_, ends, kept = (y.to(device) for y in given)
+            x_, v_ = x_.requires_grad_(), v_.requires_grad_()
+            out = [op(x_, ends, mask=kept) for op in (fk.segment_sum, fk.segment_mean)]
+            out += [op(v_, ends, mask=kept) for op in (fk.segment_broadcast, fk.segment_put_last)]
+            found[device] = [*out, *torch.autograd.grad([y.sum() for y in out], (x_, v_))]
+        assert equal([y.detach().cpu() for y in found["cuda"]], [y.detach() for y in found["cpu"]])
+
+
 @pytest.mark.parametrize("device", REAL)
 def test_packed_scans_of_any_length_are_those_of_the_reference(device):
     """A token, a warp's and a block's worth of them, and a long one, whose ends are read from both sides."""

@@ -1,6 +1,7 @@
 """Log-probability of a label under a softmax over logits, and what else one pass over a row of logits gives.
 
 z = softcap(scale * (x + bias)) / temperature,  softcap(u) = c tanh(u / c),  -inf stays -inf (a banned token)
+A row whose every token is banned is NaN, with a gradient of 0; one with an inf or a NaN is NaN, and its gradient too.
 
     lse = log Σ e^z    logp = z_label - lse    H = lse - Σ p z    log Σ p²    mean of z    label is the first argmax
 
@@ -62,7 +63,7 @@ class Rows(NamedTuple):
     mean_logits: Tensor
     is_top1: Tensor
     m: Tensor  # the maximum
-    l: Tensor  # log1p(R) = lse - m
+    l: Tensor  # log1p(R) = lse - m; inf of a row without a token
     label_slope: Tensor  # 1 - tanh²(y / c) at the label; 1 without softcap
     allowed: Tensor  # number of tokens that are not banned, where the mean is wanted; else 0
 
@@ -103,12 +104,11 @@ def reference(x: Tensor, bias: Tensor | None, target: Tensor, head: Head) -> Row
         z = z.masked_fill(outside(head.support, 0, z.shape[-1]), -torch.inf)
     z = torch.where(z == -torch.inf, z.detach(), z)  # a banned token has no gradient, as a label neither
     label = target.clamp(min=0)[:, None]
-    logp_all = torch.log_softmax(z, -1)
+    logp_all, m = torch.log_softmax(z, -1), z.detach().amax(-1)
     allowed = z != -torch.inf
     p = logp_all.exp()
     safe = torch.where(allowed, logp_all, 0)  # p log p = 0 where p = 0, in value and gradient
-    lse = torch.logsumexp(z, -1)
-    m = z.detach().amax(-1)
+    lse = torch.where(m == -torch.inf, torch.nan, torch.logsumexp(z, -1))
     rows = Rows(
         logp=logp_all.gather(1, label)[:, 0],
         lse=lse,
@@ -193,7 +193,7 @@ def combine(part: Tensor, first: Tensor, label: Tensor, target: Tensor, want: in
     """Tiles' states (N, tiles, PARTS), first maxima (N, tiles), the label's logit and slope (N, 2) to statistics."""
     part, top = merge(part, first, want)
     m, r, t, q, total, count = part.unbind(-1)
-    l = torch.where(m.isinf(), torch.nan, r).log1p()
+    none, l = (m == -torch.inf) & (r == 0), torch.where(m.isinf(), torch.nan, r).log1p()
     entropy = log_sum_sq = mean = torch.zeros_like(m)
     if want & ENTROPY:
         entropy = l - t / (1 + r)
@@ -201,7 +201,8 @@ def combine(part: Tensor, first: Tensor, label: Tensor, target: Tensor, want: in
         log_sum_sq = q.log1p() - 2 * l
     if want & MEAN:
         mean = total / count * UNIT
-    rows = Rows((label[:, 0] - m) - l, m + l, entropy, log_sum_sq, mean, top == target, m, l, label[:, 1], count)
+    kept = torch.where(none, torch.inf, l)
+    rows = Rows((label[:, 0] - m) - l, m + l, entropy, log_sum_sq, mean, top == target, m, kept, label[:, 1], count)
     return settle(rows, target)
 
 
@@ -236,10 +237,13 @@ class Coef(NamedTuple):
 
 
 def coefficients(dlogp, dlse, dentropy, dmean, logp, entropy, m, l, label_slope, allowed) -> Coef:
-    """Coef of upstream gradients (n,), None for one that is 0 everywhere, and of a row's state."""
-    zero = torch.zeros_like(m)
-    grads = (zero if d is None else d.to(m.dtype) for d in (dlogp, dlse, dentropy))
-    spread = None if dmean is None else torch.where(allowed != 0, dmean.to(m.dtype) / allowed, 0)
+    """Coef of upstream gradients (n,), None for one that is 0 everywhere, and of a row's state.
+
+    A row without a token, every one banned, has outputs of NaN and a gradient of 0.
+    """
+    zero, none = torch.zeros_like(m), l == torch.inf
+    grads = (zero if d is None else torch.where(none, 0, d.to(m.dtype)) for d in (dlogp, dlse, dentropy))
+    spread = None if dmean is None else torch.where(none | (allowed == 0), 0, dmean.to(m.dtype) / allowed)
     return Coef(*grads, m, l, entropy, logp, label_slope, spread)
 
 

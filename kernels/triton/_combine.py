@@ -59,6 +59,7 @@ def combine_kernel(
         w = tl.where(dead, 0.0, tl.exp(d))
         one = tl.where(owner, 0.0, 1.0 + r_tile)
         r = tl.sum(tl.where(owner, r_tile, one) * w, axis=0)
+        none = (m == float("-inf")) & (r == 0)  # not a token that is not banned
         r = tl.where(tl.abs(m) == float("inf"), float("nan"), r)
         l = log1p(r)
         zero = tl.full((), 0, tl.float32)
@@ -81,7 +82,7 @@ def combine_kernel(
         _settle(squares_ptr + at, squares, target)
         _settle(mean_ptr + at, mean, target)
         _settle(m_ptr + at, m, target)
-        _settle(l_ptr + at, l, target)
+        _settle(l_ptr + at, tl.where(none, float("inf"), l), target)
         _settle(slope_ptr + at, tl.load(label_ptr + row * 2 + 1), target)
         _settle(allowed_ptr + at, allowed, target)
         first = tl.load(first_ptr + row * tiles + t, mask=here & holds, other=INT_MAX)

@@ -244,3 +244,53 @@ def test_rows_of_an_entropy_gradient_are_near_uniform_in_their_support():
     rows = _chunked.near_uniform(Coef(*coef), None, V, support)
     assert rows[2] and not rows[0]  # one id; and eight of them
     assert not _chunked.near_uniform(Coef(*coef), None, V).any()
+
+
+# ---- rows without a token -------------------------------------------------------------------------------------------
+
+ALL = ("entropy", "log_sum_sq_probs", "mean_logits")
+
+
+DEAD = [(by, *layer) for by in ("bias", "support") for layer in LAYERS]
+DEAD += [("logits", backend, dtype, 0, "host") for backend, dtype in {layer[:2]: 0 for layer in LAYERS}]
+
+
+@pytest.mark.parametrize(
+    "by, backend, dtype, workspace, compact", [*DEAD, ("bias", "triton_fused", torch.float32, "full", "device")]
+)
+def test_a_row_without_a_token_is_nan_with_a_gradient_of_0(by, backend, dtype, workspace, compact, usable, monkeypatch):
+    """Every logit is -inf, or every one of the row's support: one rule. Other rows are what they are without it."""
+    if backend == "triton_fused":
+        monkeypatch.setattr(_chunked, "tile_of", lambda device: _chunked.Tile(4, 128))
+    usable(backend.removesuffix("_fused"), dtype=dtype)
+    s = samples.linear(5, 150, D, dtype)
+    bias = torch.zeros(150, dtype=torch.promote_types(dtype, torch.float32))
+    support, dead = None, torch.arange(5) == (-1 if by == "bias" else 2)
+    if by == "support":
+        support, bias[70:80] = torch.randint(70, (5, 9), generator=torch.Generator().manual_seed(0)), -torch.inf
+        labels = support[:, 3].clone()
+        support[2], labels[2] = torch.arange(70, 79), 73
+    elif by == "bias":
+        bias[:], labels, dead = -torch.inf, s.labels % 150, torch.ones(5, dtype=torch.bool)
+    if by == "logits":
+        z = (s.hidden @ s.weight.T).float().to(dtype)
+        z[2], labels = -torch.inf, s.labels % 150
+        call = lambda x: fk.token_logprobs(x, labels, outputs=ALL, backend=backend)  # noqa: E731
+        given = [z]
+    else:
+        options = dict(bias=bias, support=support, outputs=ALL, backend=backend, compact=compact, workspace=workspace)
+        call = lambda h, w: fk.linear_logprobs(h, w, labels, **options)  # noqa: E731
+        given = [s.hidden, s.weight]
+    given = [x.detach().clone().requires_grad_() for x in given]
+    out = call(*given)
+    floats = [x for x in out if x is not None and x.is_floating_point()]
+    assert all(x[dead].isnan().all() and x[~dead].isfinite().all() for x in floats)
+    sum(x.sum() for x in floats if x.requires_grad).backward()
+    assert all(x.grad.isfinite().all() for x in given) and not given[0].grad[dead].any()
+    grads = [x.grad.clone() for x in given]
+    for x in given:
+        x.grad = None
+    floats = [x for x in call(*given) if x is not None and x.requires_grad]
+    sum(torch.where(dead, 0, x).sum() for x in floats).backward()
+    for one, x in zip(grads, given, strict=True):
+        assert_close(one, x.grad, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])

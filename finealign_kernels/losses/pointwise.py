@@ -14,6 +14,7 @@ from .options import few_positions, short_form
 from .preference import (
     FromScores,
     check_options,
+    check_plain_reference,
     check_reference,
     flat_shift,
     number_or_tensor,
@@ -88,6 +89,7 @@ def pointwise_loss(
     check_reference(name, row, ref_logp)
 
     tokens = flatten(logp, mask, cu_seqlens, name="logp")
+    check_plain_reference(ref_logp)
     warn_of_tokens("pointwise_loss", tokens, token_weight)
     target = _targets(row, target, tokens)
     shift, positive = flat_shift(shift, tokens.segments, tokens), target == 1

@@ -222,6 +222,7 @@ def preference_loss(
         fail("drop_empty", f"be False for {describe(name)}, which matches pairs across the batch", drop_empty)
 
     tokens = flatten(logp, mask, cu_seqlens, name="logp")
+    check_plain_reference(ref_logp)
     warn_of_tokens("preference_loss", tokens, token_weight)
     if tokens.segments % 2:
         fail("logp", "hold an even number of sequences, chosen and rejected", tokens.segments)
@@ -337,6 +338,13 @@ def check_reference(name: str | Row, row: Row, ref_logp) -> None:
     if not row.reference and ref_logp is not None:
         found = "sums of responses" if isinstance(ref_logp, Sums) else f"a {type(ref_logp).__name__}"
         fail("ref_logp", f"be None: {describe(name)} has no reference", found)
+
+
+def check_plain_reference(ref_logp) -> None:
+    """Before any op runs, which would find a transform of torch.func first."""
+    for part in ref_logp if isinstance(ref_logp, tuple) else (ref_logp,):
+        if isinstance(part, Tensor):
+            check_plain("ref_logp", part)
 
 
 def flat_shift(shift, items: int, tokens: Tokens):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..formulas.logprobs import BAD, SKIP
 from ._adapter import ADVICE, has_adapter
+from ._once import is_transformed, refuse_transforms
 
 LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny  # of the numbers that float32 holds
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -28,10 +29,13 @@ def fail(name: str, expected: str, got: object, kind: type[Exception] = ValueErr
     raise kind(f"{name} must {expected}, got {got}")
 
 
-def check_tensor(name: str, x: object, *, dtypes=FLOATS, shape=None, like: Tensor | None = None) -> None:
+def check_tensor(
+    name: str, x: object, *, dtypes=FLOATS, shape=None, like: Tensor | None = None, transforms: bool = False
+) -> None:
+    """transforms: may x belong to one of torch.func's."""
     if not isinstance(x, Tensor):
         fail(name, "be a tensor", _describe(x), TypeError)
-    check_plain(name, x)
+    check_plain(name, x, transforms)
     if x.dtype not in dtypes:
         fail(name, f"have dtype {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}", x.dtype, TypeError)
     if shape is not None and tuple(x.shape) != tuple(shape):
@@ -41,13 +45,16 @@ def check_tensor(name: str, x: object, *, dtypes=FLOATS, shape=None, like: Tenso
 
 
 def is_plain(x: object) -> bool:
-    return type(x) in PLAIN and x.layout is torch.strided
+    return type(x) in PLAIN and x.layout is torch.strided and not is_transformed(x)
 
 
-def check_plain(name: str, x: Tensor) -> None:
-    """Refuses tensors whose values are elsewhere or in another form: DTensor, quantized, nested, sparse ones."""
+def check_plain(name: str, x: Tensor, transforms: bool = False) -> None:
+    """Refuses tensors whose values are elsewhere or in another form: DTensor, quantized, nested, sparse ones, and those
+    of torch.func's transforms."""
     if is_plain(x):
         return
+    if not transforms:
+        refuse_transforms(name, x)
     if hasattr(x, "placements") and hasattr(x, "full_tensor"):
         expected = "be a plain tensor: its full_tensor(), or its to_local() where a rank has its own rows"
         fail(name, expected, f"a {type(x).__name__}", TypeError)
@@ -138,7 +145,7 @@ def check_bool(name: str, value: object) -> bool:
     return bool(value)
 
 
-def check_head(name: str, x: object, empty: bool = False) -> None:
+def check_head(name: str, x: object, empty: bool = False, transforms: bool = False) -> None:
     """The LM head as a plain, whole tensor; empty: or a rank's part of it, which may have no row."""
     if isinstance(x, torch.nn.Module):
         hint = f"; {ADVICE}" if has_adapter(x) or "lora" in type(x).__module__.lower() else ""
@@ -147,7 +154,7 @@ def check_head(name: str, x: object, empty: bool = False) -> None:
         fail(name, "hold the head's values (V, D), not packed ones: dequantize it", f"a packed {_kind(x)}", TypeError)
     if hasattr(x, "placements") and hasattr(x, "full_tensor"):
         fail(name, "be a whole tensor (gather it: full_tensor(grad_placements=[Partial('avg')]))", "a sharded DTensor")
-    check_tensor(name, x)
+    check_tensor(name, x, transforms=transforms)
     if x.device.type == "meta":
         fail(name, "hold values", "a meta tensor")
     if x.dim() != 2 or (x.numel() == 0 and not (empty and x.shape[1])):

@@ -15,14 +15,31 @@ class _Refuse(torch.autograd.Function):
         raise RuntimeError(f"{ctx.name}: double backward is not implemented; {ctx.instead} for second derivatives")
 
 
+def is_transformed(x: torch.Tensor) -> bool:
+    """Does x belong to a transform of torch.func, or carry a tangent."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):  # what was made inside one is wrapped, too
+        return x.is_floating_point() or torch._C._functorch.is_batchedtensor(x)
+    return _has_tangent(x)
+
+
 def refuse_transforms(name: str, x: torch.Tensor) -> None:
-    """Raises where a gradient is asked for in another way than backward: an op of ours would give a silent 0."""
+    """Raises where a gradient is asked for in another way than backward: an op of ours would give a silent 0. Raises
+    under vmap, too, which knows no op of ours."""
     if torch.compiler.is_compiling():
         return
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+    if _has_tangent(x):
         raise RuntimeError(f"{name}: forward-mode derivatives are not implemented; use backward or torch.autograd.grad")
-    if x.requires_grad and torch.is_grad_enabled() and torch._C._are_functorch_transforms_active():
+    if torch._C._functorch.is_batchedtensor(x):
+        raise RuntimeError(f"{name}: torch.func's vmap is not implemented; use one batch, or a loop")
+    under = x.requires_grad and torch.is_grad_enabled() and torch._C._are_functorch_transforms_active()
+    if under or torch._C._functorch.is_functorch_wrapped_tensor(x):
         raise RuntimeError(f"{name}: torch.func's gradients are not implemented; use backward or torch.autograd.grad")
+
+
+def _has_tangent(x: torch.Tensor) -> bool:
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
 def once(name: str, grads: tuple, sources: tuple, instead: str = "use backend='reference'") -> tuple:

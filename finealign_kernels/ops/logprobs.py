@@ -108,8 +108,9 @@ def linear_logprobs(
     Source: the order of operations is that of TRL's fused head; that logits need not be kept, arXiv:2411.09009.
     """
     weight, bias, group, vocab_start = _parallel.whole_or_shard(weight, bias, group, vocab_start, hidden_grad)
-    check_head("weight", weight, empty=group is not None)
-    check_tensor("hidden", hidden)
+    defined = backend == "reference"  # by torch alone, which has every derivative and transform
+    check_head("weight", weight, empty=group is not None, transforms=defined)
+    check_tensor("hidden", hidden, transforms=defined)
     if adapter is None:
         check_adapter(weight, trains=torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad))
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
@@ -125,7 +126,7 @@ def linear_logprobs(
     mask = _check_rows(labels, _parallel.rows_of(hidden, shard), mask, hidden)
     wider = False  # has bias a gradient of more digits than E in half precision gives
     if bias is not None:
-        check_tensor("bias", bias, shape=weight.shape[:1], like=hidden)
+        check_tensor("bias", bias, shape=weight.shape[:1], like=hidden, transforms=defined)
         wider = bias.requires_grad and bias.dtype.itemsize > hidden.dtype.itemsize == 2
         bias = bias.to(_chunked.wide(hidden.dtype)).contiguous()  # kernels step from entry to entry
     low = _low_rank(adapter, hidden, weight, group, batch_invariant, backend)
@@ -204,7 +205,7 @@ def token_logprobs(
     Raises  as linear_logprobs. Source: the selective log-softmax, differentiated by hand in formulas/logprobs.py.
     """
     logits, group, vocab_start = _parallel.logits_or_shard(logits, group, vocab_start)
-    check_tensor("logits", logits)
+    check_tensor("logits", logits, transforms=backend == "reference")
     if logits.dim() < 1 or (logits.shape[-1] == 0 and group is None):
         fail("logits", "have shape (..., V) with V >= 1", tuple(logits.shape))
     shard = _parallel.shard_of(logits.shape[-1], group, vocab_start, vocab_size)

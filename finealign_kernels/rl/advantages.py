@@ -17,7 +17,7 @@ from ..formulas import returns as formula
 from ..formulas.rewards import SegmentRewards
 from ..formulas.segments import segment_ids
 from ..ops import advantages as native
-from ..ops._check import check_bool, check_callable, check_number, fail, reads_values
+from ..ops._check import check_bool, check_callable, check_number, check_plain, fail, reads_values
 from ..ops._layout import Tokens, flatten, flatten_like, unflatten
 from ..ops._warn import warn_of_empty_mask
 from .gae import MASKED, check_estimator, constant, gae_of, per_sequence, rate, returns_of
@@ -136,6 +136,10 @@ def advantages(
     whiten_advantages = check_bool("whiten_advantages", whiten_advantages)
     unbiased, compat = check_bool("unbiased", unbiased), check_bool("compat", compat)
     check_callable("sum_moments", sum_moments)
+    vectors = {"values": values, "old_logp": old_logp, "ref_logp": ref_logp, "token_score": token_score}
+    for name, x in {**vectors, "bootstrap": bootstrap}.items():
+        if isinstance(x, Tensor):
+            check_plain(name, x)
     tokens, models = _tokens(rewards, mask, cu_seqlens)
     if (old_logp is None) != (ref_logp is None):
         fail("old_logp and ref_logp", "be given together", "one of them", TypeError)
@@ -143,7 +147,6 @@ def advantages(
         fail("old_logp and ref_logp", "be given where kl_coef is not 0", None, TypeError)
     if bootstrap is not None and values is None:
         fail("bootstrap", "be None without values", "a tensor", TypeError)
-    vectors = {"values": values, "old_logp": old_logp, "ref_logp": ref_logp, "token_score": token_score}
     flat = {name: None if x is None else flatten_like(x, tokens, name) for name, x in vectors.items()}
     doubles = any(x.dtype == torch.float64 for x in (tokens.x, *flat.values()) if x is not None)
     wide = torch.float64 if doubles else torch.float32

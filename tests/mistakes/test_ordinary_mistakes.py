@@ -293,6 +293,57 @@ def test_tensors_inside_arguments_are_plain_too():
     same(call("dpo", logp=torch.nn.Parameter(X)), call("dpo"))
 
 
+# ---- derivatives and transforms that are not there -----------------------------------------------------------------
+
+
+def total(out):
+    return sum(x.sum() for x in bits(out) if x.is_floating_point())
+
+
+def ways(function, x):
+    """Each transform of torch.func, and a tangent of one's own."""
+    ones, forward = torch.ones_like(x), torch.autograd.forward_ad
+    yield lambda: torch.func.grad(function)(x)
+    yield lambda: torch.func.vjp(function, x)
+    yield lambda: torch.func.jvp(function, (x,), (ones,))
+    yield lambda: torch.vmap(function)(torch.stack([x, x]))
+
+    def dual():
+        with forward.dual_level():
+            function(forward.make_dual(x, ones))
+
+    yield dual
+
+
+@pytest.mark.parametrize("name,key", [(name, key) for name, key in TENSORS if CALLS[name][key].is_floating_point()])
+def test_transforms_are_refused_by_name(name, key):
+    names = "|".join({key, ALSO.get((name, key), key)})
+    for way in ways(lambda x: total(call(name, **{key: x})), CALLS[name][key].clone()):
+        with pytest.raises(RuntimeError, match=rf"^({names})(\[0\])?: .* not implemented; use "):
+            way()
+
+
+@pytest.mark.parametrize(
+    "name,key", (("linear_logprobs", "hidden"), ("linear_logprobs", "weight"), ("token_logprobs", "logits"))
+)
+def test_the_reference_has_every_derivative(name, key):
+    given = CALLS[name][key].double()
+    options = {k: v.double() for k, v in CALLS[name].items() if k in ("hidden", "weight", "bias")} | {
+        "backend": "reference"
+    }
+
+    def function(x):
+        return total(call(name, **{**options, key: x})[:2])
+
+    x = given.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(function(x), x)
+    torch.testing.assert_close(torch.func.grad(function)(given), wanted)
+    tangent = torch.func.jvp(function, (given,), (torch.ones_like(given),))[1]
+    torch.testing.assert_close(tangent, wanted.sum())
+    batch = torch.stack([given, 2 * given])
+    torch.testing.assert_close(torch.vmap(function)(batch), torch.stack([function(one) for one in batch]))
+
+
 # ---- half precision: widened before anything is subtracted or summed ------------------------------------------------
 
 HALVES = (torch.bfloat16, torch.float16)

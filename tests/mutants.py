@@ -176,7 +176,7 @@ MUTANTS = [
     # label smoothing
     Mutant("smoothing: spread over banned tokens too", FORMULA, "spread = torch.where(z == -torch.inf, 0, coef.spread[:, None])", "spread = coef.spread[:, None]", SMOOTHING),
     Mutant("smoothing: none at the label", FORMULA, "dz_label if coef.spread is None else dz_label + coef.spread[:, None]", "dz_label", SMOOTHING),
-    Mutant("smoothing: over all of the vocabulary", FORMULA, "dmean.to(m.dtype) / allowed, 0)", "dmean.to(m.dtype) / 203, 0)", SMOOTHING),
+    Mutant("smoothing: over all of the vocabulary", FORMULA, "dmean.to(m.dtype) / allowed)", "dmean.to(m.dtype) / 203)", SMOOTHING),
     Mutant("smoothing: rows with the mean's gradient alone are dropped", FORMULA, "active | (self.spread != 0)", "active", SMOOTHING),
     Mutant("smoothing: rows come from E, which does not know it", CHUNKED, "[] if coef.spread is None else [coef.spread != 0]", "[]", SMOOTHING),
     Mutant("smoothing: native kernel over banned tokens", ROWS, "select(z == -kInf, F{}, all(c.spread))", "all(c.spread)", SMOOTHING),

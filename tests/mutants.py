@@ -232,7 +232,7 @@ MUTANTS = [
     Mutant("ranks: padding counted", "ops/_parallel.py", "else min(columns, max(vocab_size - start, 0))", "else columns", PARALLEL),
     Mutant("ranks: dX of this rank alone", "ops/_parallel.py", "self.work = dist.all_reduce(dx, group=group, async_op=True)", "pass", PARALLEL),
     Mutant("ranks: dX rounded before the sum", CHUNKED, "        self.handed = True\n", "        self.handed = True\n        self.dx = self.dx.to(self.hidden.dtype).to(self.dx.dtype)\n", PARALLEL),
-    Mutant("ranks: first upstream gradient for all rows", FORMULA, "zero if d is None else d.to(m.dtype) for", "zero if d is None else d[:1].expand_as(m).to(m.dtype) for", PARALLEL),
+    Mutant("ranks: first upstream gradient for all rows", FORMULA, "torch.where(none, 0, d.to(m.dtype)) for", "torch.where(none, 0, d[:1].expand_as(m).to(m.dtype)) for", PARALLEL),
     Mutant("ranks: temperature after the softmax", "ops/_parallel.py", "[*exchange(state, target, want, top, shard), local, e, e_max]", "[exchange(state, target, want, top, shard)[0] * head.inv_temperature, *exchange(state, target, want, top, shard)[1:], local, e, e_max]", PARALLEL),
     Mutant("ranks: combined from this rank on", "ops/_parallel.py", "all_gather(wire, shard.group)).permute", "all_gather(wire, shard.group).roll(-dist.get_rank(shard.group), 0)).permute", PARALLEL),
     Mutant("ranks: no collective where all is masked", "ops/_parallel.py", "[*exchange(state, target, want, top, shard), local, e, e_max]", "[*(exchange(state, target, want, top, shard) if bool((target >= 0).any()) else formula.combine(state.part[:, None], state.first[:, None], state.label, target, want)), local, e, e_max]", PARALLEL),

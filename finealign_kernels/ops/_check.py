@@ -76,9 +76,9 @@ def number(value: object) -> int | float | None:
 
 
 def check_integer(name: str, value: object, expected: str, least: int | None = None) -> int:
-    """A whole number; expected completes the message."""
+    """A whole number that int64 holds; expected completes the message."""
     found = number(value)
-    if not isinstance(found, int) or (least is not None and found < least):
+    if not isinstance(found, int) or (least is not None and found < least) or abs(found) >= 2**63:
         fail(name, expected, _describe(value))
     return found
 

@@ -1,6 +1,8 @@
-"""What mkdocs.yml uses beside its plugins: equations become MathML, docstrings keep their columns."""
+"""What mkdocs.yml uses beside its plugins: equations become MathML, columns of docstrings become tables."""
 
 import re
+import textwrap
+from html import escape
 
 import griffe
 from latex2mathml.converter import convert
@@ -20,6 +22,41 @@ def _mathml(found):
     return convert(block.strip(), display="block") if block else convert(line.strip())
 
 
+ROW = re.compile(r"(\S(?:.*?\S)?) {2,}(\S.*)")  # name  what it is
+
+
+def columns(text: str) -> str:
+    """A docstring's text behind its first paragraph, as Markdown and HTML.
+
+    A paragraph of lines "name  what it is" becomes a table, where a line that is indented continues the one above it.
+    Paragraphs that are indented as a whole (equations, examples) and those with >>> stay as they are.
+    """
+    return "\n\n".join(map(_paragraph, re.split(r"\n\s*\n", text.rstrip())))
+
+
+def _paragraph(text: str) -> str:
+    lines = text.strip("\n").split("\n")
+    if lines[0].startswith("  ") or ">>>" in text:
+        return "\n".join(("``` { .text .columns }", textwrap.dedent("\n".join(lines)), "```"))
+    rows: list[tuple[str, str]] = []  # a line without a name has ""
+    for line in lines:
+        if line.startswith(" ") and rows:
+            rows[-1] = rows[-1][0], f"{rows[-1][1]} {line.strip()}"
+        elif row := ROW.fullmatch(line):
+            rows.append(row.groups())
+        elif rows and not rows[-1][0]:
+            rows[-1] = "", f"{rows[-1][1]} {line}"
+        else:
+            rows.append(("", line))
+    cells = "".join(
+        f"<tr><td>{escape(name)}</td><td>{escape(what)}</td></tr>"
+        if name
+        else f'<tr><td colspan="2">{escape(what)}</td></tr>'
+        for name, what in rows
+    )
+    return f'<table class="columns">{cells}</table>'
+
+
 class KeepColumns(griffe.Extension):
     """The first paragraph of a docstring is prose; the rest has equations and columns, which Markdown would join."""
 
@@ -30,7 +67,7 @@ class KeepColumns(griffe.Extension):
             return
         first, _, rest = obj.docstring.value.partition("\n\n")
         first = first if "`" in first else re.sub(r"([\\*_\[\]<>#])", r"\\\1", first)
-        obj.docstring.value = first + (f"\n\n``` {{ .text .columns }}\n{rest.rstrip()}\n```" if rest.strip() else "")
+        obj.docstring.value = first + (f"\n\n{columns(rest)}" if rest.strip() else "")
 
     def _comment(self, attribute):
         """A field of a result is documented by the comment behind it, or by those in the lines above it."""

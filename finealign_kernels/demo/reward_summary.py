@@ -70,11 +70,11 @@ def summary(options, result):
 
 
 def _sentence(options, result):
-    mean = {name: 100 * each.mean().item() for name, each in accuracies(result).items()}
-    named = ", ".join(f"{value:.1f} % with “{name}”" for name, value in mean.items() if name != "as labelled")
+    mean = {name: 100 * each.double().mean().item() for name, each in accuracies(result).items()}
+    named = ", ".join(f"{value:.1f}% with “{name}”" for name, value in mean.items() if name != "as labelled")
     what = "judgements" if options.data else "pairs"
     text = (
-        f"Trained on the labels as they are, heads rank {mean['as labelled']:.1f} % of held-out {what} right; {named}."
+        f"Trained on the labels as they are, heads rank {mean['as labelled']:.1f}% of held-out {what} right; {named}."
     )
     share, marked = found(result), lowest_is_marked(result)
     if share is not None:
@@ -229,4 +229,4 @@ def _response(tokenizer, result, s, side):
         )
         for t, text in enumerate(texts_of_tokens(tokenizer, read.answer))
     ]
-    return report.Response(side, tokens, f"score {sum(own) / len(own):+.3f}", faults_of(read.answer))
+    return report.Response(side, tokens, f"score {report.signed(sum(own) / len(own))}", faults_of(read.answer))

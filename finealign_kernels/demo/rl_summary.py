@@ -54,8 +54,8 @@ def write_report(options, model, updates, last, costs):
 def _sentence(options, updates):
     final = updates[-1]
     return (
-        f"In {options.steps} updates the log-probs of tokens to reinforce moved by {report.number(final.raised)} nats "
-        f"from the start, those of tokens to suppress by {report.number(final.lowered)} (means over the last answers)."
+        f"In {options.steps} updates the log-probs of tokens to reinforce moved by {final.raised:+.3g} nats "
+        f"from the start, those of tokens to suppress by {final.lowered:+.3g} (means over the last answers)."
     )
 
 
@@ -154,4 +154,4 @@ def _response(model, last, s, name):
         for t, text in enumerate(texts_of_tokens(model.tokenizer, answer))
     ]
     total = torch.where(read, rollout.reward[s], 0).sum().item()
-    return report.Response(name, tokens, f"reward {total:+.3f}", faults_of(answer))
+    return report.Response(name, tokens, f"reward {report.signed(total)}", faults_of(answer))

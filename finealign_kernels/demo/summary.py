@@ -315,7 +315,7 @@ def _shown_response(model, last, s, side):
         for t, text in enumerate(texts_of_tokens(model.tokenizer, answer))
     ]
     rewards = getattr(last.head.metrics, f"{side}_rewards", None)
-    remark = "" if rewards is None else f"reward {rewards[s % len(last.batch.pairs)].item():+.3f}"
+    remark = "" if rewards is None else f"reward {report.signed(rewards[s % len(last.batch.pairs)].item())}"
     return report.Response(side, tokens, remark, faults_of(answer))
 
 

@@ -84,7 +84,8 @@ def linear_logprobs(
     adapter      (u, b), u (..., R) and b (V, R): the low-rank part of a head with LoRA, beside its base weight
     mask         (...) bool: True where a row is computed. Where it is False, or the label is ignore_index, every output
                  is 0, hidden may be NaN, and gradients that arrive at the outputs are ignored
-    temperature, softcap > 0; logit_scale finite. temperature may be a constant tensor in the shape of labels
+    temperature  > 0; a constant tensor in the shape of labels gives each row a number of its own
+    softcap      > 0, None: no soft cap. logit_scale is any finite number
     support      (..., K) int: the token ids that each row's softmax is over (top-k, top-p); negative ids fill up a row
     outputs      further outputs to compute: "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"
     workspace    memory budget, in bytes, for softmax numerators saved for backward: a number, 0, "full" (all rows), or

@@ -11,7 +11,7 @@ A page is a list of sections; each section function returns HTML and knows nothi
 
     write("report.html", "DPO on a small model", [headline(...), table(...), curves(...)])
 
-`number` is how the page writes a float, for those who print the same figures.
+`number` and `signed` are how the page writes a float, for those who print the same figures.
 
 Records are NamedTuples of strings and numbers: `Series`, `Chart`, `Bars`, `Histogram`, `Scatter`, `Token`, `Response`,
 `Example`, `Shade`.
@@ -20,7 +20,7 @@ works at the width of a phone.
 """
 
 from .charts import Bars, Chart, Histogram, Scatter, Series, bars, curves, distributions
-from .markup import number
+from .markup import number, signed
 from .page import headline, page, table, write
 from .tokens import Example, Response, Shade, Token, token_texts
 
@@ -40,6 +40,7 @@ __all__ = [
     "headline",
     "number",
     "page",
+    "signed",
     "table",
     "token_texts",
     "write",

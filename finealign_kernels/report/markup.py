@@ -43,3 +43,8 @@ def number(value):
         return f"{value:.4g}"
     mantissa, exponent = f"{value:.1e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def signed(value):
+    """A number with its sign and three decimals: +0.014, -2.500; what rounds to 0 is +0.000."""
+    return f"{round(value, 3) + 0.0:+.3f}"

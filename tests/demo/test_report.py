@@ -221,3 +221,8 @@ def test_tag_escapes_all_but_html():
         tag("p", "<", Html("<br>"), None, 3, class_='"', stroke_width=2)
         == '<p class="&quot;" stroke-width="2">&lt;<br>3</p>'
     )
+
+
+@pytest.mark.parametrize("value, text", [(0.0136, "+0.014"), (-2.5, "-2.500"), (-0.0004, "+0.000"), (0.0, "+0.000")])
+def test_a_score_that_rounds_to_0_has_no_minus(value, text):
+    assert report.signed(value) == text

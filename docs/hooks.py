@@ -42,7 +42,7 @@ def _paragraph(text: str) -> str:
     for line in lines:
         if line.startswith(" ") and rows:
             rows[-1] = rows[-1][0], f"{rows[-1][1]} {line.strip()}"
-        elif row := ROW.fullmatch(line):
+        elif (row := ROW.fullmatch(line)) and all(len(name.split()) <= 3 for name in row[1].split(", ")):
             rows.append(row.groups())
         elif rows and not rows[-1][0]:
             rows[-1] = "", f"{rows[-1][1]} {line}"

@@ -49,15 +49,15 @@ class ContextShard:
         _parallel.check_group(group)
         self.group, self.layout = group, layout
         self.ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        self.packed = isinstance(tokens, Tensor)
+        self.packed = isinstance(tokens, Tensor)  # whether sequences are packed, rather than padded
         if self.packed:
             check_cu_seqlens(tokens, None, tokens, name="tokens")
             bounds = tokens.long()
         else:
             tokens = check_integer("tokens", tokens, "be the length T of the rows, or cu_seqlens (S + 1,)", least=0)
             bounds = torch.tensor([0, tokens])
-        self.bounds = bounds  # of what is cut
-        self.total = int(bounds[-1])
+        self.bounds = bounds  # cu_seqlens of what is cut
+        self.total = int(bounds[-1])  # T, or the N tokens of a packed batch
         place = torch.arange(self.total, device=bounds.device)
         sequence = torch.searchsorted(bounds, place, right=True) - 1
         chunks = self.ranks if layout == "contiguous" else 2 * self.ranks

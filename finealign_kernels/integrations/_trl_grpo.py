@@ -70,8 +70,8 @@ class FineGrainedGRPOTrainer(GRPOTrainer):
 
     A reward function returns for each completion a number, which is the reward of the whole of it, or a list: of one
     number for each segment that `segments` cuts its text into; of (start, end, reward) in characters of its text; or of
-    mappings with start, end and score. None is no judgement; a completion that no function judges, and one that
-    args.mask_truncated_completions masks, is left out. Functions of all sorts go together. TRL logs the sums.
+    mappings with start, end and score. None means no judgement; a completion that no function judges, and one that
+    args.mask_truncated_completions masks, is left out. Functions of all kinds can be combined. TRL logs the sums.
 
     segments    text -> (start, end) of its segments, in order; feedback.sentences
     advantages  "return_to_go" and "outcome": turn_advantages of the segments, against the other completions of the
@@ -81,7 +81,7 @@ class FineGrainedGRPOTrainer(GRPOTrainer):
                 A_t = Σ_k (γλ)^k (r_t+k + γ V_t+k+1 - V_t+k), r a segment's reward at its last token, summed over the
                 reward functions, whitened over the batch of all ranks; also where every function returns numbers
     values      of "gae": (prompt_ids, prompt_mask, completion_ids, completion_mask) -> (B, T) float, V of each token of
-                the completion: what is still to come before it is chosen. Called without gradient, and not trained here
+                the completion: the expected return before it is chosen. Called without gradient, and not trained here
     gae         gamma and lam of "gae" by name; 1 and 0.95
     pivots      arguments of adaptive_mask by name: tokens whose score, the reward of their segment, agrees with the
                 sign of their advantage keep it, the others get 0; from the first step on. Or a function

@@ -1,4 +1,4 @@
-"""The versions of a framework that a seam was read and tested with."""
+"""The versions of a framework that an adapter was written for and tested with."""
 
 from importlib.metadata import PackageNotFoundError, version
 

@@ -33,7 +33,7 @@ from ..ops._check import check_one_of, fail
 from ._token_losses import LOSSES
 from ._versions import check_version
 
-VERSIONS = ("0.6",)  # of NeMo-RL, that the seam was read and tested with
+VERSIONS = ("0.6",)  # of NeMo-RL, that this adapter was written for and tested with
 LOSS = "nemo_rl.algorithms.loss.loss_functions"
 SEAMS = ("nemo_rl.algorithms.grpo", "nemo_rl.algorithms.ppo")  # modules that make the loss
 

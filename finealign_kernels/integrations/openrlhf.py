@@ -33,7 +33,7 @@ from ..ops._check import check_one_of, fail, reads_values
 from ..rl.gae import gae
 from ._versions import check_version
 
-VERSIONS = ("0.11",)  # of OpenRLHF, that the seam was read and tested with
+VERSIONS = ("0.11",)  # of OpenRLHF, that this adapter was written for and tested with
 MAKER, METHODS = "RemoteExperienceMaker", ("get_advantages_and_returns",)  # a class that keeps the rest of its methods
 SEAMS = {  # module -> names in it that trainers read
     "openrlhf.models": ("PolicyLoss", "ValueLoss", "PairWiseLoss", "LogExpLoss", "DPOLoss"),
@@ -72,7 +72,7 @@ def _counted(token_level: bool, dp_size: int, tokens, rows) -> dict:
 
 
 class PolicyLoss(nn.Module):
-    """OpenRLHF's PolicyLoss: the same arguments, (loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio) back."""
+    """OpenRLHF's PolicyLoss, with its arguments; returns (loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio)."""
 
     def __init__(
         self,
@@ -208,7 +208,7 @@ class LogExpLoss(PairWiseLoss):
 
 
 class DPOLoss(nn.Module):
-    """OpenRLHF's DPOLoss, of sums over responses: (loss, chosen_rewards, rejected_rewards) back."""
+    """OpenRLHF's DPOLoss, of sums over responses; returns (loss, chosen_rewards, rejected_rewards)."""
 
     def __init__(self, beta: float, label_smoothing: float = 0.0, ipo: bool = False):
         super().__init__()

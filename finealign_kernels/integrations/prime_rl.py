@@ -23,7 +23,7 @@ from ..ops._check import check_one_of, fail
 from ._token_losses import LOSSES
 from ._versions import check_version
 
-VERSIONS = ("0.8",)  # of prime-rl, that the seam was read and tested with
+VERSIONS = ("0.8",)  # of prime-rl, that this adapter was written for and tested with
 LOSS = "prime_rl.trainer.rl.loss"
 
 

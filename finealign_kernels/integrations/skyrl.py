@@ -15,7 +15,7 @@
                                            cispo_anchor's log-probs
     finealign_sapo         sapo            "sapo"
     finealign_reinforce                    "reinforce"
-    finealign_gae          gae             `gae`, whitened. SkyRL's steps through masked tokens; here they carry nothing
+    finealign_gae          gae             `gae`, whitened. In SkyRL's, masked tokens are steps; here they are skipped
 
 SkyRL's KL (k1, abs, k2, k3), entropy, off-policy correction and loss_reduction stay its own: it scales the advantages,
 and the losses are plain sums. A float loss_mask is a token weight w >= 0; the counts that SkyRL divides by are sums of
@@ -35,7 +35,7 @@ from ..ops._check import check_one_of, fail
 from ._token_losses import whitened_gae
 from ._versions import check_version
 
-VERSIONS = ("0.4",)  # of SkyRL, that the seam was read and tested with
+VERSIONS = ("0.4",)  # of SkyRL, that this adapter was written for and tested with
 UTILS = "skyrl.backends.skyrl_train.utils.ppo_utils"
 ASYNC = "skyrl.train.fully_async_trainer"
 LOSSES = ("ppo", "ppo_dual", "gspo_token", "cispo", "sapo", "reinforce")

@@ -40,7 +40,7 @@ from ..rl.rewards import token_rewards
 from ._token_losses import LOSSES
 from ._versions import check_version
 
-VERSIONS = ("0.3",)  # of slime, that the seam was read and tested with
+VERSIONS = ("0.3",)  # of slime, that this adapter was written for and tested with
 LOSS = "slime.backends.megatron_utils.loss"
 GROUPED = ("grpo", "gspo", "cispo")  # estimators whose rewards are advantages already
 BASELINED = (*GROUPED, "reinforce_plus_plus_baseline")  # less those of the group, at every token of a response
@@ -271,8 +271,8 @@ def advantages(args, rollout_data: dict) -> None:
 
     r is slime's number of a response, or the (T, 2) of `rewards`; a reward of one number stands at the last token of
     the mask (ppo, reinforce_plus_plus) or at every token. Weights multiply the advantages, not the returns.
-    slime's critic trains on returns that it computes by itself from one number a response: `rewards` with token fields
-    goes with methods without a critic.
+    slime's critic trains on returns that it computes by itself from one number a response: token fields of `rewards`
+    are for methods without a critic.
 
     Raises  ValueError with context parallelism, and for weights where slime whitens the advantages afterwards.
     """

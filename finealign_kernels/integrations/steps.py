@@ -112,7 +112,7 @@ class StepCountsMixin:
                 return out.loss
 
     The counts are those of the whole step: of all batches that are accumulated and of all ranks. The Trainer then must
-    not divide by the number of batches, which `loss_is_scaled_for_ga = True` says to it. In evaluation they are the
+    not divide by the number of batches: `loss_is_scaled_for_ga = True` tells it so. In evaluation they are the
     batch's own, on its rank.
 
     It reads a batch's `labels` (-100 where there is none) or `completion_mask`, shifted by one token, and its `target`

@@ -117,7 +117,7 @@ def _is_engine(model: nn.Module) -> bool:
 
 
 def _inside(model: nn.Module, score):
-    """score(inner), called as the model's forward: what a wrapper does before and after a forward is done."""
+    """Calls score(inner) as the model's forward, so that a wrapper's hooks before and after a forward run."""
     inner = model.module if _is_engine(model) else model
     own = inner.__dict__.get("forward")  # of this instance, where somebody has put one there
 

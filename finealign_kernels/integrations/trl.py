@@ -28,7 +28,7 @@ TRAINERS = {  # name -> module, imported at its first use: it imports TRL
     "PointwiseTrainer": "_trl_pointwise",
     "FineGrainedGRPOTrainer": "_trl_grpo",
 }
-VERSIONS = ("1.16",)  # of TRL, that the seam was read and tested with
+VERSIONS = ("1.16",)  # of TRL, that this adapter was written for and tested with
 SEAM = "trl.trainer.utils._ChunkedLogProbFunction"
 TAKES = (  # what its forward is called with, by position
     "hidden",
@@ -47,8 +47,8 @@ INSTEAD = {"DPO": "FineGrainedDPOTrainer", "KTO": "PointwiseTrainer"}
 
 
 class Elsewhere:
-    """Stands for DTensor in TRL's module: heads of FSDP2 reach linear_logprobs as they are, which gathers with the mean
-    of the ranks' gradients. TRL's full_tensor() leaves each rank with the gradient of its own rows."""
+    """Replaces DTensor in TRL's module, so that linear_logprobs gets heads of FSDP2 as they are. It gathers them, and
+    their gradient is the mean over ranks. TRL's full_tensor() leaves each rank with the gradient of its own rows."""
 
 
 _patches: list["Patch"] = []  # those in force; the last one serves
@@ -85,8 +85,8 @@ def patch_kernels(*, workspace: str | int = "auto", backend: str = "auto") -> "P
 
     workspace, backend   as in linear_logprobs; TRL's chunk_size has no meaning here
 
-    A column with weights of tokens (`token_weight`, `rejected_spans`, ...) that a trainer drops is warned of, once, by
-    name: TRL's own trainers read none. FineGrainedDPOTrainer and PointwiseTrainer do.
+    A warning names, once, each column with token weights (`token_weight`, `rejected_spans`, ...) that a trainer drops:
+    TRL's own trainers ignore them, FineGrainedDPOTrainer and PointwiseTrainer read them.
 
     Returns a handle: `with patch_kernels(): ...`, or handle.undo(). If it is called more than once, the most recent
     call wins. TRL's function is restored after all of them are undone, in any order.
@@ -220,7 +220,7 @@ def _stop_watching() -> None:
 
     stock, ours = _loaders
     _loaders.clear()
-    if Trainer.get_train_dataloader is ours:  # else another has put its own there since
+    if Trainer.get_train_dataloader is ours:  # otherwise other code has replaced it since
         Trainer.get_train_dataloader = stock
 
 

@@ -39,7 +39,7 @@ from ..ops.logprobs import linear_logprobs
 from ._token_losses import LOSSES, whitened_gae
 from ._versions import check_version
 
-VERSIONS = ("0.9",)  # of verl, that the seam was read and tested with
+VERSIONS = ("0.9",)  # of verl, that this adapter was written for and tested with
 CORE = "verl.trainer.ppo.core_algos"
 HEADS = {  # module -> what the fused forwards of verl's models take out of it at each call
     "verl.utils.experimental.torch_functional": "FusedLinearForPPO",
@@ -105,7 +105,7 @@ def register_when_imported() -> None:
 
 
 class _Watch:
-    """Waits for modules to be imported, and takes itself away after the last. What an action raises ends the import."""
+    """Waits for modules to be imported, and removes itself after the last. An error in an action ends the import."""
 
     def __init__(self, actions: dict[str, Callable]):
         self.actions = actions
@@ -129,7 +129,7 @@ class _Watch:
 
 
 def loss_of(name: str) -> Callable:
-    """The loss as verl calls it: all it takes by keyword, (loss, metrics) back."""
+    """The loss with verl's signature: it takes keywords and returns (loss, metrics)."""
 
     def policy_loss_fn(
         old_log_prob: Tensor,

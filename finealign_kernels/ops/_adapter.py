@@ -1,4 +1,4 @@
-"""A head with an adapter, LoRA say: `weight` of its module is the base weight, whose log-probs are not the model's."""
+"""Finds a head's adapter (LoRA): `weight` of its module is the base weight, whose log-probs are not the model's."""
 
 import gc
 import sys
@@ -16,7 +16,7 @@ _found = WeakIdKeyDictionary()  # parameter -> (requires_grad when it was looked
 
 
 def has_adapter(module: nn.Module) -> bool:
-    """Wraps another layer as PEFT does, or has factors of its own."""
+    """Whether a module is an adapter: it wraps another layer, as PEFT does, or has low-rank factors of its own."""
     names = [*module._modules, *module._parameters]
     return "base_layer" in module._modules or any(name.lower().startswith("lora") for name in names)
 
@@ -58,7 +58,7 @@ def _holds(wrapper: nn.Module, owner: nn.Module) -> bool:
 
 
 def _is_active(wrapper: nn.Module) -> bool:
-    """Neither switched off nor merged into the base weight, and of an adapter that is chosen."""
+    """Whether the adapter changes the output: it is selected, not switched off, and not merged into the base weight."""
     if getattr(wrapper, "disable_adapters", False) or getattr(wrapper, "merged", False):
         return False
     names, lora = getattr(wrapper, "active_adapters", None), wrapper._modules.get("lora_A")

@@ -1,4 +1,4 @@
-"""Refusals: every message names the argument, what it should be and what it is."""
+"""Checks of arguments. Every error names the argument, what is expected and what was found."""
 
 import os
 import secrets
@@ -32,7 +32,7 @@ def fail(name: str, expected: str, got: object, kind: type[Exception] = ValueErr
 def check_tensor(
     name: str, x: object, *, dtypes=FLOATS, shape=None, like: Tensor | None = None, transforms: bool = False
 ) -> None:
-    """transforms: may x belong to one of torch.func's."""
+    """transforms: whether x may be a tensor of a torch.func transform."""
     if not isinstance(x, Tensor):
         fail(name, "be a tensor", _describe(x), TypeError)
     check_plain(name, x, transforms)
@@ -65,7 +65,7 @@ def check_plain(name: str, x: Tensor, transforms: bool = False) -> None:
 
 
 def number(value: object) -> int | float | None:
-    """The Python number of a number, also one of numpy (a scalar, an array without dimensions); None of all else."""
+    """A number as Python's, also NumPy's (a scalar, an array without dimensions); None for anything else."""
     if type(value) is float or type(value) is int:
         return value
     if isinstance(value, np.ndarray) and value.ndim == 0:
@@ -76,7 +76,7 @@ def number(value: object) -> int | float | None:
 
 
 def check_integer(name: str, value: object, expected: str, least: int | None = None) -> int:
-    """A whole number that int64 holds; expected completes the message."""
+    """An integer that int64 holds. `expected` completes the error message."""
     found = number(value)
     if not isinstance(found, int) or (least is not None and found < least) or abs(found) >= 2**63:
         fail(name, expected, _describe(value))
@@ -106,7 +106,7 @@ def check_number(name: str, value: object, positive: bool = False, *, above=None
 
 
 def check_flags(name: str, x: object, *, shape=None, like: Tensor | None = None) -> Tensor:
-    """A mask as bool. One of integers holds 0 and 1: others are refused on a CPU; on a GPU all but 0 count as 1."""
+    """A mask as bool. Integers must be 0 or 1: others raise an error on a CPU, and count as 1 on a GPU."""
     check_tensor(name, x, dtypes=FLAGS, shape=shape, like=like)
     return as_flags(name, x)
 
@@ -212,7 +212,7 @@ def check_support(
 
 
 def check_outputs(outputs: object) -> tuple[str, ...]:
-    """Names of outputs; one name may stand by itself."""
+    """Names of outputs; a single name may be a plain string."""
     several = isinstance(outputs, Iterable) and not isinstance(outputs, (str, Tensor))
     names = tuple(outputs) if several else (outputs,)
     for name in names:
@@ -246,11 +246,11 @@ def capturing(x: Tensor) -> bool:
 
 
 def note_errors(target: Tensor, vocab: int) -> None:
-    """Counts rows whose label is out of range in the device's error word, without reading it. The addition is atomic:
-    streams that meet there lose no count.
+    """Adds the number of rows whose label is out of range to the device's error word, without reading it. The addition
+    is atomic, so several streams lose no count.
 
-    Zeros that are made while a graph is captured would be made again by each replay, and the counts of those before it
-    lost. There a word starts from whatever its memory holds: it is 0 until MARK stands beside it.
+    A word that is set to 0 while a graph is captured would be set to 0 by each replay, and earlier counts be lost. So a
+    capture does not initialise the word: it counts as 0 until MARK is written beside it.
     """
     key = target.device, vocab
     captured = key not in _words and capturing(target)

@@ -67,7 +67,7 @@ def ban(z: Tensor, head: formula.Head, col0: int) -> None:
 
 
 def operand(matrix: Tensor, dtype: torch.dtype, index: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
-    """A matrix's rows in the GEMMs' dtype: those of an index, all, or all with 0 for those that are not kept."""
+    """Rows of a matrix in the GEMMs' dtype: those of an index, all, or all with 0 in rows that are not kept."""
     if index is not None:
         matrix = matrix.index_select(0, index)
     elif keep is not None:  # rows that are computed and thrown away may hold NaN
@@ -76,7 +76,7 @@ def operand(matrix: Tensor, dtype: torch.dtype, index: Tensor | None = None, kee
 
 
 def on_host(*counts: Tensor) -> list[int]:
-    """Numbers that stand on the device, by one read: the only sync of a direction."""
+    """Numbers on the device, copied to the host in one read: the only synchronization of a forward or backward."""
     return torch.stack(counts).tolist()
 
 
@@ -302,7 +302,7 @@ class Gradients:
             self.dw[self.span] = self.slice
 
     def hand_over(self, index: Tensor | None, shard) -> None:
-        """dX in the places of all rows, to who sums it over ranks."""
+        """Passes dX, with all rows in their places, to the function that sums it over ranks."""
         if index is not None:
             self.dx = self.dx.new_zeros(self.hidden.shape).index_copy_(0, index, self.dx)
         self.handed = True
@@ -331,7 +331,7 @@ class Active(NamedTuple):
 
 
 def rows_in(flags: Tensor) -> Tensor | None:
-    """Indices of the rows that are in, None for all of them. Reads the count: a sync on a GPU, none on a CPU."""
+    """Indices of the rows whose flag is set, None for all rows. Reads their number, which synchronizes on a GPU."""
     index = flags.nonzero()[:, 0]
     return None if index.shape[0] == flags.shape[0] else index
 
@@ -355,7 +355,7 @@ def from_e_first(active: Tensor, read: Tensor, room: int, recompute: Tensor | No
 
 
 def places(read: Tensor, rank: Tensor | None, index: Tensor) -> Tensor:
-    """Where rows stand in E."""
+    """Positions of rows in E."""
     return (read.cumsum(0) if rank is None else rank)[index] - 1
 
 

@@ -2,8 +2,8 @@
 
 fwd    states of all tiles, then one program a row that combines them; the first rows that are read, as many as the
        workspace holds, keep E = exp(z - m_tile), laid out as the chunked layer's with one maximum a tile.
-bwd    the chunked layer's where counts are read on the host, but the products of rows without E by the forward's tiles;
-       else the same steps by products that stop at a count on the device.
+bwd    where counts are read on the host: the chunked layer's, with products of rows without E by the forward's tiles.
+       Otherwise the same steps, with products that stop at a count on the device.
 """
 
 from typing import NamedTuple
@@ -79,7 +79,7 @@ def bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, on_de
     launch = kernels.linear_bwd_tma if kernels.takes_tma(weight, _choose.arch(hidden)) else kernels.linear_bwd
 
     def again(dz, x, at, coef, c0, c1):
-        """By the forward's tiles: p = exp(z - lse) wants the z whose lse it is, to the bit where z is large."""
+        """By the forward's tiles: p = exp(z - lse) needs the very z that lse was computed from."""
         b = None if bias is None else bias[c0:c1]
         launch(dz, x, weight[c0:c1], b, kernels.Block(0, at, coef), None, None, c0, head, tile)
 

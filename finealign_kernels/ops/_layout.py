@@ -10,7 +10,7 @@ from ._warn import warn_once
 
 TokenTensor = Tensor | tuple[Tensor, Tensor]
 INTEGERS = (torch.int32, torch.int64)
-MANY = 4096  # bounds from which on the native check is the faster one
+MANY = 4096  # from this number of bounds on the native check is faster
 LOOKS = 64  # calls of each loss that look for mistakes in the values of its tokens; later calls save that time
 
 _looks: dict[str, int] = {}  # calls of each loss so far
@@ -24,7 +24,7 @@ class Tokens:
 
     def __init__(self, whole: Tensor, mask: Tensor | None, ends: Tensor | None, shapes: tuple[torch.Size, ...]):
         self.whole = whole  # (N,), or (B, T) where ends is None
-        self.whole_mask = mask  # in the shape of whole, bool: may this token be read
+        self.whole_mask = mask  # in the shape of whole, bool: True where a token is read
         self.ends = ends  # (S + 1,) int32 or int64, or None: the rows of whole are the sequences
         self.shapes = shapes  # as the caller has them: one, or two for a pair
         self._flat = self._flat_mask = self._cu_seqlens = None
@@ -194,7 +194,7 @@ def check_cu_seqlens(
 
 
 def _fits(cu_seqlens: Tensor, total: int | None) -> bool:
-    """Whether the native check, by all threads, finds nothing wrong; False where there is none to ask."""
+    """Whether the native check, on all threads, finds nothing wrong; False where there is no extension."""
     if total is None or cu_seqlens.device.type != "cpu" or not _native.available():
         return False
     return torch.ops.finealign._cu_seqlens_fit(cu_seqlens.contiguous(), total)

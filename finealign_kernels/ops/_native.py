@@ -1,8 +1,8 @@
 """The optional compiled extension: loaded once, or the reason why it is not there.
 
-Its ops have one name in a process, and a second registration would end it. So a second copy of the package (one that
-is installed and one of a model hub, say) uses the extension that is loaded if it is the same build to the byte, and
-else does without and says why.
+A process can register an op once; a second registration would abort it. A second copy of the package (one installed and
+one from a model hub, for example) therefore uses the loaded extension if its own file is the same to the byte. If it is
+not, that copy runs without the extension, and says why.
 """
 
 import filecmp
@@ -54,7 +54,7 @@ if reason and os.environ.get("FINEALIGN_REQUIRE_NATIVE"):
 
 
 def _warn_of_narrower(asked: str) -> None:
-    """FINEALIGN_CPU asks for less than the processor has; more, it cannot give."""
+    """Warns where FINEALIGN_CPU asks for more than the processor has: it can only select less."""
     have = instructions()
     if CPU.index(asked) > CPU.index(have):
         warnings.warn(f"FINEALIGN_CPU={asked}, but the CPU kernels run {have}: the processor has no more", stacklevel=2)

@@ -1,4 +1,4 @@
-"""A vocabulary that is split over ranks: each holds some columns of the head, or of the logits, and all know every row.
+"""A vocabulary that is split over ranks: each rank holds some columns of the head, or of the logits, and has all rows.
 
 fwd    the state (m, R, T, label's logit) of a row over this rank's columns; one all-gather of those 16 bytes a row;
        then every rank combines all states in the order of the ranks, so that results are the same to the bit.
@@ -40,12 +40,12 @@ class Shard(NamedTuple):
 
     @property
     def bound(self) -> int:
-        """Labels are below it; without a true size it is the exchange that finds those that no rank holds."""
+        """Labels must be below it. Without a true size, `exchange` finds labels that no rank holds."""
         return FOREIGN if self.vocab is None else self.vocab
 
     @property
     def gathers(self) -> bool:
-        """Does each rank hand in its own rows of hidden."""
+        """Whether each rank passes its own rows of hidden."""
         return self.hidden_grad == "reduce_scatter"
 
     def local_head(self, head: formula.Head) -> formula.Head:

@@ -1,4 +1,4 @@
-"""What a vocabulary-parallel head moves and holds on a rank, counted by the formulas of the code that runs."""
+"""Bytes that a vocabulary-parallel head sends and holds on a rank, by the formulas that its code follows."""
 
 from typing import NamedTuple
 

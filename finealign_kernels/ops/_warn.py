@@ -1,4 +1,4 @@
-"""Warnings about what is allowed and most likely a mistake: each is given once in a process."""
+"""Warnings about input that is allowed but most likely a mistake. Each is given once in a process."""
 
 import sys
 import warnings

@@ -21,7 +21,7 @@ class ContextShard:
     """The tokens of a batch whose sequences are split over the ranks of a group.
 
         "contiguous"  a sequence is cut in R chunks, rank r holds chunk r
-        "zigzag"      in 2 R chunks, rank r holds chunks r and 2R - 1 - r: as much causal attention for each rank
+        "zigzag"      in 2 R chunks, rank r holds chunks r and 2R - 1 - r: causal attention is shared evenly
 
     tokens  what is cut. T: the rows of a padded batch (B, T); a rank holds (B, n). cu_seqlens (S + 1,) int32 or int64:
             every sequence of a packed batch (N,); a rank holds (n,), those of sequence 0 first, as in Megatron-Core
@@ -30,7 +30,7 @@ class ContextShard:
     layout  "contiguous" or "zigzag"
 
     Chunks have ceil(length / chunks) tokens; where that does not divide, the last ones are shorter or empty. A rank
-    without tokens takes part in everything. Making one reads cu_seqlens on the host, once for a batch.
+    without tokens takes part in every collective. The constructor reads cu_seqlens on the host, once for a batch.
 
         shard = ContextShard(T, group, layout="zigzag")
         labels = shard.next(input_ids)                             # (B, n): the next token may live on another rank

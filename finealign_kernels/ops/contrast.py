@@ -17,7 +17,7 @@ BLOCK = 2**22  # similarities at a time: 16 MiB in float32
 
 
 def info_nce(queries: Tensor, keys: Tensor, *, temperature: float, start: int = 0, mirrored: bool = False):
-    """Σ losses (), losses (N,), hits (N,): is the row's own key the nearest.
+    """Σ losses (), losses (N,), hits (N,): whether the row's own key is the nearest.
 
     queries   (N, D), keys (M, D) of the same dtype; keys[start + i] is the other view of queries[i]
     mirrored  of rows x and -x alike, of which queries and keys hold one each: a row's keys are all keys and their

@@ -125,7 +125,7 @@ def linear_logprobs(
         fail("weight", f"have the dtype of hidden, {hidden.dtype}", weight.dtype, TypeError)
     shard = _parallel.shard_of(weight.shape[0], group, vocab_start, vocab_size, hidden_grad)
     mask = _check_rows(labels, _parallel.rows_of(hidden, shard), mask, hidden)
-    wider = False  # has bias a gradient of more digits than E in half precision gives
+    wider = False  # whether the gradient of bias needs more digits than E in half precision has
     if bias is not None:
         check_tensor("bias", bias, shape=weight.shape[:1], like=hidden, transforms=defined)
         wider = bias.requires_grad and bias.dtype.itemsize > hidden.dtype.itemsize == 2

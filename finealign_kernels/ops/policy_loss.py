@@ -1,7 +1,7 @@
 """Policy losses of tokens in one launch, with the gradient; losses/policy.py says which.
 
     L = Σ_t c_t w_t ω_t psi(r_t, A_t) + β Σ_t c'_t κ_t - η Σ_t c''_t H_t,    r_t = logp_t - old_logp_t
-    back: dlogp = upstream · dL/dlogp, which the launch before it has left
+    backward: dlogp = upstream · dL/dlogp, which the forward launch has stored
 
 It computes in one launch what the formulas and reductions compute one after the other. All of it is float64, in an
 order that depends on the layout of the batch alone; each result is rounded once.
@@ -93,7 +93,7 @@ def policy_loss(
     tokens         log-probs of flatten(logp, mask, cu_seqlens), nats; differentiable once, any number of times over
     psi, hyper     a function of formulas/surrogate.py that CODES names, and its hyper-parameters
     ratio          psi reads the log-ratio of the "token", or the "mean" or the "sum" of its row's
-    bounds         where the ratio is held, for the clip fractions
+    bounds         where the ratio is clipped, for the clip fractions
     reduction      of the policy loss and the KL, checked
     kl             an estimator that ESTIMATORS names
     advantages, sampler_weight  in the shapes of the tokens, or one a row, (S,) or (S, 1)
@@ -148,7 +148,7 @@ def policy_loss(
 
 
 class _FromTokens(torch.autograd.Function):
-    """A batch's loss, whose gradients the forward launch leaves; backward multiplies them."""
+    """The loss of a batch. The forward launch stores its gradients; backward multiplies them by the upstream one."""
 
     @staticmethod
     def forward(ctx, x, entropy, inputs):

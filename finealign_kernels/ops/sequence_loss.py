@@ -114,7 +114,7 @@ def sequence_loss(
     tokens        log-probs of flatten(logp, mask, cu_seqlens), nats; differentiable once, any number of times over
     ref_logp      in the shapes of the tokens, or (S,) sums of whole sequences (without weights and average); constant
     phi           a function of formulas/margin.py that CODES names, with its constant as a further argument
-    chosen        of pairs: one without a constant, of the chosen sequence's u = beta h - shift; added to phi
+    chosen        of pairs: a function without a constant of the chosen sequence's u = beta h - shift, added to phi
     positive      phi or one without a constant: the loss is positive(u) of a sequence whose sign is above 0, phi(-u) of
                   another; of a pair the mean of the two, the chosen sequence being the positive one
     beta, scale   numbers

@@ -43,6 +43,7 @@ ADAPTERS = "tests/integrations/test_rl_adapters.py"
 SEAMS = "tests/integrations/test_rl_seams.py"
 TRL_POINTWISE, TRL_GRPO = "tests/integrations/test_trl_pointwise.py", "tests/integrations/test_trl_grpo.py"
 FUSED_POLICY = "tests/ops/test_policy_loss.py"
+NUMBERS = "tests/mistakes/test_numbers_elsewhere.py"
 SILENT, LIMITS = "tests/mistakes/test_silent_faults.py", "tests/mistakes/test_limits.py"
 MISTAKES = "tests/mistakes/test_ordinary_mistakes.py"
 DIVERGENCE, RETURNS, SCAN = "tests/losses/test_divergence.py", "tests/rl/test_returns.py", "tests/ops/test_scan.py"
@@ -94,6 +95,12 @@ MUTANTS = [
     Mutant("the entropy by this call's count beside the step's", "losses/policy.py", "        return denominator\n    if matters", "        return None\n    if matters", POLICY),
     Mutant("sharded tensors taken", "ops/_check.py", 'if hasattr(x, "placements") and hasattr(x, "full_tensor"):\n        expected', "if False:\n        expected", MISTAKES),
     Mutant("a reference of another transform", PREFERENCE, 'check_plain("ref_logp", part)', "pass", MISTAKES),
+    Mutant("nested tensors taken", "ops/_check.py", " and not x.is_nested", "", MISTAKES),
+    Mutant("a row's scale of another type", "losses/table.py", "if scale is None:", "if False:", NUMBERS),
+    Mutant("a reward row of any margin", "losses/reward.py", 'margin = check_number("RewardRow.margin", margin)', "pass", NUMBERS),
+    Mutant("weights of tokens beyond float32", "feedback/records.py", "abs(value) <= LARGEST", "True", NUMBERS),
+    Mutant("numpy's arrays without dimensions in feedback", "feedback/records.py", 'type(value).__module__ == "numpy"', "False", NUMBERS),
+    Mutant("whole numbers beyond int64", "ops/_check.py", " or abs(found) >= 2**63", "", NUMBERS),
     Mutant("tensors of torch.func taken", "ops/_check.py", " and not is_transformed(x)", "", MISTAKES),
     Mutant("the reference refuses transforms", OP, 'transforms=backend == "reference"', "transforms=False", MISTAKES),
     Mutant("sharded tensors taken on the short way", "ops/_layout.py", "usual = is_plain(y)", "usual = isinstance(y, Tensor)", MISTAKES),

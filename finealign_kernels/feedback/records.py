@@ -6,6 +6,8 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from numbers import Integral, Real
 from reprlib import repr as brief
 
+LARGEST, SMALLEST = (2 - 2.0**-23) * 2.0**127, 2.0**-126  # of the numbers that float32 holds
+
 
 @dataclass(frozen=True)
 class Span:
@@ -227,21 +229,38 @@ def range_of(name, value, most, expected):
 
 
 def positive(name, value):
-    """A finite number above 0, as Python's."""
+    """A finite number above 0 that float32 holds, and its inverse too, as Python's."""
     value = _plain(value)
-    _require(_is_number(value) and value > 0, name, "finite and above 0", value)
+    holds = _is_number(value) and value > 0 and SMALLEST <= value <= 1 / SMALLEST
+    _require(holds, name, f"finite and above 0, between {SMALLEST:.2g} and {1 / SMALLEST:.2g}", value)
     return value
 
 
 def finite(name, value):
-    """A finite number, as Python's."""
+    """A finite number that float32 holds, as Python's."""
     value = _plain(value)
-    _require(_is_number(value), name, "a finite number", value)
+    _require(_is_number(value) and abs(value) <= LARGEST, name, f"a finite number, at most {LARGEST:.2g}", value)
+    return value
+
+
+def whole(name, value, least):
+    """A whole number of at least `least`, as Python's."""
+    value = _plain(value)
+    _require(_is_int(value) and value >= least, name, f"a whole number of at least {least}", value)
+    return value
+
+
+def flag(name, value):
+    """True or False, as Python's."""
+    value = _plain(value)
+    _require(isinstance(value, bool), name, "True or False", value)
     return value
 
 
 def _plain(value):
-    """Python's number for one of numpy; all else as it is."""
+    """Python's number for one of numpy, an array without dimensions too; all else as it is."""
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        value = value.item()
     if isinstance(value, Integral) and not isinstance(value, bool):
         return int(value)
     return float(value) if isinstance(value, Real) and not isinstance(value, int) else value

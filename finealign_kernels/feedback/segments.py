@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from .records import Span, listed, range_of
+from .records import Span, listed, range_of, whole
 from .spans import core, token_cores
 
 Range = tuple[int, int]
@@ -52,8 +52,7 @@ def sub_sentences(text: str, *, least: int = 5, splitter: Callable[[str], Iterab
     splitter  text -> (start, end) of its sentences, in order
     Source    arXiv:2306.01693, fgrlhf/reward_utils.py of its code.
     """
-    if not isinstance(least, int) or least < 1:
-        raise ValueError(f"least must be a whole number of at least 1, got {least!r}")
+    least = whole("least", least, 1)
     parts = []
     for start, end in _trimmed(text, splitter(text)):
         words = [(start + word.start(), start + word.end()) for word in re.finditer(r"\S+", text[start:end])]

@@ -5,7 +5,7 @@ from numbers import Integral
 from reprlib import repr as brief
 from typing import NamedTuple
 
-from .records import Response, Span, finite, listed, positive, range_of, to_spans
+from .records import Response, Span, finite, flag, listed, positive, range_of, to_spans
 
 _OFFSETS = "a sequence of (start, end), one a token"
 # U+FFFD as a vocabulary writes it: the character, its UTF-8 bytes in the byte-level alphabet, and as fallback bytes
@@ -43,7 +43,7 @@ def encode(tokenizer, prompt: str | Sequence[int], response: Response | str, *, 
     text = response if isinstance(response, str) else response.text
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     response_ids, offsets = list(tokens["input_ids"]), [tuple(offset) for offset in tokens["offset_mapping"]]
-    if eos and tokenizer.eos_token_id is not None:
+    if flag("eos", eos) and tokenizer.eos_token_id is not None:
         response_ids.append(tokenizer.eos_token_id)
         offsets.append((len(text), len(text)))
     return Encoded(prompt_ids + response_ids, len(prompt_ids), offsets)
@@ -185,7 +185,7 @@ def response_weights(
 ) -> list[float]:
     """Token weights of one response, as pair_weights has them for the chosen (raised) or the rejected one of a pair."""
     span_weight, by_kind = positive("span_weight", span_weight), _by_kind(by_kind, positive)
-    spans, side = to_spans(text, spans), 1.0 if raised else -1.0
+    spans, side = to_spans(text, spans), 1.0 if flag("raised", raised) else -1.0
     offsets = listed("offsets", offsets, _OFFSETS)
     praise = [span for span in spans if (span.score or 0.0) > 0]
     faults = [span for span in spans if span not in praise]

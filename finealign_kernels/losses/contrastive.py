@@ -185,7 +185,7 @@ def set_dropout(model: torch.nn.Module, p: float) -> list[tuple[torch.nn.Module,
 
     These are nn.Dropout and its kin, and modules with a float `attention_dropout`, as those of transformers have.
     """
-    check_number("p", p, least=0, most=1)
+    p = check_number("p", p, least=0, most=1)
     drops = [module for module in model.modules() if isinstance(module, torch.nn.modules.dropout._DropoutNd)]
     drops = [(module, "p", module.p) for module in drops]
     for module in model.modules():
@@ -206,7 +206,7 @@ def dropout_views(model: torch.nn.Module, *inputs, p: float = 0.05, **more):
     back, also when a pass raises. Gradient checkpointing, which runs a pass again in backward, must be off.
     Raises ValueError for a model without dropout. Source: arXiv:2104.08821; p = 0.05 is that of arXiv:2401.06080.
     """
-    check_number("p", p, above=0, most=1)
+    p = check_number("p", p, above=0, most=1)
     modes, drops = [(module, module.training) for module in model.modules()], []
     try:
         drops = set_dropout(model, p)

@@ -151,6 +151,7 @@ def score_pairs(scores: Tensor, pairs: str | RankedPairs) -> tuple[Tensor, Tenso
     if scores.dim() != 1:
         fail("scores", "be one number a response (S,)", tuple(scores.shape))
     if isinstance(pairs, RankedPairs):
+        check_tensor("pairs.chosen", pairs.chosen, dtypes=(torch.int64,))
         for name, index in (("pairs.chosen", pairs.chosen), ("pairs.rejected", pairs.rejected)):
             check_tensor(name, index, dtypes=(torch.int64,), shape=pairs.chosen.shape, like=scores)
             if reads_values(index) and len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(scores):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops._check import check_bool, check_number, check_one_of, check_plain, check_tensor, fail
+from ..ops._check import FLOATS, check_bool, check_number, check_one_of, check_plain, check_tensor, fail
 from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like, warn_of_tokens
 from ..ops._once import once
 from ..ops.segments import segment_sum
@@ -319,7 +319,7 @@ def check_options(row: Row, beta, shift, scale, average, segment_ids):
 def number_or_tensor(name: str, value: float | Tensor) -> float | Tensor:
     if not isinstance(value, Tensor):
         return check_number(name, value)
-    check_plain(name, value)
+    check_tensor(name, value, dtypes=(*FLOATS, torch.int32, torch.int64))
     return value
 
 

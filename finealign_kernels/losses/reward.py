@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from ..formulas import margin as formula
-from ..ops._check import check_flags, check_number, check_one_of, check_tensor, fail, reads_values
+from ..ops._check import check_bool, check_flags, check_number, check_one_of, check_tensor, fail, reads_values
 from ..ops._layout import TokenTensor
 from ..ops._once import once, refuse_transforms
 from ..ops.sequence_loss import item_losses, missing, over_count
 from .pairs import PICKS, RankedPairs, pick_scores, plain_pair, score_pairs
 from .reduce import plain_denominator, reduce, weigh
-from .table import Formula, Hyper, _check_formula, hyper_of
+from .table import Formula, Hyper, _check_formula, check_hyper, hyper_of
 
 
 class RewardRow(NamedTuple):
@@ -250,6 +250,7 @@ def _join(chosen: Tensor, rejected: Tensor, pairs: str) -> Tensor:
 
 def _row_of(name: str | RewardRow) -> RewardRow:
     if isinstance(name, RewardRow):
+        name = _checked(name)
         if name.phi is not formula.smoothed and not torch.compiler.is_compiling():
             if name.smoothing or name.weak:
                 fail("RewardRow.smoothing", "be 0 for a phi of one's own", name.smoothing)
@@ -258,6 +259,21 @@ def _row_of(name: str | RewardRow) -> RewardRow:
     if not isinstance(name, str) or name not in REWARD:
         fail("name", f"be a RewardRow or one of {tuple(REWARD)}", repr(name) if isinstance(name, str) else type(name))
     return REWARD[name]
+
+
+def _checked(row: RewardRow) -> RewardRow:
+    """A row of one's own with plain numbers; refuses columns of another type."""
+    margin, smoothing = row.margin, row.smoothing
+    if not (isinstance(margin, str) and margin == "strength"):
+        margin = check_number("RewardRow.margin", margin)
+    if not (isinstance(smoothing, str) and smoothing == "label"):
+        smoothing = check_number("RewardRow.smoothing", smoothing, least=0, most=1)
+    for part in ("weak", "flip"):
+        check_bool(f"RewardRow.{part}", getattr(row, part))
+    if not callable(row.phi):
+        fail("RewardRow.phi", "be a function", repr(row.phi))
+    check_hyper("RewardRow", row.hyper)
+    return row._replace(margin=margin, smoothing=smoothing)
 
 
 def _is_flat(x) -> bool:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops._check import check_number, check_tensor, fail, reads_values
+from ..ops._check import check_number, check_plain, check_tensor, fail, reads_values
 
 
 class Strength(NamedTuple):
@@ -22,9 +22,10 @@ class Strength(NamedTuple):
 
         reward_loss's flip. Source: arXiv:2401.06080, which flips 10 or 20 %.
         """
+        check_tensor("mean", self.mean)
         if percent is None:
             return self.mean < 0
-        check_number("percent", percent, least=0, most=100)
+        percent = check_number("percent", percent, least=0, most=100)
         chosen = torch.zeros_like(self.mean, dtype=torch.bool)
         count = int(percent * len(self.mean) / 100 + 1e-9)  # 7 % of 100 is 7.000000000000001
         chosen[self.mean.argsort(stable=True)[:count]] = True
@@ -47,6 +48,8 @@ def preference_strength(differences: Tensor | Iterable[Tensor]) -> Strength:
     Raises  ValueError, TypeError; a value that is not finite is refused on a CPU.
     Source  arXiv:2401.06080 section 2.2 (mean, standard deviation; M = 10); vote and soft are derived.
     """
+    if isinstance(differences, Tensor):
+        check_plain("differences", differences)
     if isinstance(differences, Tensor) and differences.dim() != 2:
         fail("differences", "have shape (M, N)", tuple(differences.shape))
     if not isinstance(differences, (Tensor, Iterable)) or isinstance(differences, str):

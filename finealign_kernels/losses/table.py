@@ -1,6 +1,6 @@
 """The table of preference losses: one row a loss. `preference` and `pointwise` put them together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from functools import lru_cache, partial
 from inspect import signature
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..formulas import margin
-from ..ops._check import LARGEST, check_number, check_one_of, fail
+from ..ops._check import LARGEST, check_bool, check_number, check_one_of, fail, number
 from ..ops.sequence_loss import CODES, missing
 
 Formula = Callable[..., tuple[Tensor, Tensor]]
@@ -267,6 +267,11 @@ def check_row(row: Row) -> None:
         value, needed = getattr(row, part), part in ("phi", "scale")
         if not callable(value) and (needed or value is not None) and not (part == "positive" and value == "nll"):
             fail(f"Row.{part}", "be a function" if needed else "be a function or None", repr(value))
+    check_bool("Row.reference", row.reference)
+    check_bool("Row.pair", row.pair)
+    if row.least_shift is not None:
+        check_number("Row.least_shift", row.least_shift)
+    check_hyper("Row", row.hyper)
     if row.label is None and (row.positive or not row.pair):
         fail("Row.label", "be given " + ("beside positive" if row.positive else "with pair=False"), None)
     beside = [part for part in ("label", "match", "chosen") if getattr(row, part)]
@@ -276,12 +281,25 @@ def check_row(row: Row) -> None:
         fail("Row.transform", "be None beside label", repr(row.transform))
 
 
+def check_hyper(kind: str, hyper: dict) -> None:
+    """Refuses hyper-parameters of a row of one's own that are no Hyper of a number."""
+    if not isinstance(hyper, Mapping):
+        fail(f"{kind}.hyper", "map names to Hyper", f"a {type(hyper).__name__}", TypeError)
+    for key, one in hyper.items():
+        if not isinstance(one, Hyper):
+            fail(f"{kind}.hyper[{key!r}]", "be a Hyper", f"a {type(one).__name__}", TypeError)
+        check_number(f"{kind}.hyper[{key!r}].default", one.default)
+
+
 def scale_of(row: Row, beta: float) -> float:
     """What multiplies phi; a beta is refused that is so small that float32 does not hold the scale."""
     try:
-        scale = row.scale(beta)
+        given = row.scale(beta)
     except (OverflowError, ZeroDivisionError):
-        scale = float("inf")
+        given = float("inf")
+    scale = number(given)
+    if scale is None:
+        fail("Row.scale", "return a number", f"a {type(given).__name__}", TypeError)
     if not abs(scale) <= LARGEST:
         fail("beta", f"be large enough for the scale of {row.equation!r}", beta)
     return scale
@@ -345,7 +363,7 @@ def hyper_of(name: str | Row, takes: dict[str, Hyper], given: dict, of: Callable
         found[key] = value = check_number(key, value)
         if not takes[key].holds(value):
             fail(key, takes[key].expected, repr(value))
-    return {key: found.get(key, wanted.default) for key, wanted in takes.items()}
+    return {key: found.get(key, number(wanted.default)) for key, wanted in takes.items()}
 
 
 def score_transform(name: str | Row, row: Row, divergence: str, alpha: float) -> Formula | None:

@@ -45,7 +45,7 @@ def check_tensor(
 
 
 def is_plain(x: object) -> bool:
-    return type(x) in PLAIN and x.layout is torch.strided and not is_transformed(x)
+    return type(x) in PLAIN and x.layout is torch.strided and not x.is_nested and not is_transformed(x)
 
 
 def check_plain(name: str, x: Tensor, transforms: bool = False) -> None:
@@ -60,8 +60,9 @@ def check_plain(name: str, x: Tensor, transforms: bool = False) -> None:
         fail(name, expected, f"a {type(x).__name__}", TypeError)
     if hasattr(type(x), "__tensor_flatten__"):
         fail(name, "be a plain tensor", f"a {type(x).__name__}", TypeError)
-    if x.layout is not torch.strided:
-        fail(name, "be a dense tensor", f"a tensor of layout {x.layout}", TypeError)
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "a nested tensor" if x.is_nested else f"a tensor of layout {x.layout}"
+        fail(name, "be a dense tensor", kind, TypeError)
 
 
 def number(value: object) -> int | float | None:

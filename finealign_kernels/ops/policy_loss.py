@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..formulas import surrogate
 from . import _native
-from ._check import check_tensor
+from ._check import check_plain, check_tensor
 from ._layout import Tokens, TokenTensor, whole_like
 from ._once import once, refuse_transforms
 
@@ -179,6 +179,8 @@ def _by_row(name: str, x, tokens: Tokens) -> tuple[Tensor | None, bool]:
     """One number a token, in the shape of tokens.whole, or one a row; which of the two."""
     if x is None and name != "advantages":
         return None, False
+    if isinstance(x, Tensor):
+        check_plain(name, x)
     rows, shape = tokens.segments, tuple(x.shape) if isinstance(x, Tensor) else None
     if shape not in ((rows,), (rows, 1)) or shape == tokens.shapes[0]:
         return whole_like(x, tokens, name), False

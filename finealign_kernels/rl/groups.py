@@ -8,7 +8,7 @@ from torch import Tensor
 from ..formulas import groups as formula
 from ..formulas.segments import summed_in
 from ..ops import _parallel
-from ..ops._check import _describe, check_integer, check_number, check_tensor, fail, reads_values
+from ..ops._check import _describe, check_integer, check_number, check_plain, check_tensor, fail, reads_values
 from ..ops._layout import check_cu_seqlens
 from ..ops.ranks import rows_of_all
 
@@ -82,6 +82,8 @@ def decoupled_advantages(
             check_tensor(f"rewards[{k}]", model, shape=rewards[0].shape, like=rewards[0])
         rewards = torch.stack(list(rewards))
     wide = _rewards("rewards", rewards, 2)
+    if isinstance(weights, Tensor):
+        check_plain("weights", weights)
     if weights is not None and not hasattr(weights, "__len__"):
         fail("weights", "be a sequence of numbers, one a model", _describe(weights), TypeError)
     weights = [1.0] * len(wide) if weights is None else list(weights)

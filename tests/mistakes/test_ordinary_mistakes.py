@@ -267,7 +267,8 @@ TENSORS = [
 def test_tensors_that_are_not_plain_are_refused_by_name(name, key):
     names = "|".join({key, ALSO.get((name, key), key)})
     value = CALLS[name][key]
-    for wrong in (value.as_subclass(Sharded), value.as_subclass(Packed), value.to_sparse()):
+    nested = torch.nested.nested_tensor([value.flatten(), value.flatten()[:1]])
+    for wrong in (value.as_subclass(Sharded), value.as_subclass(Packed), value.to_sparse(), nested):
         with pytest.raises((TypeError, ValueError), match=rf"^({names})(\[0\])? must be a (plain|whole|dense)"):
             call(name, **{key: wrong})
 

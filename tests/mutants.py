@@ -458,7 +458,7 @@ MUTANTS = [
     Mutant("the model's positions not looked at", "integrations/segment_rewards.py", "min(max_length, takes, tokenizer", "min(max_length, tokenizer", SEGMENT_REWARDS),
     Mutant("a negative count reverses a loss", "losses/reduce.py", "if value < 0 or value", "if value < -9 or value", SILENT),
     Mutant("offsets beyond the text", "feedback/records.py", "0 <= pair[0] <= pair[1] <= most", "0 <= pair[0] <= pair[1]", FEEDBACK),
-    Mutant("weights of NaN taken", "feedback/records.py", "    _require(_is_number(value), name, \"a finite number\", value)\n    return value", "    return value", FEEDBACK),
+    Mutant("weights of NaN taken", "feedback/records.py", "_is_number(value) and abs(value) <= LARGEST", "isinstance(value, (int, float)) and not abs(value) > LARGEST", "tests/feedback/test_feedback.py"),
     Mutant("margins of the command unscaled", "strength.py", "margin = options.scale * strength.mean", "margin = strength.mean", STRENGTH),
     Mutant("an own key among the negatives", "ops/contrast.py", ".scatter_(1, own, -torch.inf)", "", CONTRASTIVE),
     Mutant("mirrored keys pull", "ops/contrast.py", "similar.sub_(minus)", "similar.add_(minus)", CONTRASTIVE),

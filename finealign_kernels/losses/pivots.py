@@ -1,4 +1,4 @@
-"""Which tokens deserve the gradient: pivots, segments between them, and masks by token score; best-of-N selection.
+"""Which tokens get a gradient: pivots, segments between them, and masks by token score; best-of-N selection.
 
     pivot_flags     scores -> where a segment starts
     pivot_segments  flags  -> number of each token's segment
@@ -171,9 +171,9 @@ def adaptive_mask(
     token_weight of preference_loss and nll_loss, for policy and reference alike, and of policy_loss with the advantages
     as the side: it keeps A_t >= 0 with q_t > b and A_t < 0 with q_t < b. The critic's loss uses the whole mask.
 
-    The side is that of the advantages that enter the loss. Whiten them before, over all tokens, and their scale is the
-    batch's; or take the mask of the raw ones, and whiten over the tokens that it keeps (whiten(A, mask=weight != 0)):
-    mean and deviation are then theirs, and a sign may come out another.
+    Pass the advantages that enter the loss as the side. Either whiten them first, over all tokens. Or compute the mask
+    from the raw ones and whiten over the tokens that it keeps (whiten(A, mask=weight != 0)): mean and deviation are
+    then those of the kept tokens, and whitening may turn the sign of some.
 
     token_score    q: (B, T) with mask, flat (N,) with cu_seqlens, or a pair (B, T⁺), (B, T⁻); compared in float32
     mask           bool: the response tokens; values at other tokens are ignored
@@ -357,7 +357,7 @@ def _flatten_flags(pivots, mask, cu_seqlens) -> Tokens:
 
 
 def _check_only_with(name, value, argument, when, found) -> None:
-    """A value that is read where argument is `when` is given there, and nowhere else."""
+    """Requires an argument where another one is `when`, and refuses it everywhere else."""
     if value is None and found == when:
         fail(name, f"be given with {argument}={when!r}", None)
     if value is not None and found != when:

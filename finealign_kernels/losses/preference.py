@@ -358,7 +358,7 @@ def flat_shift(shift, items: int, tokens: Tokens):
 
 
 def response_scores(tokens: Tokens, ref_logp, weight: Tensor, *, whole: bool) -> Tensor:
-    """h of each sequence (S,): Σ_t weight_t (logp_t - ref_logp_t). whole: may ref_logp be sums of responses."""
+    """h of each sequence (S,): Σ_t weight_t (logp_t - ref_logp_t). whole: whether ref_logp may be sums of responses."""
     if ref_logp is None:
         return sequence_scores(tokens.x, weight, tokens)
     wide = wide_of(tokens)  # a difference of halves is not rounded to a half
@@ -372,7 +372,7 @@ def response_scores(tokens: Tokens, ref_logp, weight: Tensor, *, whole: bool) ->
 
 
 def _summed(ref_logp, tokens: Tokens) -> bool:
-    """Is it one number per response."""
+    """Whether it is one number per response."""
     return isinstance(ref_logp, Tensor) and tokens.shapes[0] != ref_logp.shape == (tokens.segments,)
 
 

@@ -36,7 +36,7 @@ class RewardRow(NamedTuple):
     hyper: dict[str, Hyper] = {}  # noqa: RUF012, read only
 
     def reads(self, margin, flip) -> bool:
-        """Does the loss need the strength, with these arguments."""
+        """Whether the loss needs the strength, with these arguments."""
         return (self.margin == "strength" and margin is None) or self.weak or (self.flip and flip is None)
 
 

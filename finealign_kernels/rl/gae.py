@@ -48,8 +48,8 @@ def gae(
     mask         bool, as rewards: the response tokens. Values at other tokens may be NaN; the results there are 0
     gamma, lam   in [0, 1]: numbers, or (S,) one a sequence
     bootstrap    (S,): the value of the state after the last valid token of a sequence that was cut off; None: 0
-    masked       what masked tokens inside a response do: "carry" nothing (the length of a tool's output discounts
-                 nothing), "zero" a step each with r = V = 0, which multiplies what comes from behind by γλ
+    masked       masked tokens inside a response: "carry" skips them (the length of a tool's output does not discount),
+                 "zero" makes each a step with r = V = 0, which multiplies what follows by γλ
     segment_ids  int, as rewards, -1 for none: every segment is one action, with the sum of its rewards, V at its first
                  token, and one advantage for all its tokens; tokens of no segment get 0. Ids change from segment to
                  segment of a sequence. With masked="carry" only

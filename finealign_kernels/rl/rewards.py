@@ -49,8 +49,8 @@ def token_rewards(
                   segment that has some, or else to the first token of its sequence; "drop" gives it to none
 
     An end beyond the response is moved to the response's last token, an end where mask is false to the last token
-    before it. An end in front of the response's first token, which an index into the response is where the mask has a
-    prompt, is an error on a CPU; on a GPU, where it is not read, its segment is one without tokens. Rewards of a
+    before it. An end in front of the response's first token is an error on a CPU: most likely it is an index into the
+    response, where a column of the mask is meant. On a GPU it is not read, and its segment has no tokens. Rewards of a
     response without tokens go nowhere. Where a model has scored only the first segments of a response (its input was
     cut), leave the others out: what is missing counts 0.
 

@@ -18,6 +18,7 @@ from trl.trainer.utils import use_adapter
 from ..losses.pivots import adaptive_mask, implicit_scores, pivot_flags
 from ..losses.table import PREFERENCE, Row, describe
 from ..ops._check import check_number, fail
+from ..ops._warn import warn_once
 from . import _trl_data as data
 
 FLAGS = ("kind", "threshold", "unit", "percent")  # of pivots: where segments start
@@ -31,15 +32,24 @@ class FineGrained:
 
     columns: data.Columns
     reads_weights = True  # so patch_kernels does not warn of them
+    gives = ("logp", "ref_logp", "mask", "cu_seqlens", "token_weight", "segment_ids", "pairs", "pair_weight")
 
     def _take_options(self, loss: str | Row, span_weight, by_kind, pivots, pivot_start) -> None:
         self._loss = loss
         self._row = PREFERENCE[loss] if isinstance(loss, str) else loss
+        for name in self._loss_options:
+            if name in self.gives:
+                fail("loss_options", "leave out what the trainer gives the loss", repr(name))
+        if self._loss_options.get("average") == "segments":
+            fail("average", "be False, 'kept' or 'all': the trainer knows no segments", "'segments'")
+        if by_kind is not None and not isinstance(by_kind, Mapping):
+            fail("by_kind", "be a mapping from kinds to weights, or None", type(by_kind).__name__, TypeError)
         self._span_options = {"span_weight": span_weight, "by_kind": dict(by_kind or {})}
         if pivots is not None and not callable(pivots) and not isinstance(pivots, Mapping):
             fail("pivots", "be a mapping of arguments, a function or None", type(pivots).__name__, TypeError)
         if pivots is not None and not self._row.reference and not callable(pivots):
             fail("pivots", f"be a function for {describe(loss)}, which has no reference", "a mapping")
+        check_pivots(pivots)
         if pivot_start is not None:
             check_number("pivot_start", pivot_start, least=0, most=1)
         self._pivots, self._pivot_start, self._pivots_from = pivots, pivot_start, None
@@ -57,7 +67,7 @@ class FineGrained:
 
     def _given_reference(self, dataset) -> bool:
         """Does the dataset bring the reference's log-probs."""
-        return dataset is not None and self.columns.reference[0] in next(iter(dataset))
+        return dataset is not None and self.columns.reference[0] in data.first_row(dataset, "train")
 
     def _settle(self, collator: type) -> None:
         """After TRL's __init__."""
@@ -69,10 +79,15 @@ class FineGrained:
     # ---- data --------------------------------------------------------------------------------------------------------
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        first = next(iter(dataset))
+        first = data.first_row(dataset, dataset_name)
         if "prompt_ids" not in first:
             if any(x in first for x in self.columns.spans) and "prompt" not in first:
                 fail(f"the {dataset_name} dataset", "have a column prompt, beside spans", "none")
+            needed = ("prompt", "completion", "label") if len(self.columns.sides) == 1 else self.columns.sides
+            if not set(needed) <= first.keys() and not {"chosen", "rejected"} <= first.keys():
+                fail(f"the {dataset_name} dataset", f"have the columns {', '.join(needed)}", ", ".join(first))
+            for column in set(self.columns.labels) & first.keys():  # before TRL counts them
+                data.check_finite(column, first[column])
             dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         options = {} if isinstance(dataset, IterableDataset) else {"num_proc": args.dataset_num_proc}
         named = (self.columns, processing_class, self._span_options, dataset_name)
@@ -168,6 +183,9 @@ class FineGrained:
         own = "token_score" not in inputs and not callable(self._pivots)
         start = self._pivot_start if self._pivot_start is not None else 0.5 if own else 0.0
         self._pivots_from = math.ceil(start * self.state.max_steps) + 1
+        if self._pivots_from > self.state.max_steps > 0:
+            said = f"pivots are used from step {self._pivots_from} on, and the training has {self.state.max_steps}"
+            warn_once("trl pivots", f"{said}: they change nothing (see pivot_start)")
         return self.state.global_step + 1 >= self._pivots_from
 
     def _pivot_weights(self, inputs: Mapping, logp: Tensor, ref_logp, mask: Tensor, side) -> Tensor:
@@ -175,12 +193,7 @@ class FineGrained:
             return self._pivots(logp, ref_logp, mask)
         given = inputs.get("token_score")
         score = implicit_scores(logp, ref_logp, mask=mask) if given is None else given[:, 1:]
-        options = dict(self._pivots)
-        flags = {key: options.pop(key) for key in FLAGS if key in options}
-        if flags:
-            shared = {k: options[k] for k in ("baseline", "quantile") if k in options and flags["kind"] != "threshold"}
-            options["pivots"] = pivot_flags(score, mask=mask, **flags, **shared)
-        return adaptive_mask(score, mask=mask, side=side, **options).token_weight
+        return weights_of(self._pivots, score, mask, side)
 
     # ---- what is logged ----------------------------------------------------------------------------------------------
 
@@ -217,6 +230,32 @@ class FineGrained:
                 stacklevel=2,
             )
         super().log(logs, start_time)
+
+
+def weights_of(pivots: Mapping, score: Tensor, mask: Tensor, side) -> Tensor:
+    """The weights of adaptive_mask, between pivots where the options have a kind of them."""
+    options = dict(pivots)
+    flags = {key: options.pop(key) for key in FLAGS if key in options}
+    if flags:
+        kind = flags.get("kind")
+        shared = {k: options[k] for k in ("baseline", "quantile") if k in options and kind != "threshold"}
+        options["pivots"] = pivot_flags(score, mask=mask, **{"kind": kind} | flags, **shared)
+    return adaptive_mask(score, mask=mask, side=side, **options).token_weight
+
+
+def check_pivots(pivots, of: Callable | None = None) -> None:
+    """Options that are wrong are refused when the trainer is made, not at the step that pivots are used from."""
+    if not isinstance(pivots, Mapping):
+        return
+    own = next((name for name in pivots if name in ("token_score", "mask", "cu_seqlens", "side", "pivots")), None)
+    if own is not None:
+        fail("pivots", "leave out what the trainer gives adaptive_mask", repr(own))
+    options = {k: 0.0 if isinstance(x, Tensor) and k == "baseline" else x for k, x in pivots.items()}
+    score, none = torch.zeros(2, 1), torch.zeros(2, 1, dtype=torch.bool)
+    try:
+        weights_of(options, score, none, "halves") if of is None else of(score, mask=none, **options)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"pivots: {error}") from None
 
 
 def token_sums(outputs, mask: Tensor, weight: Tensor | None, inputs: Mapping) -> dict[str, tuple[Tensor, Tensor]]:

@@ -1,15 +1,21 @@
 """Datasets and batches with weights on tokens, for the trainers of TRL: from character spans to TRL's own tokens."""
 
+import difflib
 import json
+import math
 from collections.abc import Mapping, Sequence
+from reprlib import repr as brief
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from trl.data_utils import is_conversational
 
-from ..feedback import pair_weights, response_weights
+from ..feedback import pair_weights, response_weights, to_spans
 from ..ops._check import fail
+from ..ops._warn import warn_once
+
+ENDINGS = ("span", "spans", "token_weight", "token_weights", "token_score", "token_scores", "token_logps")
 
 
 class Columns(NamedTuple):
@@ -38,6 +44,14 @@ class Columns(NamedTuple):
     def per_token(self) -> tuple[str, ...]:
         """A list of one number a completion token, in each row."""
         return (*self.weights, *self.scores, *self.reference)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return ("label",) if len(self.sides) == 1 else ()
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        return (*self.spans, *self.per_token, *self.per_row)
 
 
 class Placed(NamedTuple):
@@ -103,7 +117,8 @@ def _find(whole: str, text: str, after: int) -> int:
 
 def add_token_weights(dataset, ours: Columns, tokenizer, span_options: Mapping, name: str, **map_options):
     """The dataset with one weight a completion token, from its spans; checks columns of one number a token."""
-    columns = next(iter(dataset)).keys()
+    columns = first_row(dataset, name).keys()
+    _warn_of_unread(columns, ours, name)
     spans = [column for column in ours.spans if column in columns]
     if spans and any(column in columns for column in ours.weights):
         fail(f"the {name} dataset", "have spans or token weights, not both", ", ".join(sorted(columns)))
@@ -118,9 +133,25 @@ def add_token_weights(dataset, ours: Columns, tokenizer, span_options: Mapping, 
     if spans:
         options = {"tokenizer": tokenizer, "options": span_options, **shared}
         dataset = dataset.map(_weigh, fn_kwargs=options, **map_options)
-    if any(column in columns for column in ours.per_token):
-        dataset = dataset.map(_check_lengths, fn_kwargs=shared, **map_options)
+    if any(column in columns for column in (*ours.per_token, *ours.per_row, *ours.labels)):
+        dataset = dataset.map(_check_numbers, fn_kwargs=shared, **map_options)
     return dataset
+
+
+def first_row(dataset, name: str) -> Mapping:
+    row = next(iter(dataset), None)
+    if row is None:
+        fail(f"the {name} dataset", "hold a row (TRL leaves out those that max_length leaves no completion)", "none")
+    return row
+
+
+def _warn_of_unread(columns, ours: Columns, name: str) -> None:
+    """Columns that look like ours and are not, for which every token would weigh 1 without a word."""
+    for column in set(columns).difference(ours.all):
+        near = difflib.get_close_matches(column, ours.all, n=1, cutoff=0.85)
+        if near or column.endswith(ENDINGS):
+            hint = f"did you mean {near[0]!r}?" if near else f"the columns that are read are {', '.join(ours.all)}"
+            warn_once(f"trl unread {column}", f"the column {column!r} of the {name} dataset is not read; {hint}")
 
 
 def _weigh(row: Mapping, tokenizer, options: Mapping, ours: Columns) -> dict:
@@ -133,7 +164,11 @@ def _weigh(row: Mapping, tokenizer, options: Mapping, ours: Columns) -> dict:
     for side, column in zip(ours.sides, ours.spans, strict=True):
         ids = row["prompt_ids"] + row[f"{side}_ids"]
         placed = place(tokenizer, row["prompt"], row[side], ids, len(row["prompt_ids"]), template)
-        sides.append((*placed, row.get(column) or []))
+        try:
+            spans = to_spans(placed.text, row.get(column) or [])
+        except ValueError as error:
+            raise ValueError(f"{column}, in the row of prompt {brief(row['prompt'])}: {error}") from None
+        sides.append((*placed, spans))
     if len(sides) == 2:
         found = pair_weights(*sides, **options)
     else:  # a response with a label of its own: it is raised where that is one half or more
@@ -141,14 +176,26 @@ def _weigh(row: Mapping, tokenizer, options: Mapping, ours: Columns) -> dict:
     return dict(zip(ours.weights, found, strict=True))
 
 
-def _check_lengths(row: Mapping, ours: Columns) -> dict:
+def _check_numbers(row: Mapping, ours: Columns) -> dict:
     for column in ours.per_token:
         if column in row:
             side = next(side for side in ours.sides if side in column)
-            many = len(row[f"{side}_ids"])
-            if len(row[column]) != many:
-                fail(column, f"hold one number a token of {side}, {many}", f"{len(row[column])}")
+            many, found = len(row[f"{side}_ids"]), row[column]
+            if not isinstance(found, Sequence) or isinstance(found, str) or len(found) != many:
+                got = len(found) if isinstance(found, Sequence) else found
+                fail(column, f"hold one number a token of {side}, {many}", got)
+            for value in found:
+                check_finite(column, value)
+    for column in (*ours.per_row, *ours.labels):
+        if column in row:
+            check_finite(column, row[column])
     return {}
+
+
+def check_finite(column: str, value) -> None:
+    """NaN would go through loss and gradient into the model; Trainer logs such a loss as 0."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        fail(column, "hold finite numbers", repr(value))
 
 
 class Collator:
@@ -179,8 +226,16 @@ class Collator:
 
     def _line(self, row: Mapping, column: str, width: int, outside: float) -> list[float]:
         line = [outside] * len(row["prompt_ids"]) + [float(x) for x in row[column]]
-        line = cut(line, self.stock.max_length, getattr(self.stock, "truncation_mode", "keep_start"))
+        whole, most = line, self.stock.max_length
+        line = cut(line, most, getattr(self.stock, "truncation_mode", "keep_start"))
+        if len(line) < len(whole) and column not in self.columns.reference and _lost(whole, line, outside):
+            said = f"{column}: max_length = {most} cuts off every token of a row whose number is not {outside:g}"
+            warn_once(f"trl cut {column}", f"{said}: its feedback is lost")
         return line + [outside] * (width - len(line))
+
+
+def _lost(whole: list, kept: list, outside: float) -> bool:
+    return any(x != outside for x in whole) and all(x == outside for x in kept)
 
 
 def cut(line: list, most: int | None, mode: str) -> list:

@@ -54,7 +54,7 @@ class FineGrainedDPOTrainer(FineGrained, DPOTrainer):
     no argument of these, the training is TRL's, too.
 
     loss          name in PREFERENCE or a Row; None: the one of args.loss_type, with its average
-    average       False, "kept", "all" or "segments", as in preference_loss; None: as the loss has it
+    average       False, "kept" or "all", as in preference_loss; None: as the loss has it
     loss_options  other arguments of preference_loss (nll_weight, shift, smoothing, ...). beta there, else args.beta if
                   it is not TRL's default of 0.1, else the row's own
     span_weight, by_kind   how much a span weighs: feedback.pair_weights

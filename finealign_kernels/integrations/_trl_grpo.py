@@ -3,7 +3,9 @@
 import copy
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from reprlib import repr as brief
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ from ..ops._check import check_one_of, check_tensor, fail
 from ..rl.gae import gae
 from ..rl.groups import decoupled_advantages, turn_advantages
 from ..rl.whitening import whiten
+from ._trl_common import check_pivots
 
 KINDS = ("return_to_go", "outcome", "decoupled", "gae")
 RATES = ("gamma", "lam")  # of gae
@@ -41,15 +44,25 @@ class Dense:
         functools.update_wrapper(self, function)
 
     def __call__(self, **given):
-        self.answers = list(self.function(**given))
+        answers = plain(self.function(**given))
+        if not isinstance(answers, Sequence) or isinstance(answers, str):
+            fail(self.__name__, "return a list, one answer a completion", repr(answers))
+        self.answers = list(answers)
         return [self._total(answer) for answer in self.answers]
 
     def _total(self, answer) -> float | None:
-        if answer is None or isinstance(answer, int | float):
-            return answer
+        if answer is None:
+            return None
+        if isinstance(answer, int | float):
+            return self._finite(answer)
         if not isinstance(answer, Sequence) or isinstance(answer, str):
             fail(self.__name__, "return a number or a list for each completion", repr(answer))
         return float(sum(self.reward(part) for part in answer))
+
+    def _finite(self, value):
+        if math.isinf(value):
+            fail(self.__name__, "return finite numbers, or NaN or None for no judgement", value)
+        return value
 
     def reward(self, part) -> float:
         value = part.get("score") if isinstance(part, Mapping) else part[2:3] if isinstance(part, Sequence) else part
@@ -57,7 +70,16 @@ class Dense:
         if not isinstance(value, int | float) or (isinstance(part, Mapping) and not {"start", "end"} <= part.keys()):
             wanted = "return numbers, (start, end, reward) or mappings with start, end and score"
             fail(self.__name__, wanted, repr(part))
-        return float(value)
+        return float(self._finite(value))
+
+
+def plain(answer):
+    """Python's numbers and lists for those of numpy and torch, however deep they lie."""
+    if hasattr(answer, "tolist"):
+        return answer.tolist()
+    if isinstance(answer, Mapping):
+        return {key: plain(value) for key, value in answer.items()}
+    return [plain(one) for one in answer] if isinstance(answer, list | tuple) else answer
 
 
 class FineGrainedGRPOTrainer(GRPOTrainer):
@@ -116,6 +138,9 @@ class FineGrainedGRPOTrainer(GRPOTrainer):
             fail("gae", "be left out without advantages='gae'", repr(gae))
         if pivots is not None and not callable(pivots) and not isinstance(pivots, Mapping):
             fail("pivots", "be a mapping of arguments, a function or None", type(pivots).__name__, TypeError)
+        check_pivots(pivots, adaptive_mask)
+        if not callable(segments):
+            fail("segments", "be a function from a text to its segments", type(segments).__name__, TypeError)
         self._segments, self._kind, self._pivots = segments, advantages, pivots
         self._values, self._rates = values, dict(gae or {})
         functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
@@ -177,11 +202,17 @@ class FineGrainedGRPOTrainer(GRPOTrainer):
                 continue
             text, offsets = decode(self._tokenizer, ids)
             parts = self._parts(answer, text, dense)
-            found.append(_on_tokens(offsets, text, parts))
+            try:
+                found.append(_on_tokens(offsets, text, parts))
+            except ValueError as error:  # segments beyond the text, or out of order
+                raise ValueError(f"{dense.__name__}, of the completion {brief(text)}: {error}") from None
         return found
 
     def _parts(self, answer: list, text: str, dense: Dense) -> list[Segment]:
-        if not all(isinstance(part, int | float) for part in answer):
+        numbers = [isinstance(part, int | float) for part in answer]
+        if any(numbers) and not all(numbers):
+            fail(dense.__name__, "return numbers or segments for a completion, not both", repr(answer))
+        if not all(numbers):
             at = [(part["start"], part["end"]) if isinstance(part, Mapping) else part[:2] for part in answer]
             return [Segment(*ends, dense.reward(part)) for ends, part in zip(at, answer, strict=True)]
         cuts = list(self._segments(text))
@@ -207,6 +238,8 @@ class FineGrainedGRPOTrainer(GRPOTrainer):
         with torch.no_grad():
             values = self._values(*(out[name] for name in READ))
         check_tensor("values", values, shape=mask.shape, like=mask)
+        if not bool(values[judged].isfinite().all()):
+            fail("values", "be finite at the tokens of completions", values[judged & ~values.isfinite()][0].item())
         found = gae(torch.where(judged, rewards, 0), values.float(), mask=judged, **self._rates).advantages
         return whiten(found, mask=judged, sum_moments=lambda moments: self.accelerator.reduce(moments, "sum"))
 

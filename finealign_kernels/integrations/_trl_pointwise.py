@@ -44,6 +44,7 @@ class PointwiseTrainer(FineGrained, StepCountsMixin, KTOTrainer):
     """
 
     columns = Columns(("completion",))
+    gives = (*FineGrained.gives, "target", "reduction", "denominator", "positive_weight", "other_weight")
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """FineGrainedRewardTrainer: TRL's RewardTrainer with every row of REWARD, contrast and MetaRM."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -163,6 +164,9 @@ class _Columns:
         batch = self.collator(examples)
         for name in self.columns:
             values = [example[name] for example in examples]
+            for value in values:
+                if not isinstance(value, int | float) or not math.isfinite(value):
+                    fail(f"the column {name!r}", "hold finite numbers", repr(value))
             kind = torch.bool if all(isinstance(value, bool) for value in values) else torch.float32
             batch[name] = torch.tensor(values, dtype=kind)
         return batch

@@ -324,7 +324,7 @@ def _side(side: int | str | TokenTensor, tokens: Tokens) -> Tensor:
         return flatten_like(side, tokens, "side").detach()
     if isinstance(side, Tensor):
         return _advantages(side, tokens)
-    if side in ("halves", "interleaved"):
+    if isinstance(side, str) and side in ("halves", "interleaved"):
         if many % 2:
             fail("token_score", f"hold an even number of sequences with side={side!r}", many)
         place = torch.arange(many, device=tokens.x.device)

@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+import warnings
 from functools import partial
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -25,6 +26,7 @@ from finealign_kernels.integrations import _trl_dpo  # noqa: E402
 from finealign_kernels.integrations import trl as seam  # noqa: E402
 from finealign_kernels.integrations.transformers import model_logprobs  # noqa: E402
 from finealign_kernels.integrations.trl import FineGrainedDPOTrainer, patch_kernels  # noqa: E402
+from finealign_kernels.ops import _warn  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,6 +41,11 @@ def marked(row):
     start = row["rejected"].index(" ") + 1
     stop = (row["rejected"] + " ").index(" ", start)
     return row | {"chosen_spans": [], "rejected_spans": [{"start": start, "end": stop, "kind": "factual"}]}
+
+
+def weighed(row, weight):
+    """Every token of both answers and its end weighs that much."""
+    return row | {f"{side}_token_weight": [weight] * (len(row[side]) + 1) for side in ("chosen", "rejected")}
 
 
 def trained(cls, folder, *, rows=ROWS, kind="Llama", config=None, ref=True, tokens=None, **options):
@@ -522,6 +529,23 @@ def test_evaluation_logs_the_same_figures(folder):
             r"the train dataset must have a column prompt, beside spans",
         ),
         (
+            [marked(ROWS[0]) | {"rejected_spans": [{"start": 0, "end": 500}]}],
+            {},
+            r"rejected_spans, in the row of prompt 'bee can ': spans\[0\]\.end must be at most 12",
+        ),
+        ([weighed(ROWS[0], 1.0) | {"chosen_token_weight": None}], {}, "chosen_token_weight must hold one number"),
+        ([weighed(ROWS[0], float("nan"))], {}, "chosen_token_weight must hold finite numbers, got nan"),
+        ([row | {"pair_weight": float("inf")} for row in ROWS], {}, "pair_weight must hold finite numbers, got inf"),
+        ([row | {"pair_weight": None} for row in ROWS], {}, "pair_weight must hold finite numbers, got None"),
+        (ROWS, dict(config=dict(max_length=3)), "the train dataset must hold a row .* got none"),
+        (ROWS, dict(by_kind=["factual"]), "by_kind must be a mapping from kinds to weights, or None, got list"),
+        (ROWS, dict(average="segments"), "average must be False, 'kept' or 'all': the trainer knows no segments"),
+        (ROWS, dict(loss_options={"mask": 1}), "loss_options must leave out what the trainer gives .* 'mask'"),
+        (ROWS, dict(pivots={"kin": "sign"}), r"pivots: adaptive_mask\(\) got an unexpected keyword argument 'kin'"),
+        (ROWS, dict(pivots={"kind": "sine"}), r"pivots: kind must be one of"),
+        (ROWS, dict(pivots={"threshold": 1.0}), r"pivots: kind must be one of .*, got None"),
+        (ROWS, dict(pivots={"side": 1}), "pivots must leave out what the trainer gives adaptive_mask, got 'side'"),
+        (
             ROWS,
             dict(config=dict(f_divergence_type="js_divergence", loss_type=["sigmoid_norm"])),
             r"args\.f_divergence_type must be 'reverse_kl' with an average",
@@ -531,6 +555,47 @@ def test_evaluation_logs_the_same_figures(folder):
 def test_what_does_not_go_together_is_refused(rows, options, message, folder):
     with pytest.raises((ValueError, TypeError), match=message):
         trained(FineGrainedDPOTrainer, folder, rows=rows, **options)
+
+
+@pytest.mark.parametrize(
+    "rows, options, message",
+    [
+        ([row | {"chosen_span": []} for row in ROWS], {}, "'chosen_span' .* is not read; did you mean 'chosen_spans'"),
+        (
+            [row | {"spans": []} for row in ROWS],
+            {},
+            "'spans' of the train dataset is not read; the columns that are read",
+        ),
+        ([row | {"rejected_token_weights": [1.0]} for row in ROWS], {}, "did you mean 'rejected_token_weight'"),
+        (
+            [marked(row) for row in ROWS],
+            dict(config=dict(max_length=12)),
+            "rejected_token_weight: max_length = 12 cuts off every token of a row whose number is not 1",
+        ),
+        (
+            ROWS,
+            dict(pivots={"baseline": 0.0}, pivot_start=1.0),
+            "pivots are used from step 2 on, and the training has 1",
+        ),
+    ],
+    ids=["span", "spans", "weights", "cut", "pivots"],
+)
+def test_feedback_that_is_lost_is_warned_of(rows, options, message, folder, monkeypatch):
+    monkeypatch.setattr(_warn, "_given", set())
+    config = dict(max_steps=1) | options.pop("config", {})
+    with pytest.warns(UserWarning, match=message):
+        trained(FineGrainedDPOTrainer, folder, rows=rows, config=config, **options)
+
+
+def test_feedback_that_is_used_is_not_warned_of(folder, monkeypatch):
+    """Also where a completion is cut behind its marked tokens, and of TRL's own columns."""
+    monkeypatch.setattr(_warn, "_given", set())
+    rows = [marked(row) | {"pair_weight": 1.0} for row in ROWS]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trained(FineGrainedDPOTrainer, folder, rows=rows, config=dict(max_steps=1, max_length=20))
+    said = [str(one.message) for one in caught]
+    assert not [one for one in said if "is not read" in one or "cuts off" in one or "pivots are" in one], said
 
 
 def test_a_template_that_changes_the_text_is_refused(folder):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
+import numpy as np
 import pytest
 import torch
 
@@ -66,6 +67,26 @@ def apart_of_sums(ours, stock):
 def offsets_of(ids):
     """The tokenizer has one token a byte, and what is sampled is bytes: positions of characters by decoding."""
     return fk.feedback.decode(tokenizer(), ids)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers():
+    """As TRL takes them: each answer, the list of them, and the parts of an answer."""
+    cuts = [[(0, 2, 0.5), (2, 3, -1.0)], [{"start": 0, "end": 1, "score": 0.25}], [0.5, 1.0], 0.5, None, float("nan")]
+    wanted = [-0.5, 0.25, 1.5, 0.5, None, pytest.approx(float("nan"), nan_ok=True)]
+    assert _trl_grpo.Dense(lambda: cuts)() == wanted
+    for number in (np.float32, np.float64, torch.tensor):
+        given = [
+            [(np.int64(0), 2, number(0.5)), (2, 3, number(-1.0))],
+            [{"start": np.int64(0), "end": 1, "score": number(0.25)}],
+            (np.array if number is not torch.tensor else torch.tensor)([0.5, 1.0]),
+            number(0.5),
+            None,
+            number(float("nan")),
+        ]
+        dense = _trl_grpo.Dense(lambda given=given: given)
+        assert dense() == wanted and dense.answers[3] == 0.5 and dense.answers[2] == [0.5, 1.0]
+    for every in (np.array([0.5, 0.25]), torch.tensor([0.5, 0.25]), np.array([[0.25, 0.25], [0.0, 0.25]])):
+        assert _trl_grpo.Dense(lambda every=every: every)() == [0.5, 0.25]
 
 
 @pytest.mark.parametrize("form", ["numbers", "ranges", "mappings"])
@@ -310,6 +331,30 @@ def test_segments_move_what_their_sum_does_not_tell(seed, folder):
         (lambda completions, **_: [[1.0] * 9] * len(completions), {}, r"return \d+ numbers for a completion of \d"),
         (lambda completions, **_: [["a"]] * len(completions), {}, r"return numbers, \(start, end, reward\) or .*'a'"),
         (lambda completions, **_: ["a"] * len(completions), {}, r"return a number or a list for each completion"),
+        (lambda completions, **_: None, {}, r"<lambda> must return a list, one answer a completion, got None"),
+        (lambda completions, **_: [float("inf")] * 4, {}, r"<lambda> must return finite numbers, .* got inf"),
+        (
+            lambda completions, **_: [[(0, 1, -float("inf"))]] * 4,
+            {},
+            r"<lambda> must return finite numbers, .* got -inf",
+        ),
+        (
+            lambda completions, **_: [[(0, 99, 1.0)]] * 4,
+            {},
+            r"<lambda>, of the completion .*: segments must be in order",
+        ),
+        (
+            lambda completions, **_: [[1.0, (0, 3, 1.0)]] * 4,
+            {},
+            r"<lambda> must return numbers or segments .* not both",
+        ),
+        (
+            length,
+            dict(advantages="gae", values=lambda p, q, ids, mask: ids / 0),
+            r"values must be finite at the tokens of completions",
+        ),
+        (length, dict(pivots={"kind": "sign"}), r"pivots: adaptive_mask\(\) got an unexpected keyword argument 'kind'"),
+        (length, dict(segments=None), r"segments must be a function from a text to its segments, got NoneType"),
         (
             length,
             dict(advantages="gae"),

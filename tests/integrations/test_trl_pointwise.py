@@ -114,6 +114,20 @@ def test_a_fault_weighs_more_where_the_response_is_lowered(folder):
             r"the reference must be a model or an adapter for 'kto'",
         ),
         (dict(loss="ulma", config=dict(loss_type="apo_zero_unpaired")), r"args\.loss_type must be left at its default"),
+        (
+            dict(loss="ulma", rows=[{k: v for k, v in row.items() if k != "label"} for row in SINGLE]),
+            "the train dataset must have the columns prompt, completion, label, got prompt, completion",
+        ),
+        (
+            dict(loss="ulma", rows=[{k: v for k, v in row.items() if k != "prompt"} for row in SINGLE]),
+            "the train dataset must have the columns prompt, completion, label, got completion, label",
+        ),
+        (dict(loss="ulma", rows=[row | {"label": None} for row in SINGLE]), "label must hold finite numbers, got None"),
+        (
+            dict(loss="ulma", rows=[row | {"label": [1.0, float("nan")][i > 3]} for i, row in enumerate(SINGLE)]),
+            "label must hold finite numbers, got nan",
+        ),
+        (dict(loss="ulma", loss_options={"target": 1}), "loss_options must leave out what the trainer gives the loss"),
     ],
 )
 def test_what_does_not_go_together_is_refused(options, message, folder):

@@ -99,6 +99,10 @@ def test_columns_by_name(tmp_path):
     _, told = trained(FineGrainedRewardTrainer, tmp_path, rows=rows, columns=columns, config=config)
     plain = trained(FineGrainedRewardTrainer, tmp_path, rows=rows, config=config)[1]
     assert told[0]["loss"] != plain[0]["loss"]
+    for bad in (float("nan"), None, "a"):
+        with pytest.raises(ValueError, match="the column 'trust' must hold finite numbers, got"):
+            spoilt = [row | {"trust": bad} for row in rows]
+            trained(FineGrainedRewardTrainer, tmp_path, rows=spoilt, columns=columns, config=config)
     with pytest.raises(ValueError, match="have the column 'missing'"):
         trained(FineGrainedRewardTrainer, tmp_path, columns={"strength": "missing"}, loss="flip")
 
@@ -115,6 +119,14 @@ def test_contrast_enters_and_its_prototypes_learn(contrast, tmp_path):
         assert trainer.model.contrast_prototypes.grad is not None or trainer.optimizer is not None
         held = [p for group in trainer.optimizer.param_groups for p in group["params"]]
         assert any(p is trainer.model.contrast_prototypes for p in held)
+
+
+def test_contrast_of_prototypes_in_half_precision(tmp_path):
+    """Differences of two close halves are taken in float32, and prototypes go with them."""
+    options = dict(contrast="swav", prototypes=4, dropout=0.2, contrast_options=dict(rows="differences"))
+    config = dict(max_steps=1, bf16=True)
+    _, told = trained(FineGrainedRewardTrainer, tmp_path, loss="bradley_terry", config=config, **options)
+    assert told[0]["contrast"] > 0 and told[0]["grad_norm"] > 0
 
 
 def test_metarm_steps_around_every_backward(tmp_path):

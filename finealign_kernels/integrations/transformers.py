@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..ops import _parallel
 from ..ops._adapter import ADVICE, has_adapter
-from ..ops._check import fail
+from ..ops._check import FLAGS, FLOATS, check_tensor, fail
 from ..ops.logprobs import LogProbs, linear_logprobs
 from ._zero3 import is_sharded, regathered
 from .steps import StepCounts, StepCountsMixin, step_counts
@@ -102,6 +102,15 @@ def model_logprobs(
     Raises ValueError for a type of model that is not known here, TypeError for a head that is neither a plain nn.Linear
     nor one with LoRA (DoRA and other kinds are named).
     """
+    if not hasattr(model, "forward"):
+        fail("model", "be a model of transformers", f"a {type(model).__name__}", TypeError)
+    check_tensor("input_ids", input_ids, dtypes=(torch.int64, torch.int32))
+    if input_ids.dim() != 2:
+        fail("input_ids", "have shape (B, T)", tuple(input_ids.shape))
+    if labels is not None:
+        check_tensor("labels", labels, dtypes=(torch.int64, torch.int32), shape=input_ids.shape)
+    if attention_mask is not None:
+        check_tensor("attention_mask", attention_mask, dtypes=(*FLAGS, *FLOATS), shape=input_ids.shape)
     options = {"temperature": temperature, "outputs": outputs, "inputs": dict(inputs or {})}
     for name in options["inputs"]:
         if name in OWN:
@@ -182,7 +191,9 @@ def _balance(model: nn.Module, config, found, attention_mask) -> Tensor:
 
 def _head(model: nn.Module) -> nn.Module:
     """The module that makes the logits: of PEFT's modules_to_save the one that is active."""
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        fail("model", "be a causal LM, with a head over the vocabulary", type(model).__name__)
     copies = head._modules.get("modules_to_save") if isinstance(head, nn.Module) else None
     if copies is None:
         return head

@@ -178,6 +178,36 @@ def test_what_is_not_known_is_refused():
         model_logprobs(model, ids)
 
 
+@pytest.mark.parametrize(
+    "change, kind, message",
+    [
+        (dict(input_ids=[[1, 2]]), TypeError, "input_ids must be a tensor, got a list"),
+        (
+            dict(input_ids=torch.ones(3, dtype=torch.int64)),
+            ValueError,
+            r"input_ids must have shape \(B, T\), got \(3,\)",
+        ),
+        (dict(input_ids=torch.ones(2, 3)), TypeError, "input_ids must have dtype int64"),
+        (
+            dict(labels=torch.ones(2, 2, dtype=torch.int64)),
+            ValueError,
+            r"labels must have shape \(2, 3\), got \(2, 2\)",
+        ),
+        (dict(labels=torch.ones(2, 3)), TypeError, "labels must have dtype int64"),
+        (dict(attention_mask=torch.ones(2, 2)), ValueError, r"attention_mask must have shape \(2, 3\), got \(2, 2\)"),
+        (dict(attention_mask=[[1] * 3] * 2), TypeError, "attention_mask must be a tensor, got a list"),
+        (dict(model=None), TypeError, "model must be a model of transformers, got a NoneType"),
+        (dict(model="body"), ValueError, "model must be a causal LM, with a head over the vocabulary, got LlamaModel"),
+    ],
+)
+def test_arguments_are_refused_by_name(change, kind, message):
+    model = _model("llama")
+    given = dict(model=model, input_ids=torch.ones(2, 3, dtype=torch.int64)) | change
+    given["model"] = model.base_model if given["model"] == "body" else given["model"]
+    with pytest.raises(kind, match=message):
+        model_logprobs(**given)
+
+
 # ---- LoRA on the head ----------------------------------------------------------------------------------------------
 
 HEAD = dict(target_modules=["lm_head"], r=3, lora_alpha=5, init_lora_weights=False)

@@ -52,8 +52,8 @@ class MetaRM:
             reward_loss("bradley_terry", model(pairs)).loss.backward()
         optimizer.step()                                                    # and θ again: bit for bit
 
-    parameters  the tensors that move: those of the model that have a gradient. Sharded ones (FSDP2's DTensors, flat
-                shards, ZeRO-3's partitions) move shard by shard; a copy of each is kept inside
+    parameters  the tensors that move, each once: those of the model that have a gradient. Sharded ones (FSDP2's
+                DTensors, flat shards, ZeRO-3's partitions) move shard by shard; a copy of each is kept inside
     eta         η > 0
     backward    how the objective is differentiated, for frameworks that want their own (accelerator.backward): it must
                 leave gradients in .grad. Default: objective.backward()
@@ -72,7 +72,14 @@ class MetaRM:
         backward: Callable[[Tensor], None] | None = None,
         group: "dist.ProcessGroup | None" = None,
     ):
-        self.parameters = [p for p in parameters if p.requires_grad]
+        if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable):
+            fail("parameters", "be an iterable of tensors", f"a {type(parameters).__name__}", TypeError)
+        parameters = list(parameters)
+        other = next((p for p in parameters if not isinstance(p, Tensor)), None)
+        if other is not None:
+            fail("parameters", "hold tensors", f"a {type(other).__name__}", TypeError)
+        each = {id(p): p for p in parameters if p.requires_grad}  # one that is shared moves once
+        self.parameters = list(each.values())
         check_number("eta", eta, positive=True)
         if not self.parameters:
             fail("parameters", "hold one that requires a gradient", "none")

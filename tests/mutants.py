@@ -462,6 +462,8 @@ MUTANTS = [
     Mutant("NaN among a trainer's weights", "integrations/_trl_data.py", "or not math.isfinite(value)", "or False", TRL_DPO),
     Mutant("feedback that truncation cuts off", "integrations/_trl_data.py", "return any(x != outside for x in whole) and all(x == outside for x in kept)", "return False", TRL_DPO),
     Mutant("options of pivots first read half way through", "integrations/_trl_common.py", "        check_pivots(pivots)\n", "", TRL_DPO),
+    Mutant("a shared parameter moves twice", "metarm.py", "self.parameters = list(each.values())", "self.parameters = [p for p in parameters if p.requires_grad]", METARM),
+    Mutant("margins that scale makes infinite", "losses/reward.py", "        _check_scaled(shift, scale)\n", "        pass\n", REWARD),
     Mutant("margins of the command unscaled", "strength.py", "margin = options.scale * strength.mean", "margin = strength.mean", STRENGTH),
     Mutant("an own key among the negatives", "ops/contrast.py", ".scatter_(1, own, -torch.inf)", "", CONTRASTIVE),
     Mutant("mirrored keys pull", "ops/contrast.py", "similar.sub_(minus)", "similar.add_(minus)", CONTRASTIVE),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..formulas import margin as formula
-from ..ops._check import check_bool, check_flags, check_number, check_one_of, check_tensor, fail, reads_values
+from ..ops._check import LARGEST, check_bool, check_flags, check_number, check_one_of, check_tensor, fail, reads_values
 from ..ops._layout import TokenTensor
 from ..ops._once import once, refuse_transforms
 from ..ops.sequence_loss import item_losses, missing, over_count
@@ -164,6 +164,8 @@ def reward_loss(
     shift = shift if scale == 1 else scale * shift
     if clamp is not None:
         shift = shift.clamp(-clamp, clamp) if isinstance(shift, Tensor) else max(-clamp, min(clamp, shift))
+    elif scale != 1:
+        _check_scaled(shift, scale)
     smoothing = constant("smoothing", smoothing, least=0, most=1)
     if smoothing is None:
         smoothing = 1 - constant("label", label, least=0, most=1) if row.smoothing == "label" else row.smoothing
@@ -293,6 +295,17 @@ def _constant(name: str, x, count: int, like: Tensor, dtype, *, least=None, most
             bounds = "" if least is None else f" in [{least}, {most}]"
             fail(name, f"hold finite numbers{bounds}", x[~good][0].item())
     return x
+
+
+def _check_scaled(margin: float | Tensor, scale: float) -> None:
+    """A product of two numbers that float32 holds, which it may not hold itself."""
+    if isinstance(margin, Tensor):
+        finite = not reads_values(margin) or not margin.numel() or _all_good(margin, None, None)
+        finite = finite or bool(margin.isfinite().all())
+    else:
+        finite = abs(margin) <= LARGEST
+    if not finite:
+        fail("scale", "leave every margin a finite number", scale)
 
 
 def _all_good(x: Tensor, least, most) -> bool:

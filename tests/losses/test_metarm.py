@@ -142,6 +142,29 @@ def test_gathered_gradients_are_kept():
     assert all(torch.equal(p.grad, one) for p, one in zip(model.parameters(), kept, strict=True))
 
 
+def test_a_parameter_that_is_given_twice_moves_once():
+    """The lists of two models that share one, say."""
+    theta, moved = start(), []
+    for parameters in ([theta], [theta, theta]):
+        with fk.MetaRM(parameters, eta=ETA).ascend(difference_loss((FEATURES @ theta)[None])):
+            moved.append(theta.detach().clone())
+    assert_close(moved[1], moved[0], rtol=0, atol=0)
+    assert_close(theta, start(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "parameters, found",
+    [
+        (start(), "iterable of tensors, got a Tensor"),
+        (None, "got a NoneType"),
+        ([("a", start())], "tensors, got a tuple"),
+    ],
+)
+def test_what_are_no_parameters(parameters, found):
+    with pytest.raises(TypeError, match=f"parameters must .*{found}"):
+        fk.MetaRM(parameters, eta=ETA)
+
+
 def test_a_late_backward_is_refused():
     model, x = small_model(), torch.randn(2, 3, 4)
     with fk.MetaRM(model.parameters(), eta=0.3).ascend(difference_loss(model(x)[..., 0])):

@@ -82,6 +82,7 @@ MUTANTS = [
     # names that can be found
     Mutant("short forms hide their arguments", "losses/options.py", "*(p for p in passed if p.name not in hidden)", "", HOUSE),
     Mutant("numbers that float32 does not hold", "ops/_check.py", "abs(value) > LARGEST", "abs(value) > 1e300", LOGPROBS),
+    Mutant("numbers that vanish in float32", "ops/_check.py", " or (above == 0 and value < SMALLEST)", "", LOGPROBS),
     Mutant("numpy's numbers are none", "ops/_check.py", "isinstance(value, (float, np.floating))", "isinstance(value, float)", MISTAKES),
     Mutant("a 2 in a mask", "ops/_check.py", "low < 0 or high > 1", "low < 0", MISTAKES),
     Mutant("a mask of integers as its values", "ops/_check.py", "return x != 0", "return x == 0", MISTAKES),
@@ -145,6 +146,7 @@ MUTANTS = [
     Mutant("the kept fraction of all columns", "losses/pivots.py", "else tokens.mask.sum().clamp(min=1)", "else weight.numel()", SILENT),
     # a head with an adapter
     Mutant("the base weight of a head with an adapter is silent", "ops/_adapter.py", "wrapper is None or not _is_active(wrapper)", "True", "tests/ops/test_adapter.py"),
+    Mutant("a module with an adapter: no advice", "ops/_check.py", 'hint = f"; {ADVICE}" if has_adapter(x)', 'hint = "" if has_adapter(x)', "tests/ops/test_adapter.py"),
     Mutant("an adapter that is off is warned of", "ops/_adapter.py", 'getattr(wrapper, "disable_adapters", False) or', "", "tests/ops/test_adapter.py"),
     # words of errors
     Mutant("a keyword that does not exist lists none", "losses/table.py", "if known else", "if False else", "tests/mistakes/test_words_of_errors.py"),
@@ -464,6 +466,7 @@ MUTANTS = [
     Mutant("options of pivots first read half way through", "integrations/_trl_common.py", "        check_pivots(pivots)\n", "", TRL_DPO),
     Mutant("a shared parameter moves twice", "metarm.py", "self.parameters = list(each.values())", "self.parameters = [p for p in parameters if p.requires_grad]", METARM),
     Mutant("margins that scale makes infinite", "losses/reward.py", "        _check_scaled(shift, scale)\n", "        pass\n", REWARD),
+    Mutant("weights of NaN taken", "feedback/records.py", "_is_number(value) and abs(value) <= LARGEST", "isinstance(value, (int, float)) and not abs(value) > LARGEST", FEEDBACK),
     Mutant("margins of the command unscaled", "strength.py", "margin = options.scale * strength.mean", "margin = strength.mean", STRENGTH),
     Mutant("an own key among the negatives", "ops/contrast.py", ".scatter_(1, own, -torch.inf)", "", CONTRASTIVE),
     Mutant("mirrored keys pull", "ops/contrast.py", "similar.sub_(minus)", "similar.add_(minus)", CONTRASTIVE),

@@ -156,6 +156,7 @@ def _composed(name, row: Row, tokens: Tokens, ref_logp, target, *, token_weight,
     policy = sequence_scores(tokens.x.detach(), weight, tokens) if row.positive == "nll" else None
     target = target.to(score.dtype)
     losses, slope = score_loss(name, score.detach(), target=target, policy=policy, **options)
+    losses, slope = losses.to(score.dtype), slope.to(score.dtype)  # a shift decides no dtype
     return FromScores.apply(score, losses, slope), score.detach()
 
 

@@ -299,7 +299,7 @@ def _losses_of_scores(name, row: Row, score, tokens: Tokens, ref_logp, weight, p
         values, offset = _rank_offset(score.detach(), reference, own)
         shift = shift + beta * offset
     losses, slope = score_loss(name, values, policy=policy, **{**options, "shift": shift})
-    return FromScores.apply(met, losses, slope)
+    return FromScores.apply(met, losses.to(score.dtype), slope.to(score.dtype))  # a shift decides no dtype
 
 
 def check_options(row: Row, beta, shift, scale, average, segment_ids):

@@ -175,6 +175,20 @@ def test_a_count_of_any_dtype_leaves_the_loss_its_own(name, dtype, kind):
     assert x.grad.dtype == dtype
 
 
+@pytest.mark.parametrize("kind", (torch.float64, torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("name", ("dpo", "simpo", "orpo", "aot", "aot_unpaired", "nca_pair", "ulma", "pdpo_squared"))
+def test_a_shift_of_any_dtype_leaves_the_loss_its_own(name, kind, route):
+    x, row = X.clone().requires_grad_(), fk.PREFERENCE[name]
+    shift = torch.tensor([0.5, 0.25], dtype=kind)
+    given = (x, x.detach() - 1) if row.reference else (x,)
+    if row.pair:
+        out = fk.preference_loss(name, *given, shift=shift)
+    else:
+        out = fk.pointwise_loss(name, *given, target=KIND, shift=shift.repeat(2))
+    assert out.loss.dtype == out.losses.dtype == torch.float32
+    out.loss.backward()
+
+
 # ---- sums of large numbers ------------------------------------------------------------------------------------------
 
 

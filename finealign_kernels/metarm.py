@@ -26,6 +26,7 @@ def difference_loss(scores: Tensor, cu_groups: Tensor | None = None) -> Tensor:
     scores     (m, k) float, k responses a prompt; or (S,) with cu_groups
     cu_groups  (m + 1,) int: the responses to prompt x are cu_groups[x] to cu_groups[x + 1]
 
+    A score that is infinite is as far away as can be, σ = 1; two that are infinite alike, or a NaN, give NaN.
     () float32 (float64 for float64), in [(k-1)/(2k), (k-1)/k); equal scores have no gradient. One response a prompt, or
     no prompt at all, gives 0, connected to the graph. Ascend on it, as MetaRM does; it is not to be minimised.
     Raises  ValueError, TypeError. Source: arXiv:2401.06080 eq. 15.
@@ -37,11 +38,11 @@ def difference_loss(scores: Tensor, cu_groups: Tensor | None = None) -> Tensor:
     if cu_groups is None:
         m, k = r.shape
         i, j = torch.triu_indices(k, k, 1, device=r.device)
-        return (r[:, i] - r[:, j]).abs().sigmoid().sum() * (2 / (max(1, m) * max(1, k) ** 2)) + 0 * r.sum()
+        return (r[:, i] - r[:, j]).abs().sigmoid().sum() * (2 / (max(1, m) * max(1, k) ** 2)) + r[:0].sum()
     check_cu_seqlens(cu_groups, r.shape[0], r, name="cu_groups", of="responses")
     i, j, group = all_pairs(cu_groups, r.shape[0])
     share = 2 / cu_groups.diff().to(r.dtype).square()[group]
-    return (share * (r[i] - r[j]).abs().sigmoid()).sum() / max(1, cu_groups.shape[0] - 1) + 0 * r.sum()
+    return (share * (r[i] - r[j]).abs().sigmoid()).sum() / max(1, cu_groups.shape[0] - 1) + r[:0].sum()
 
 
 class MetaRM:

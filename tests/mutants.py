@@ -121,6 +121,7 @@ MUTANTS = [
     Mutant("accuracies by rewards that overflow", PREFERENCE, "torch.gt(*score.chunk(2))", "(chosen > rejected)", LIMITS),
     Mutant("a flat loss that a divergence tilts", PREFERENCE, "torch.where(slopes == 0, slopes, slopes * stretch)", "slopes * stretch", LIMITS),
     Mutant("aot: the policy's difference from an infinite reference", PREFERENCE, "torch.where(infinite, other, ratio + own)", "ratio + own", LIMITS),
+    Mutant("0 times an infinite score", "metarm.py", "max(1, k) ** 2)) + r[:0].sum()", "max(1, k) ** 2)) + 0 * r.sum()", LIMITS),
     Mutant("a shift decides the dtype", PREFERENCE, "losses.to(score.dtype), slope.to(score.dtype)", "losses, slope", LIMITS),
     Mutant("a count decides the dtype", "ops/sequence_loss.py", ").to(total.dtype)", ")", LIMITS),
     Mutant("logits summed as they are", FORMULA, "part[:, 4] = torch.where(allowed, z / UNIT, 0)", "part[:, 4] = UNIT**-1 * torch.where(allowed, z, 0)", LIMITS),

@@ -12,7 +12,7 @@ from ..losses.contrastive import CONTRAST, contrastive_loss, set_dropout
 from ..losses.pairs import pick_scores
 from ..losses.reward import REWARD, RewardRow, reward_loss
 from ..metarm import MetaRM, difference_loss
-from ..ops._check import check_number, check_one_of, fail
+from ..ops._check import check_integer, check_number, check_one_of, fail
 
 
 class FineGrainedRewardTrainer(RewardTrainer):
@@ -59,6 +59,9 @@ class FineGrainedRewardTrainer(RewardTrainer):
             check_one_of("loss", loss, tuple(REWARD))
         check_one_of("contrast", contrast, (None, *CONTRAST))
         check_number("contrast_weight", contrast_weight, positive=True)
+        prototypes = check_integer("prototypes", prototypes, "be a whole number of at least 1", least=1)
+        dropout = check_number("dropout", dropout, least=0, most=1)
+        meta_eta = meta_eta if meta_eta is None else check_number("meta_eta", meta_eta, positive=True)
         if (meta_eta is None) != (meta_batches is None):
             fail("meta_eta and meta_batches", "be given together", "one of them")
         row = loss if isinstance(loss, RewardRow) else REWARD[loss]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..feedback.segments import Range, segment_tokens, sub_sentences
 from ..feedback.spans import encode
 from ..formulas.rewards import SegmentRewards
-from ..ops._check import check_integer, check_number, check_one_of, fail, number
+from ..ops._check import check_bool, check_integer, check_number, check_one_of, fail, number
 from ..ops._warn import warn_once
 
 
@@ -62,6 +62,7 @@ class SegmentRewardModel:
         batch_size: int = 16,
     ):
         check_one_of("placed", placed, ("open", "close"))
+        soft = check_bool("soft", soft)
         if not getattr(tokenizer, "is_fast", False):
             fail("tokenizer", "be a fast one of transformers, which gives offsets", f"a {type(tokenizer).__name__}")
         if not isinstance(rewards, Mapping) or len(rewards) < 2:

@@ -109,7 +109,7 @@ def policy_loss(args, batch: dict, logits: Tensor, sum_of_sample_mean: Callable)
         kl = reduce(slime.compute_approx_kl(logp, to, kl_loss_type=args.kl_loss_type, importance_ratio=ratio))
         loss, metrics["kl_loss"] = loss + args.kl_loss_coef * kl, kl
     if logp.numel() == 0:
-        loss = loss + 0 * logits.sum()
+        loss = loss + logits[:0].sum()
     if correction is not None:
         metrics["ois"] = sum_of_sample_mean(torch.exp(logp - old))
     return loss, {key: value.detach() for key, value in ({"loss": loss} | metrics).items()} | told

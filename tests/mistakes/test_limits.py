@@ -130,6 +130,31 @@ def test_an_infinite_score_has_the_limits_of_its_loss(name):
             assert_close(x.grad, torch.tensor([0.0, 0.0] if sign > 0 else [-1.0, 1.0]))
 
 
+@pytest.mark.parametrize("name", [name for name, row in fk.PREFERENCE.items() if not row.pair])
+@pytest.mark.parametrize("target", (0.0, 0.3, 1.0))
+def test_no_response_is_nan_whose_margin_has_a_sign(name, target, route):
+    row = fk.PREFERENCE[name]
+    for place in ("logp", "ref") if row.reference else ("logp",):
+        x, ref = torch.full((1, 2), -0.5), torch.full((1, 2), -0.5)
+        (x if place == "logp" else ref)[0, 0] = -INF
+        given = (x.requires_grad_(), *((ref,) if row.reference else ()))
+        out = fk.pointwise_loss(name, *given, target=torch.tensor([target]))
+        out.loss.backward()
+        assert not out.loss.isnan() and not x.grad.isnan().any()
+
+
+def test_an_infinite_score_is_as_far_away_as_can_be():
+    for cu_groups in (None, torch.tensor([0, 3])):
+        scores = torch.tensor([0.0, 1.0, INF])
+        scores = (scores if cu_groups is not None else scores[None]).requires_grad_()
+        loss = fk.difference_loss(scores, cu_groups)
+        loss.backward()
+        near = 1 / (1 + math.exp(-1))
+        assert_close(loss.item(), 2 / 9 * (near + 2))
+        slope = 2 / 9 * near * (1 - near)
+        assert_close(scores.grad.view(-1), torch.tensor([-slope, slope, 0.0]))
+
+
 # ---- a count decides no dtype ---------------------------------------------------------------------------------------
 
 X = -torch.rand(4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64).float()

@@ -161,6 +161,10 @@ SMALL = [
     (1, 33, 20),  # a row of three tiles, of which the last holds a column
     (17, 7, 33),
 ]
+PAIRWISE = [  # each two of dtype, workspace and compact together; all three with -m slow
+    pytest.param(*case, marks=() if number % 2 == (number // 2) % 2 ^ (number // 4) % 2 else pytest.mark.slow)
+    for number, case in enumerate(itertools.product(DTYPES, (0, "full"), ("host", "device")))
+]
 BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of a gradient, relative
 
 
@@ -194,9 +198,7 @@ def test_every_dtype_and_way_at_small_shapes(small_tiles, shape, dtype, way):
 
 
 @runs
-@pytest.mark.parametrize("compact", ("host", "device"))
-@pytest.mark.parametrize("workspace", (0, "full"))
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype, workspace, compact", PAIRWISE)
 def test_logits_of_thousands(small_tiles, dtype, workspace, compact):
     """exp(z) has no number there; what is lost is what float32 has not got of z."""
     s = linear(6, 40, 16, dtype, seed=4)
@@ -206,9 +208,7 @@ def test_logits_of_thousands(small_tiles, dtype, workspace, compact):
 
 
 @runs
-@pytest.mark.parametrize("compact", ("host", "device"))
-@pytest.mark.parametrize("workspace", (0, "full"))
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype, workspace, compact", PAIRWISE)
 def test_a_common_offset_cancels(small_tiles, dtype, workspace, compact):
     """Every logit about -1000 or 1000: a maximum that starts at 0, or a sum before the difference, would show."""
     s = linear(6, 40, 16, dtype, seed=5)
@@ -277,9 +277,18 @@ PICKS = {"logp": (1, 0, 0), "lse": (0, 1, 0), "entropy": (0, 0, 1), "together": 
 
 
 @runs
-@pytest.mark.parametrize("spread", samples.SPREADS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_errors_are_within_eagers(spread, dtype):
+@pytest.mark.parametrize(
+    "dtype, spread, way",
+    [
+        # each dtype with each spread, and each of them with each way; all three together with -m slow
+        pytest.param(*case, marks=() if (kind + place) % 3 == number else pytest.mark.slow)
+        for kind, dtype in enumerate(DTYPES)
+        for place, spread in enumerate(samples.SPREADS)
+        for number, way in enumerate(((0, "host"), ("full", "host"), ("full", "device")))
+        for case in [(dtype, spread, way)]
+    ],
+)
+def test_errors_are_within_eagers(dtype, spread, way):
     s = linear(24, 523, 48, dtype, spread=spread)
     picks = PICKS if dtype == torch.bfloat16 else {"together": PICKS["together"]}
     found = []
@@ -297,21 +306,21 @@ def test_errors_are_within_eagers(spread, dtype):
     (exact, exact_grads), (rounded, rounded_grads) = found
     wide = dtype == torch.float32
     hidden, weight = s.hidden.requires_grad_(), s.weight.requires_grad_()
-    for workspace, compact in ((0, "host"), ("full", "host"), ("full", "device")):
-        how = dict(workspace=workspace, compact=compact, backend=FUSED)
-        out = fk.linear_logprobs(hidden, weight, s.labels, outputs="entropy", **how)
-        for actual, truth, theirs in zip((out.logp, out.lse, out.entropy), exact, rounded, strict=True):
-            if wide or spread != "uniform":  # near-uniform rows are log V however a half rounds their logits
-                budgets.assert_within(actual, truth, theirs, rms_ratio=1.5 if wide else 0.05, max_ratio=2, ulps=1)
-        for pick, truths, others in zip(picks.values(), exact_grads, rounded_grads, strict=True):
-            upstream = s.upstream * torch.tensor(pick, device=DEVICE)[:, None]
-            grads = torch.autograd.grad(loss_of(out, upstream), (hidden, weight), retain_graph=True)
-            twice = spread == "uniform" and not wide and workspace == "full"  # E is rounded, then dZ
-            for actual, truth, theirs in zip(grads, truths, others, strict=True):
-                budgets.assert_within(
-                    actual, truth, theirs, rms_ratio=1.3 if twice else 1.05, max_ratio=3 if wide else 2,
-                    ulps=4 if wide else 1,
-                )  # fmt: skip
+    workspace, compact = way
+    how = dict(workspace=workspace, compact=compact, backend=FUSED)
+    out = fk.linear_logprobs(hidden, weight, s.labels, outputs="entropy", **how)
+    for actual, truth, theirs in zip((out.logp, out.lse, out.entropy), exact, rounded, strict=True):
+        if wide or spread != "uniform":  # near-uniform rows are log V however a half rounds their logits
+            budgets.assert_within(actual, truth, theirs, rms_ratio=1.5 if wide else 0.05, max_ratio=2, ulps=1)
+    for pick, truths, others in zip(picks.values(), exact_grads, rounded_grads, strict=True):
+        upstream = s.upstream * torch.tensor(pick, device=DEVICE)[:, None]
+        grads = torch.autograd.grad(loss_of(out, upstream), (hidden, weight), retain_graph=True)
+        twice = spread == "uniform" and not wide and workspace == "full"  # E is rounded, then dZ
+        for actual, truth, theirs in zip(grads, truths, others, strict=True):
+            budgets.assert_within(
+                actual, truth, theirs, rms_ratio=1.3 if twice else 1.05, max_ratio=3 if wide else 2,
+                ulps=4 if wide else 1,
+            )  # fmt: skip
 
 
 @runs

@@ -469,6 +469,7 @@ MUTANTS = [
     Mutant("a shared parameter moves twice", "metarm.py", "self.parameters = list(each.values())", "self.parameters = [p for p in parameters if p.requires_grad]", METARM),
     Mutant("margins that scale makes infinite", "losses/reward.py", "        _check_scaled(shift, scale)\n", "        pass\n", REWARD),
     Mutant("weights of NaN taken", "feedback/records.py", "_is_number(value) and abs(value) <= LARGEST", "isinstance(value, (int, float)) and not abs(value) > LARGEST", FEEDBACK),
+    Mutant("columns of chosen and rejected taken for tokens without a word", "losses/pairs.py", "    if bare and parts[0].shape[1:] == (2,)", "    if bare and parts[0].shape[1:] == (-2,)", SILENT),
     Mutant("margins of the command unscaled", "strength.py", "margin = options.scale * strength.mean", "margin = strength.mean", STRENGTH),
     Mutant("an own key among the negatives", "ops/contrast.py", ".scatter_(1, own, -torch.inf)", "", CONTRASTIVE),
     Mutant("mirrored keys pull", "ops/contrast.py", "similar.sub_(minus)", "similar.add_(minus)", CONTRASTIVE),

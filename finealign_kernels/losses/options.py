@@ -51,9 +51,10 @@ class PointwiseOptions(SequenceOptions, total=False):
     other_weight: float  # multiplies losses of the other responses
 
 
-def few_positions(function: F) -> F:
+def few_positions(function: F, fixed: tuple[str, ...] = (), of: Callable | None = None) -> F:
     """Decorator: four sums of responses in TRL's order are taken as two pairs; other arguments by position beyond those
-    that there are raise an error that says how sums go in."""
+    that there are raise an error that says how sums go in. So do keywords that the function sets itself, which the long
+    form `of` takes."""
     taken = [p for p in inspect.signature(function).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     names = [p.name for p in taken]
 
@@ -64,6 +65,9 @@ def few_positions(function: F) -> F:
             given = (*given[:-4], first, second)
         if len(given) > len(names):
             raise TypeError(_too_many(function.__name__, names, len(given)))
+        for name in fixed:
+            if name in options:
+                raise TypeError(_set_here(function, name, of))
         return function(*given, **options)
 
     return wrapped
@@ -78,6 +82,13 @@ def _are_sums(names: list[str], given: tuple, options: dict) -> bool:
     tokens = any(options.get(name) is not None for name in ("mask", "cu_seqlens", "token_weight", "segment_ids"))
     sums = all(isinstance(x, Tensor) and x.dim() == 1 and x.shape == given[0].shape for x in given)
     return names[-2:] == ["logp", "ref_logp"] and "target" not in options and sums and not tokens
+
+
+def _set_here(function: Callable, name: str, of: Callable) -> str:
+    kinds = inspect.signature(function).parameters.values()
+    own = [p.name for p in kinds if p.kind is p.KEYWORD_ONLY]
+    by = f", by {', '.join(own)}" if own else ""
+    return f"{function.__name__} sets {name} itself{by}; {of.__name__} takes it"
 
 
 def _too_many(name: str, names: list[str], count: int) -> str:
@@ -96,7 +107,7 @@ def short_form(of: Callable, *fixed: str) -> Callable[[F], F]:
     """
 
     def wrap(function: F) -> F:
-        shown, function = inspect.signature(function), few_positions(function)
+        shown, function = inspect.signature(function), few_positions(function, fixed, of)
         own = [p for p in shown.parameters.values() if p.kind is not p.VAR_KEYWORD]
         hidden = {p.name for p in own}.union(fixed)
         passed = [p for p in inspect.signature(of).parameters.values() if p.kind is p.KEYWORD_ONLY]

@@ -9,6 +9,7 @@ from ..formulas.segments import segment_ids
 from ..ops._check import FLOATS, check_one_of, check_tensor, fail, reads_values
 from ..ops._layout import TokenTensor, check_cu_seqlens, flatten, flatten_like
 from ..ops._once import refuse_transforms
+from ..ops._warn import warn_once
 from .reduce import sequence_scores, sequence_weights
 
 PICKS = ("last", "mean", "sum")
@@ -89,6 +90,10 @@ def pick_scores(
     if pick == "last" and token_weight is not None:
         fail("token_weight", "be None with pick='last'", "a tensor")
     deep = len(parts) == 1 and parts[0].dim() == (3 if cu_seqlens is None else 2)
+    bare = mask is None and cu_seqlens is None and len(parts) == 1
+    if bare and parts[0].shape[1:] == (2,) and not torch.compiler.is_compiling():
+        said = "scores of shape (B, 2) without a mask are taken as two tokens of each of B responses"
+        warn_once("pick_scores", f"{said}. Scores of chosen and rejected responses go in as a pair: scores.unbind(1)")
     layout = parts[0][..., 0] if deep else x
     tokens = flatten(layout, mask, cu_seqlens, name="scores")
     values = parts[0].reshape(-1, parts[0].shape[-1]) if deep else tokens.x

@@ -282,6 +282,20 @@ def test_tokens_that_look_like_a_mistake_are_warned_of_once(name, fresh_warnings
     assert "token_weight has -0.5" in third
 
 
+def test_two_columns_of_scores_are_warned_of_once(fresh_warnings):
+    """Chosen and rejected side by side would be two tokens of each response: another loss, without a word."""
+    scores = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match=r"scores of shape \(B, 2\) without a mask .* scores.unbind\(1\)"):
+        fk.reward_loss("bradley_terry", scores)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fk.reward_loss("bradley_terry", scores)
+        _warn._given.clear()
+        fk.reward_loss("bradley_terry", scores.unbind(1))
+        fk.reward_loss("bradley_terry", scores, mask=torch.ones(4, 2, dtype=torch.bool))
+        fk.reward_loss("bradley_terry", torch.randn(4, 3))
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_weight_that_is_not_valid_is_left_to_the_refusal(name, fresh_warnings):
     good = -torch.rand(4, 5)

@@ -48,6 +48,20 @@ def test_the_rows_own_hyper_parameters_are_listed():
         fk.preference_loss("cdpo", X, REF, label_smoothing=0.1)
 
 
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: fk.kto(X, REF, KIND, positive_weight=2.0), "kto sets positive_weight itself, by z0, desirable_weight"),
+        (lambda: fk.kto(X, REF, KIND, shift=0.1), "kto sets shift itself, by z0, .*; pointwise_loss takes it"),
+        (lambda: fk.pdpo(X, REF, KIND, shift=0.1), "pdpo sets shift itself, by kind, c; pointwise_loss takes it"),
+        (lambda: fk.simpo(X, shift=0.1), "simpo sets shift itself, by .*; preference_loss takes it"),
+    ],
+)
+def test_a_keyword_that_a_short_form_sets_itself(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
 FOUR = ("dpo", "ipo", "slic", "cdpo", "robust")
 SUMS = SUM[:2], SUM[2:], REF.sum(1)[:2], REF.sum(1)[2:]  # chosen, rejected, the reference's
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ops._check import FLOATS, check_bool, check_number, check_one_of, check_plain, check_tensor, fail
-from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like, warn_of_tokens
+from ..ops._layout import Tokens, TokenTensor, flatten, flatten_like, warn_of_pairs, warn_of_tokens
 from ..ops._once import once
 from ..ops.segments import segment_sum
 from ..ops.sequence_loss import batch_loss, over_count, sequence_loss
@@ -258,6 +258,7 @@ def preference_loss(
         losses = _losses_of_scores(name, row, score, tokens, ref_logp, weight, pairs, options)
     if pair_weight is not None:
         check_tensor("pair_weight", pair_weight, shape=losses.shape, like=losses)
+        warn_of_pairs("preference_loss", "pair_weight", pair_weight)
         losses = weigh(pair_weight.detach().to(losses.dtype), losses)
     if loss is None:
         loss = reduce(losses, reduction, denominator, counted)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..formulas import margin as formula
 from ..ops._check import LARGEST, check_bool, check_flags, check_number, check_one_of, check_tensor, fail, reads_values
-from ..ops._layout import TokenTensor
+from ..ops._layout import TokenTensor, warn_of_pairs
 from ..ops._once import once, refuse_transforms
 from ..ops.sequence_loss import item_losses, missing, over_count
 from .pairs import PICKS, RankedPairs, pick_scores, plain_pair, score_pairs
@@ -180,6 +180,7 @@ def reward_loss(
         shift, sign = abs(shift), 1 - 2 * flip.to(dtype)
     weight = constant("weight", weight)
     if weight is not None:
+        warn_of_pairs("reward_loss", "weight", weight)
         kept = weight != 0
         chosen, rejected = torch.where(kept, chosen, 0), torch.where(kept, rejected, 0)
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from . import _native
 from ._check import FLAGS, FLOATS, as_flags, check_tensor, fail, is_plain, reads_values
 from ._once import refuse_transforms
-from ._warn import warn_once
+from ._warn import warn_once, warned
 
 TokenTensor = Tensor | tuple[Tensor, Tensor]
 INTEGERS = (torch.int32, torch.int64)
@@ -133,6 +133,16 @@ def warn_of_tokens(name: str, tokens: Tokens, token_weight: TokenTensor | None) 
         if lowest < 0:
             said = f"{name}: token_weight has {lowest:.3g}; a negative weight reverses the loss of its token"
             warn_once(f"{name} token_weight", said)
+
+
+def warn_of_pairs(name: str, argument: str, weight: Tensor) -> None:
+    """Warns once if a weight of the pairs (P,) of a loss `name` is negative."""
+    about = f"{name} {argument}"
+    if not reads_values(weight) or warned(about) or not weight.numel():
+        return
+    lowest = float(weight.detach().min())
+    if lowest < 0:
+        warn_once(about, f"{name}: {argument} has {lowest:.3g}; a negative weight reverses the loss of its pair")
 
 
 def whole_like(y: TokenTensor, tokens: Tokens, name: str, dtypes=FLOATS) -> Tensor:

@@ -282,6 +282,21 @@ def test_tokens_that_look_like_a_mistake_are_warned_of_once(name, fresh_warnings
     assert "token_weight has -0.5" in third
 
 
+def test_negative_weights_of_pairs_are_warned_of_once(fresh_warnings):
+    x, bad, good = log_probs(), torch.tensor([1.0, -0.5]), torch.tensor([0.0, 2.0])
+    for name, argument, loss in (
+        ("preference_loss", "pair_weight", lambda w: fk.dpo(x, x, mask=~NONE, pair_weight=w)),
+        ("reward_loss", "weight", lambda w: fk.reward_loss("margin", x[:, 0], weight=w)),
+    ):
+        with pytest.warns(UserWarning, match=f"^{name}: {argument} has -0.5; a negative weight reverses"):
+            loss(bad)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loss(bad)
+            _warn._given.clear()
+            loss(good)
+
+
 def test_two_columns_of_scores_are_warned_of_once(fresh_warnings):
     """Chosen and rejected side by side would be two tokens of each response: another loss, without a word."""
     scores = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))

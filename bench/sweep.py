@@ -14,9 +14,9 @@ products, reaches in the same rounds. Each launch compiles and answers once in a
 time: one that hangs or breaks the GPU's context takes no other along.
 
 How a result becomes the default: the lines that --best prints go into LAUNCH or BACKWARD of
-kernels/triton/row_logprobs.py and into
-HALF, CAPPED, PRODUCT or FLOAT of kernels/triton/linear_logprobs.py, by hand, because a tile of HALF serves forward and
-backward; TMA there loses a GPU on which head_fwd beats head_fwd_tma. Then bench/compile_gate.py has to pass.
+kernels/triton/row_logprobs.py and into HALF, CAPPED, PRODUCT, FLOAT or FLOAT_PRODUCT of
+kernels/triton/linear_logprobs.py, by hand, because a tile of HALF serves forward and backward; TMA there loses a GPU on
+which head_fwd beats head_fwd_tma. Then bench/compile_gate.py has to pass.
 """
 
 from __future__ import annotations
@@ -157,7 +157,9 @@ def best(found: list[dict], most: int = 3) -> str:
         sizes = len({tuple(row["shape"]) for row in rows_of})
         means = {launch: geometric_mean(each) for launch, each in shares.items() if len(each) == sizes}
         ranked = sorted(means, key=means.get, reverse=True)
-        where = "FLOAT" if dtype == "float32" and KERNELS[name].unit[0] == "TFLOP/s" else KERNELS[name].table
+        where = KERNELS[name].table
+        if dtype == "float32" and KERNELS[name].unit[0] == "TFLOP/s":
+            where = "FLOAT_PRODUCT" if where == "PRODUCT" else "FLOAT"
         text.append(f"\n{where}, by {name} in {dtype} at {sizes} sizes; {gpu}, Triton {version}")
         for launch in dict.fromkeys((*ranked[:most], *(one for one in ranked if one in shipped))):
             numbers = ", ".join(map(str, launch))

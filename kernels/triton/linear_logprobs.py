@@ -81,6 +81,8 @@ PRODUCT = CAPPED | {  # of the products of a gradient: they have no slices
     "gfx942": Config(128, 128, 32, 8, 2, 16, 8),
 }
 FLOAT = dict.fromkeys(HALF, Config(64, 64, 32, 4, 2, 32, 8)) | {"interpreter": Config(64, 128, 64, 4, 1, 128, 8)}
+# of the products of a float32 gradient: half as deep, since 32 do not fit the registers of sm_80 under Triton 3.9
+FLOAT_PRODUCT = {arch: tile if arch == "interpreter" else tile._replace(depth=16) for arch, tile in FLOAT.items()}
 
 TMA = ("sm_90", "sm_100", "sm_120")  # GPUs that copy whole blocks by a descriptor
 
@@ -92,7 +94,7 @@ def config(arch: str, dtype: torch.dtype, capped: bool) -> Config:
 
 def product_config(arch: str, dtype: torch.dtype) -> Config:
     """Of the products of a gradient, alike."""
-    return (FLOAT if dtype == torch.float32 else PRODUCT)[arch]
+    return (FLOAT_PRODUCT if dtype == torch.float32 else PRODUCT)[arch]
 
 
 def sums_of(tile: Config, dtype: torch.dtype, amd: bool) -> int:

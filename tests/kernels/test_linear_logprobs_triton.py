@@ -716,7 +716,8 @@ def test_a_chunk_holds_whole_tiles():
 
 
 def test_every_shipped_tile_divides_a_chunk():
-    for tile in (*kernels.HALF.values(), *kernels.CAPPED.values(), *kernels.FLOAT.values(), *kernels.PRODUCT.values()):
+    tables = (kernels.HALF, kernels.CAPPED, kernels.FLOAT, kernels.PRODUCT, kernels.FLOAT_PRODUCT)
+    for tile in (tile for table in tables for tile in table.values()):
         assert all(_chunked.tile_of(device).columns % tile.columns == 0 for device in ("cpu", "cuda"))
 
 

@@ -40,7 +40,7 @@ def hinge(m: Tensor) -> tuple[Tensor, Tensor]:
 def smoothed(m: Tensor, *, smoothing: float) -> tuple[Tensor, Tensor]:
     """-(1-ε) log σ(m) - ε log σ(-m) = -log σ(m) + ε m, ε the smoothing; slope ε - σ(-m)."""
     value = times(smoothing, m) - logsigmoid(m)
-    at_least = times(1 - smoothing, torch.full_like(m, torch.inf))  # the value at -inf
+    at_least = times(1 - smoothing, m.new_full((), torch.inf))  # the value at -inf
     return torch.where(m == -torch.inf, at_least, value), smoothing - (-m).sigmoid()
 
 

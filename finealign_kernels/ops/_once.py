@@ -19,6 +19,8 @@ def is_transformed(x: torch.Tensor) -> bool:
     """Does x belong to a transform of torch.func, or carry a tangent."""
     if torch.compiler.is_compiling():
         return False
+    if forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active():  # as a rule
+        return False
     if torch._C._functorch.is_functorch_wrapped_tensor(x):  # what was made inside one is wrapped, too
         return x.is_floating_point() or torch._C._functorch.is_batchedtensor(x)
     return _has_tangent(x)

@@ -127,18 +127,16 @@ def row_cases() -> list[Case]:
     """Every launch of both tables with all options on; on the largest other dtypes, the fewest options, odd sizes."""
     from finealign_kernels.kernels import row_logprobs as rows
 
-    largest = rows.LAUNCH[-1]
+    largest, longest = rows.LAUNCH[-1], rows.BACKWARD[-1]  # forward, backward
     found = [_row_fwd(rows, launch, "bf16") for launch in rows.LAUNCH]
     found += [_row_fwd(rows, largest, dtype) for dtype in ("fp32", "fp16")]
     found += [_row_fwd(rows, largest, "bf16", full=False), _row_fwd(rows, largest, "bf16", aligned=False)]
-    largest = rows.BACKWARD[-1]
     found += [_row_bwd(rows, launch, "bf16", from_e=False) for launch in rows.BACKWARD]
-    found += [_row_bwd(rows, largest, dtype, from_e=True) for dtype in ("bf16", "fp32", "fp16")]
-    found += [_row_bwd(rows, largest, "bf16", from_e, full=False) for from_e in (False, True)]
-    found += [_row_bwd(rows, largest, "bf16", from_e=False, aligned=False)]
-    found += [_row_bwd(rows, largest, "bf16", from_e=True, e_columns=128)]
-    found += [_only(_row_bwd(rows, largest, "bf16", from_e=True, full=False, e_columns=256), "bare")]
-    largest = rows.LAUNCH[-1]
+    found += [_row_bwd(rows, longest, dtype, from_e=True) for dtype in ("bf16", "fp32", "fp16")]
+    found += [_row_bwd(rows, longest, "bf16", from_e, full=False) for from_e in (False, True)]
+    found += [_row_bwd(rows, longest, "bf16", from_e=False, aligned=False)]
+    found += [_row_bwd(rows, longest, "bf16", from_e=True, e_columns=128)]
+    found += [_only(_row_bwd(rows, longest, "bf16", from_e=True, full=False, e_columns=256), "bare")]
     bare = _row_fwd(rows, largest, "bf16", full=False)
     found += [_only(bare, "bare, entropy,", WANT=1)]
     kept = _row_fwd(rows, largest, "fp32", full=False)

@@ -26,7 +26,7 @@ def difference_loss(scores: Tensor, cu_groups: Tensor | None = None) -> Tensor:
     scores     (m, k) float, k responses a prompt; or (S,) with cu_groups
     cu_groups  (m + 1,) int: the responses to prompt x are cu_groups[x] to cu_groups[x + 1]
 
-    A score that is infinite is as far away as can be, σ = 1; two that are infinite alike, or a NaN, give NaN.
+    An infinite score has σ = 1 beside any other one; two infinite scores of one sign, or a NaN, give NaN.
     () float32 (float64 for float64), in [(k-1)/(2k), (k-1)/k); equal scores have no gradient. One response a prompt, or
     no prompt at all, gives 0, connected to the graph. Ascend on it, as MetaRM does; it is not to be minimised.
     Raises  ValueError, TypeError. Source: arXiv:2401.06080 eq. 15.

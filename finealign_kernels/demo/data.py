@@ -141,6 +141,10 @@ def spans_beyond(answer):
     return [span for span, (_, stop) in zip(spans, ranges, strict=True) if not stop]
 
 
+def answers_of(pairs):
+    return [answer for pair in pairs for answer in (pair.chosen, pair.rejected)]
+
+
 def say_cuts(options, answers):
     sentence = cut_sentence(options, answers)
     if sentence:

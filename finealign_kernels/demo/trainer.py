@@ -20,7 +20,7 @@ import torch
 from .. import __version__, report
 from ..integrations.trl import patch_kernels
 from ..testing.measure import peak_extra_mib
-from .data import cut_facts, read_examples, read_pairs, say_cuts
+from .data import answers_of, cut_facts, read_examples, read_pairs, say_cuts
 from .heads import LIMIT, DifferenceError
 from .models import load_causal, need
 from .options import beta_of, lr_of
@@ -66,7 +66,7 @@ def run(options):
     causal, tokenizer = load_causal(options, examples)
     causal.is_quantized = False  # a .gguf's blocks were made float32; transformers would refuse to train it
     pairs = read_pairs(options, tokenizer, examples)
-    say_cuts(options, [answer for pair in pairs for answer in (pair.chosen, pair.rejected)])
+    say_cuts(options, answers_of(pairs))
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # TRL's use of transformers, nothing a user can act on
         models = [copy.deepcopy(causal) for _ in WAYS]

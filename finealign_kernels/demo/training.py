@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..testing.measure import peak_extra_mib
-from .data import Batch, make_batch, read_examples, read_pairs, say_cuts
+from .data import Batch, answers_of, make_batch, read_examples, read_pairs, say_cuts
 from .effect import compares, effects, start_of
 from .heads import Head, backward, differences, eager_head, fused_head, leaves, refuse_difference, sizes
 from .masks import masked, unmasked
@@ -65,7 +65,7 @@ def run(options):
     print("loading the model ...", flush=True)
     model = load_model(options, examples)
     pairs = read_pairs(options, model.tokenizer, examples)
-    say_cuts(options, [answer for pair in pairs for answer in (pair.chosen, pair.rejected)])
+    say_cuts(options, answers_of(pairs))
     batches = [make_batch(options, model, pairs[i : i + options.batch]) for i in range(0, len(pairs), options.batch)]
     start = start_of(model) if compares(options, batches) else None
     steps, last = train(options, model, batches)

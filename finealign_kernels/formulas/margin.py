@@ -1,7 +1,7 @@
 """Losses of one margin m (nats). Each returns (value, slope), slope = d value / d m, elementwise.
 
 At m = inf and m = -inf, where a log-prob is -inf or a sum overflows, both are the limits of the formula; they may be
-infinite. A margin that is no limit, the difference of two infinite scores, is NaN, and so is its loss.
+infinite. The difference of two infinite scores of one sign has no limit: it is NaN, and so is its loss.
 
 Below them, what a score may become before its margin is formed: (value, slope) with respect to the score.
 """

@@ -1,6 +1,5 @@
 """FineGrainedRewardTrainer: TRL's RewardTrainer with every row of REWARD, contrast and MetaRM."""
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from ..losses.pairs import pick_scores
 from ..losses.reward import REWARD, RewardRow, reward_loss
 from ..metarm import MetaRM, difference_loss
 from ..ops._check import check_integer, check_number, check_one_of, fail
+from ._trl_data import check_finite
 
 
 class FineGrainedRewardTrainer(RewardTrainer):
@@ -168,8 +168,7 @@ class _Columns:
         for name in self.columns:
             values = [example[name] for example in examples]
             for value in values:
-                if not isinstance(value, int | float) or not math.isfinite(value):
-                    fail(f"the column {name!r}", "hold finite numbers", repr(value))
+                check_finite(f"the column {name!r}", value)
             kind = torch.bool if all(isinstance(value, bool) for value in values) else torch.float32
             batch[name] = torch.tensor(values, dtype=kind)
         return batch

@@ -99,7 +99,7 @@ def score_loss(
     if row.chosen is not None:
         more, steeper = row.chosen(beta * chosen - shift)
         value, slopes[: len(slope)] = value + more, slope + beta * scale * steeper
-    # phi is flat where its slope is 0; an infinite slope of the transform does not tilt it
+    # where the slope of phi is 0, so is the gradient, also beside an infinite slope of the transform
     return scale * value, torch.where(slopes == 0, slopes, slopes * stretch) if transform else slopes
 
 
@@ -344,8 +344,7 @@ def check_reference(name: str | Row, row: Row, ref_logp) -> None:
 def check_plain_reference(ref_logp) -> None:
     """Before any op runs, which would find a transform of torch.func first."""
     for part in ref_logp if isinstance(ref_logp, tuple) else (ref_logp,):
-        if isinstance(part, Tensor):
-            check_plain("ref_logp", part)
+        check_plain("ref_logp", part)
 
 
 def flat_shift(shift, items: int, tokens: Tokens):

@@ -200,8 +200,7 @@ def read(x: Tensor, tokens: Tokens) -> Tensor:
 
 def per_token(name: str, x, tokens: Tokens) -> Tensor:
     """`read` of one number per token, or of one per sequence: (S,) or (S, 1)."""
-    if isinstance(x, Tensor):
-        check_plain(name, x)
+    check_plain(name, x)
     rows, shape = tokens.segments, tuple(x.shape) if isinstance(x, Tensor) else None
     if shape not in ((rows,), (rows, 1)) or shape == tokens.shapes[0] == (rows, 1):
         return read(flatten_like(x, tokens, name), tokens)

@@ -299,13 +299,12 @@ def _constant(name: str, x, count: int, like: Tensor, dtype, *, least=None, most
 
 
 def _check_scaled(margin: float | Tensor, scale: float) -> None:
-    """A product of two numbers that float32 holds, which it may not hold itself."""
+    """Refuses a scale that makes a margin too large for float32. Values on a GPU are not read."""
     if isinstance(margin, Tensor):
-        finite = not reads_values(margin) or not margin.numel() or _all_good(margin, None, None)
-        finite = finite or bool(margin.isfinite().all())
+        overflows = reads_values(margin) and not (_all_good(margin, None, None) or bool(margin.isfinite().all()))
     else:
-        finite = abs(margin) <= LARGEST
-    if not finite:
+        overflows = abs(margin) > LARGEST
+    if overflows:
         fail("scale", "leave every margin a finite number", scale)
 
 

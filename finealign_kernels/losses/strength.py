@@ -48,8 +48,7 @@ def preference_strength(differences: Tensor | Iterable[Tensor]) -> Strength:
     Raises  ValueError, TypeError; a value that is not finite is refused on a CPU.
     Source  arXiv:2401.06080 section 2.2 (mean, standard deviation; M = 10); vote and soft are derived.
     """
-    if isinstance(differences, Tensor):
-        check_plain("differences", differences)
+    check_plain("differences", differences)
     if isinstance(differences, Tensor) and differences.dim() != 2:
         fail("differences", "have shape (M, N)", tuple(differences.shape))
     if not isinstance(differences, (Tensor, Iterable)) or isinstance(differences, str):

@@ -48,10 +48,10 @@ def is_plain(x: object) -> bool:
     return type(x) in PLAIN and x.layout is torch.strided and not x.is_nested and not is_transformed(x)
 
 
-def check_plain(name: str, x: Tensor, transforms: bool = False) -> None:
+def check_plain(name: str, x: object, transforms: bool = False) -> None:
     """Refuses tensors whose values are elsewhere or in another form: DTensor, quantized, nested, sparse ones, and those
-    of torch.func's transforms."""
-    if is_plain(x):
+    of torch.func's transforms. What is no tensor passes."""
+    if not isinstance(x, Tensor) or is_plain(x):
         return
     if not transforms:
         refuse_transforms(name, x)

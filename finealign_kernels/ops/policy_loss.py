@@ -179,8 +179,7 @@ def _by_row(name: str, x, tokens: Tokens) -> tuple[Tensor | None, bool]:
     """One number a token, in the shape of tokens.whole, or one a row; which of the two."""
     if x is None and name != "advantages":
         return None, False
-    if isinstance(x, Tensor):
-        check_plain(name, x)
+    check_plain(name, x)
     rows, shape = tokens.segments, tuple(x.shape) if isinstance(x, Tensor) else None
     if shape not in ((rows,), (rows, 1)) or shape == tokens.shapes[0]:
         return whole_like(x, tokens, name), False

@@ -138,8 +138,7 @@ def advantages(
     check_callable("sum_moments", sum_moments)
     vectors = {"values": values, "old_logp": old_logp, "ref_logp": ref_logp, "token_score": token_score}
     for name, x in {**vectors, "bootstrap": bootstrap}.items():
-        if isinstance(x, Tensor):
-            check_plain(name, x)
+        check_plain(name, x)
     tokens, models = _tokens(rewards, mask, cu_seqlens)
     if (old_logp is None) != (ref_logp is None):
         fail("old_logp and ref_logp", "be given together", "one of them", TypeError)

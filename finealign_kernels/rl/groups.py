@@ -82,8 +82,7 @@ def decoupled_advantages(
             check_tensor(f"rewards[{k}]", model, shape=rewards[0].shape, like=rewards[0])
         rewards = torch.stack(list(rewards))
     wide = _rewards("rewards", rewards, 2)
-    if isinstance(weights, Tensor):
-        check_plain("weights", weights)
+    check_plain("weights", weights)
     if weights is not None and not hasattr(weights, "__len__"):
         fail("weights", "be a sequence of numbers, one a model", _describe(weights), TypeError)
     weights = [1.0] * len(wide) if weights is None else list(weights)

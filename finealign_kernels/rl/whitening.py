@@ -76,7 +76,7 @@ def _unit(tokens: Tokens) -> Tensor | None:
         return None
     top = (x if tokens.mask is None else torch.where(tokens.mask, x, 0)).abs().amax()
     large = (top > 2.0**480) & top.isfinite()
-    half = (torch.frexp(top).exponent - 400) // 2  # so large still that 1e-8 of a variance is none
+    half = (torch.frexp(top).exponent - 400) // 2  # scaled values stay so large that 1e-8 does not change a variance
     return torch.ldexp(torch.ones_like(top), torch.where(large, 2 * half, 0))
 
 

@@ -369,6 +369,8 @@ MUTANTS = [
     Mutant("an NLL over all tokens", "losses/nll.py", 'token_weight if average == "kept" else None', "None", LOSSES),
     Mutant("a NaN label is a negative", "losses/pointwise.py", "torch.where(positive, 1.0, 0 * target - 1)", "torch.where(positive, 1.0, -1.0)", POINTWISE),
     Mutant("a tangent of 0", "ops/_layout.py", "        refuse_transforms(name, part)\n", "", LOSSES),
+    Mutant("a preference loss without a worked example", "losses/table.py", "PREFERENCE: dict[str, Row] = {", "PREFERENCE: dict[str, Row] = {\"new\": Row(margin.logistic, \"\", \"\"),", TABLE),
+    Mutant("a loss of reward models without a worked example", "losses/reward.py", "REWARD: dict[str, RewardRow] = {", "REWARD: dict[str, RewardRow] = {\"new\": RewardRow(\"\", \"\"),", REWARD),
     Mutant("a wrong slope of one's own", "losses/table.py", "wrong.any()", "wrong.all()", LOSSES),
     Mutant("a NaN offset", PREFERENCE, "not least >= row.least_shift", "least < row.least_shift", LOSSES),
     # what gave a wrong number without an error

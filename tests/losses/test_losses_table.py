@@ -3,6 +3,8 @@
 import math
 
 import pytest
+import test_losses
+import test_losses_pointwise
 import torch
 from torch.nn.functional import logsigmoid
 from torch.testing import assert_close
@@ -96,6 +98,13 @@ FURTHER = [  # row, options, loss, dL/dh of the chosen, of the rejected (None: m
         [0.0006901158, 0.0019127509, -0.0012421201],
         [0.0407430519, 0.0381307067, 0.0375579524],
     ),
+    (
+        "apo_zero_unpaired",
+        {},
+        0.4865770758,
+        [-0.0207165839, -0.0200217288, -0.0181579161],
+        [0.0207165839, 0.0206263811, 0.0207813367],
+    ),
     ("aot", TENTH, 0.6688937249, [-0.0542595805, -0.085106539, -0.0462567781], None),
     (
         "aot_unpaired",
@@ -134,6 +143,11 @@ FURTHER = [  # row, options, loss, dL/dh of the chosen, of the rejected (None: m
         [0.0823512335, 0.0903599835, 0.0593477534],
     ),
 ]
+
+
+def test_every_row_has_a_worked_example():
+    worked = *test_losses.GOLDEN, *test_losses_pointwise.GOLDEN, *FURTHER
+    assert {name for name, *_ in worked} == set(PREFERENCE)
 
 
 @pytest.mark.parametrize("name, options, loss, up, down", FURTHER)

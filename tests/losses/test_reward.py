@@ -31,6 +31,7 @@ GOLDEN = {
     "smoothing": ({}, 0.7569075604, (-0.0925135563, -0.1374991322, -0.1893959241)),
     "flip": (dict(strength=STRENGTH), 0.5319075604, (-0.1258468896, -0.1708324655, 0.1106040759)),
     "flip_margin": (dict(strength=STRENGTH), 0.8556589869, (-0.2152187687, -0.1729137386, 0.1832779991)),
+    "soft_label": (dict(strength=STRENGTH), 0.7419075604, (-0.1258468896, -0.1708324655, -0.1893959241)),
     "soft_label_margin": (dict(strength=STRENGTH), 0.7956589869, (-0.2152187687, -0.1729137386, -0.1167220009)),
     "soft_label_vote": (dict(label=VOTE), 0.6340930313, (-0.0414321599, -0.0062551682, 0.0131655459)),
 }
@@ -46,6 +47,10 @@ def run(name="bradley_terry", chosen=CHOSEN, rejected=REJECTED, **options):
     chosen, rejected = chosen.clone().requires_grad_(), rejected.clone().requires_grad_()
     out = fk.reward_loss(name, (chosen, rejected), **options)
     return out, *torch.autograd.grad(out.loss.sum(), (chosen, rejected))
+
+
+def test_every_row_has_a_worked_example():
+    assert set(GOLDEN) == set(REWARD)
 
 
 @pytest.mark.parametrize("name", GOLDEN)

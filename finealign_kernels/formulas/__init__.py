@@ -1,1 +1,1 @@
-"""The mathematics as pure torch functions, right in float64: the specification that every kernel is held to."""
+"""The mathematics as plain torch functions. Every kernel is compared with them, in float64."""

@@ -1,6 +1,6 @@
-"""Contrast between two views of the same rows: InfoNCE and SwAV, in torch's own arithmetic.
+"""Contrastive terms between two views of the same rows: InfoNCE and SwAV, as plain torch operations.
 
-A row's length is floored at FLOOR: a zero row has cosine 0 with every other, and no gradient.
+The norm of a row is at least FLOOR. A row of zeros therefore has cosine 0 with every other row, and no gradient.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ FLOOR = 1e-8
 
 
 def unit(x: Tensor) -> Tensor:
-    """x / |x| (N, D); a row shorter than FLOOR is x / FLOOR, a constant."""
+    """x / |x|, (N, D). A row whose norm is below FLOOR becomes x / FLOOR and has no gradient."""
     length = torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True)
     live = length >= FLOOR
     safe = torch.where(live, x, 1)
@@ -32,7 +32,8 @@ def sinkhorn(
 
         iterations times   each prototype's sum over all rows to 1/K,   then each row's sum over prototypes to 1/N
 
-    and q = N Q. In logarithms: no epsilon underflows. over_ranks makes the logsumexp over all ranks from a rank's own.
+    and q = N Q. It is computed in logarithms, so a small epsilon does not underflow. over_ranks takes a rank's own
+    logsumexp and returns the logsumexp over all ranks.
     """
     log_q = scores / epsilon
     for _ in range(iterations):

@@ -1,10 +1,11 @@
-"""Advantages of rows that answer the same prompt: a row's group is named by its key, any integer (S,).
+"""Advantages of responses to the same prompt. key (S,) holds any integers; rows with the same key are one group.
 
     group_mean     R_i - mean_g                       group_std   (R_i - mean_g) / (std_g + eps)
     leave_one_out  R_i - mean of the others           batch_std   (R_i - mean_g) / (std of all rewards + eps)
 
-std has n - 1. A reward that is NaN leaves every statistic and has advantage 0. So has a group of one and a group of
-equal rewards, exactly: means are taken of differences from one member.
+std divides by n - 1. A reward of NaN is left out of every statistic, and its advantage is 0. The advantages of a group
+of one row, and of a group with equal rewards, are exactly 0, because the mean is computed of differences from one
+member.
 """
 
 import torch
@@ -17,7 +18,7 @@ KINDS = ("group_mean", "group_std", "batch_std", "leave_one_out")
 
 
 def group_advantages(reward: Tensor, key: Tensor, *, kind: str, eps: float) -> Tensor:
-    """(S,) -> (S,)."""
+    """Rewards (S,) to advantages (S,); kind is one of KINDS, and eps is added to a standard deviation."""
     above, n = from_group_mean(reward, key), group_sizes(reward, key)
     if kind == "leave_one_out":
         return above * leave_one_out(n)
@@ -30,14 +31,19 @@ def group_advantages(reward: Tensor, key: Tensor, *, kind: str, eps: float) -> T
 
 
 def decoupled_advantages(rewards: Tensor, key: Tensor, weights: list[float], *, eps: float) -> Tensor:
-    """(K, S) -> (S,): Σ_k w_k of each model's group_std, then as if the batch were one group."""
+    """Rewards (K, S) of K models to (S,): Σ_k w_k group_std(rewards_k), then group_std of that over the whole batch."""
     total = sum(w * group_advantages(r, key, kind="group_std", eps=eps) for w, r in zip(weights, rewards, strict=True))
     total = torch.where(rewards.isnan().all(0), torch.nan, total)
     return group_advantages(total, torch.zeros_like(key), kind="group_std", eps=eps)
 
 
 def turn_advantages(reward: Tensor, cu_turns: Tensor, key: Tensor, *, kind: str, baseline: str) -> Tensor:
-    """(M,) -> (M,), the turns of row s at [cu_turns[s], cu_turns[s + 1])."""
+    """Rewards of turns (M,) to advantages (M,). Row s has the turns cu_turns[s] to cu_turns[s + 1] - 1.
+
+    kind "outcome": every turn gets the advantage of its row's total reward. Otherwise the return of a turn (the sum of
+    rewards from it to the end of its row) is compared with the returns of the group's rows at the same turn. A row that
+    has ended before that turn counts as a return of 0.
+    """
     if not len(reward):
         return reward
     cu_turns = cu_turns.long()
@@ -48,18 +54,21 @@ def turn_advantages(reward: Tensor, cu_turns: Tensor, key: Tensor, *, kind: str,
         return group_advantages(outcome, key, kind=baseline, eps=0.0)[row]
     n, known = group_sizes(outcome, key)[row], ~outcome.isnan()[row]
     turn = torch.arange(len(reward), device=reward.device) - cu_turns[row]
-    at_turn = _dense(key)[row] * len(reward) + turn
+    at_turn = _group_start(key)[row] * len(reward) + turn
     above = from_group_mean(torch.where(known, ahead, torch.nan), at_turn, n)
     return above if baseline == "group_mean" else above * leave_one_out(n)
 
 
 def leave_one_out(n: Tensor) -> Tensor:
-    """n / (n - 1): x_i - (mean of the others) = n / (n - 1) (x_i - mean); any number for n = 1, where that is 0."""
+    """n / (n - 1), because x_i - (mean of the others) = n / (n - 1) (x_i - mean). For n = 1, x_i - mean is 0 anyway."""
     return n / (n - 1).clamp(min=1)
 
 
 def from_group_mean(x: Tensor, key: Tensor, size: Tensor | None = None) -> Tensor:
-    """(S,): x_i - Σ x_l / n over the rows l of its key; n counts those that are numbers, or is size (S,), >= that."""
+    """(S,): x_i - Σ x_l / n over the rows l with the same key; NaN rows are left out and get 0.
+
+    n is the number of these rows whose x is not NaN, or `size` (S,) where given, which is not smaller.
+    """
     known, member = ~x.isnan(), _first_known(x, key)
     away = torch.where(known, x - member, 0)
     count = group_sizes(x, key)
@@ -70,31 +79,31 @@ def from_group_mean(x: Tensor, key: Tensor, size: Tensor | None = None) -> Tenso
 
 
 def group_sizes(x: Tensor, key: Tensor) -> Tensor:
-    """(S,): rows of the same key whose x is a number; a float like x, for a quotient of integers is float32."""
+    """(S,): how many rows with the same key have an x that is not NaN. Its dtype is that of x, so quotients keep it."""
     return _sums((~x.isnan()).to(x.dtype), key)
 
 
 def _first_known(x: Tensor, key: Tensor) -> Tensor:
-    """(S,): the first x of the same key that is a number, NaN if there is none."""
+    """(S,): the first x with the same key that is not NaN; NaN if there is none."""
     order = x.isnan().long().argsort(stable=True)
     order = order[key[order].argsort(stable=True)]
-    return x[order][_dense(key)]
+    return x[order][_group_start(key)]
 
 
 def _sums(x: Tensor, key: Tensor) -> Tensor:
-    """(S,): Σ x over the rows of the same key, the same for each of them and from run to run."""
+    """(S,): Σ x over the rows with the same key. All rows of a group, and all runs, get the same bits."""
     order = key.argsort(stable=True)
     end = torch.searchsorted(key[order], key[order], right=True)
-    return to_go(x[order], end)[_dense(key)] if len(x) else x
+    return to_go(x[order], end)[_group_start(key)] if len(x) else x
 
 
-def _dense(key: Tensor) -> Tensor:
-    """(S,) in [0, S): how many rows have a lower key, the place of the key's first row once rows are sorted."""
+def _group_start(key: Tensor) -> Tensor:
+    """(S,) in [0, S): the number of rows with a smaller key. It is where the group begins after sorting by key."""
     return torch.searchsorted(key.sort().values, key)
 
 
 def _squares(x: Tensor) -> Tensor:
-    """Σ (x - mean)² over what is a number."""
+    """Σ (x - mean)² over the values that are not NaN."""
     known = ~x.isnan()
     away = from_group_mean(x, torch.zeros_like(known, dtype=torch.int64))
     return away.square().sum()

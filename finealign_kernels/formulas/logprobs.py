@@ -1,12 +1,15 @@
-"""Log-probability of a label under a softmax over logits, and what else one pass over a row of logits gives.
+"""Log-probability of a label under a softmax over logits, and the other statistics of a row of logits.
 
-z = softcap(scale * (x + bias)) / temperature,  softcap(u) = c tanh(u / c),  -inf stays -inf (a banned token)
-A row whose every token is banned is NaN, with a gradient of 0; one with an inf or a NaN is NaN, and its gradient too.
+z = softcap(scale * (x + bias)) / temperature,  softcap(u) = c tanh(u / c)
+
+A logit of -inf bans its token and stays -inf. If all tokens of a row are banned, its outputs are NaN and its gradient
+is 0. If a row holds an inf or a NaN, its outputs and its gradient are NaN.
 
     lse = log Σ e^z    logp = z_label - lse    H = lse - Σ p z    log Σ p²    mean of z    label is the first argmax
 
-The state of a row is (m, R, T, Q) with the maximum apart: R = Σ e^(z-m), T = Σ (z-m) e^(z-m) and Q = Σ e^(2(z-m)) over
-all tokens but the first that attains m. Then lse = m + log1p(R), and 1 - p of a confident token keeps its digits.
+The state of a row is (m, R, T, Q): m is the maximum, and R = Σ e^(z-m), T = Σ (z-m) e^(z-m), Q = Σ e^(2(z-m)) are sums
+over all tokens except the first one that attains m. Then lse = m + log1p(R). Leaving the maximum out of R keeps the
+digits of 1 - p when p is close to 1.
 """
 
 from typing import NamedTuple
@@ -14,19 +17,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SKIP, BAD = -2, -1  # targets of a row that is not read, and of one whose label is out of range
-ENTROPY, SQUARES, MEAN = 1, 2, 4  # what a pass over a tile is asked for beside m and R
-PARTS = 6  # a row's partial of one tile: m, R, T, Q, sum of z / UNIT, number of tokens that are not banned
-UNIT = 2.0**24  # a power of two, so that no bit depends on it; 2^24 of the largest float32 have a sum that is finite
+SKIP, BAD = -2, -1  # target of a row that is left out, and of a row whose label is out of range
+ENTROPY, SQUARES, MEAN = 1, 2, 4  # flags: what a pass over a tile computes besides m and R
+PARTS = 6  # numbers a row has in each tile: m, R, T, Q, sum of z / UNIT, count of tokens that are not banned
+# Logits are summed in this unit: even 2^24 of the largest float32 then have a finite sum. A power of two is exact.
+UNIT = 2.0**24
 
 
 class Head(NamedTuple):
-    """How a raw product becomes a logit."""
+    """How a product of hidden state and head becomes a logit."""
 
     scale: float = 1.0
     softcap: float = 0.0  # 0: none
-    inv_temperature: float | Tensor = 1.0  # or (N,), of each row
-    support: Tensor | None = None  # (N, K) ids of the tokens that a row's softmax is over; None: all
+    inv_temperature: float | Tensor = 1.0  # one number, or one for each row (N,)
+    support: Tensor | None = None  # (N, K) ids of the tokens in each row's softmax; None: all tokens
 
     @property
     def numbers(self) -> tuple[float, float, float]:
@@ -35,11 +39,11 @@ class Head(NamedTuple):
 
     @property
     def by_row(self) -> bool:
-        """Does it hold anything of each row."""
+        """True if it has a temperature or a support for each row."""
         return isinstance(self.inv_temperature, Tensor) or self.support is not None
 
     def rows(self, at) -> "Head":
-        """The head of some rows: a slice, or an index."""
+        """The head of the rows `at`, a slice or an index."""
         if at is None or not self.by_row:
             return self
         t = self.inv_temperature
@@ -48,13 +52,13 @@ class Head(NamedTuple):
 
     @property
     def heat(self) -> float | Tensor:
-        """1 / temperature as a factor of (..., V)."""
+        """1 / temperature, in a shape that multiplies logits (..., V)."""
         t = self.inv_temperature
         return t[:, None] if isinstance(t, Tensor) else t
 
 
 class Rows(NamedTuple):
-    """What is known of each row, (N,) each; nats."""
+    """The statistics of each row, (N,) each, in nats."""
 
     logp: Tensor
     lse: Tensor
@@ -63,14 +67,16 @@ class Rows(NamedTuple):
     mean_logits: Tensor
     is_top1: Tensor
     m: Tensor  # the maximum
-    l: Tensor  # log1p(R) = lse - m; inf of a row without a token
+    l: Tensor  # log1p(R) = lse - m; inf where all tokens are banned
     label_slope: Tensor  # 1 - tanh²(y / c) at the label; 1 without softcap
-    allowed: Tensor  # number of tokens that are not banned, where the mean is wanted; else 0
+    allowed: Tensor  # number of tokens that are not banned; 0 where the mean is not computed
 
 
 def outside(support: Tensor, col0: int, columns: int) -> Tensor:
-    """(n, columns) bool: which tokens of [col0, col0 + columns) are not in a row's support (n, K). Other ids, negative
-    ones say, are those of no token."""
+    """(n, columns) bool: True for the tokens of [col0, col0 + columns) that are not in a row's support (n, K).
+
+    Ids outside that range, for example negative ones, have no effect.
+    """
     local = support.long() - col0
     local = torch.where((local >= 0) & (local < columns), local, columns)
     found = torch.ones(support.shape[0], columns + 1, dtype=torch.bool, device=support.device)
@@ -78,7 +84,7 @@ def outside(support: Tensor, col0: int, columns: int) -> Tensor:
 
 
 def logits(x: Tensor, bias: Tensor | None, head: Head) -> Tensor:
-    """Raw products (..., V) to logits z."""
+    """Products of hidden state and head (..., V) to logits z."""
     y = x if bias is None else x + bias
     y = y * head.scale if head.scale != 1 else y
     if not head.softcap:
@@ -88,7 +94,10 @@ def logits(x: Tensor, bias: Tensor | None, head: Head) -> Tensor:
 
 
 def slope(x: Tensor, bias: Tensor | None, head: Head) -> Tensor:
-    """1 - tanh²(y / c) of raw products (..., V), as 4 e / (1 + e)² with e = exp(-2 |y / c|); 1 without softcap."""
+    """1 - tanh²(y / c) of products (..., V), the derivative of the soft cap; 1 without one.
+
+    Computed as 4 e / (1 + e)² with e = exp(-2 |y / c|), which does not cancel for large y.
+    """
     if not head.softcap:
         return torch.ones_like(x)
     y = (x if bias is None else x + bias) * head.scale
@@ -97,12 +106,12 @@ def slope(x: Tensor, bias: Tensor | None, head: Head) -> Tensor:
 
 
 def reference(x: Tensor, bias: Tensor | None, target: Tensor, head: Head) -> Rows:
-    """The definition, differentiable to any order. x (N, V) raw products; target (N,) label, SKIP or BAD."""
+    """The definition, differentiable to any order. x (N, V) products; target (N,) label, SKIP or BAD."""
     read = (target != SKIP)[:, None]
     z = logits(torch.where(read, x, 0), bias, head)
     if head.support is not None:
         z = z.masked_fill(outside(head.support, 0, z.shape[-1]), -torch.inf)
-    z = torch.where(z == -torch.inf, z.detach(), z)  # a banned token has no gradient, as a label neither
+    z = torch.where(z == -torch.inf, z.detach(), z)  # a banned token has no gradient, not even as the label
     label = target.clamp(min=0)[:, None]
     logp_all, m = torch.log_softmax(z, -1), z.detach().amax(-1)
     allowed = z != -torch.inf
@@ -125,13 +134,17 @@ def reference(x: Tensor, bias: Tensor | None, target: Tensor, head: Head) -> Row
 
 
 def first_argmax(z: Tensor) -> Tensor:
-    """Index of the first maximum of each row; torch.argmax may return any."""
+    """Index of the first maximum of each row. torch.argmax may return any of several equal maxima."""
     columns = torch.arange(z.shape[-1], device=z.device)
     return torch.where(z == z.amax(-1, keepdim=True), columns, z.shape[-1]).amin(-1)
 
 
 def tile_state(z: Tensor, col0: int, want: int) -> tuple[Tensor, Tensor, Tensor]:
-    """State of a tile of logits z (n, C): part (n, PARTS), column of the first maximum (n,), e = exp(z - m) (n, C)."""
+    """The state of a tile of logits z (n, C), whose first column is token col0.
+
+    want adds up the flags ENTROPY, SQUARES, MEAN. Returns part (n, PARTS), the column of the first maximum (n,), and
+    e = exp(z - m) (n, C).
+    """
     m = z.amax(-1)
     finite = torch.where(m.isinf(), 0, m)[:, None]
     index = first_argmax(z).clamp(max=z.shape[-1] - 1)
@@ -154,17 +167,17 @@ def tile_state(z: Tensor, col0: int, want: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 class State(NamedTuple):
-    """What a part of the vocabulary says of each row: of several tiles after `merge`."""
+    """The state of each row over a part of the vocabulary, for example over several tiles after `merge`."""
 
     part: Tensor  # (N, PARTS)
     first: Tensor  # (N,) id of the first maximum
-    label: Tensor  # (N, 2) the label's logit and slope, NaN where the label is elsewhere
+    label: Tensor  # (N, 2) logit and slope of the label, NaN where the label is in another part
 
 
 def merge(part: Tensor, first: Tensor, want: int) -> tuple[Tensor, Tensor]:
-    """States of tiles (N, tiles, PARTS) and first maxima (N, tiles) to those of their union, (N, PARTS) and (N,).
+    """Merges the states of tiles (N, tiles, PARTS) and their first maxima (N, tiles) to (N, PARTS) and (N,).
 
-    With the owner the first tile that holds the maximum and d = m_t - m of another tile:
+    The owner is the first tile that holds the maximum m; d = m_t - m for another tile t:
     R = R_owner + Σ (1 + R_t) e^d,   T = T_owner + Σ (T_t + d (1 + R_t)) e^d,   Q = Q_owner + Σ (1 + Q_t) e^(2d).
     """
     m_tile, r_tile, t_tile, q_tile, z_tile, n_tile = part.unbind(-1)
@@ -172,7 +185,7 @@ def merge(part: Tensor, first: Tensor, want: int) -> tuple[Tensor, Tensor]:
     tiles = torch.arange(part.shape[1], device=part.device)
     holds = m_tile == m[:, None]
     owner = tiles == torch.where(holds, tiles, part.shape[1]).amin(-1, keepdim=True)
-    dead = (m_tile == -torch.inf) & (r_tile == 0)  # a tile of banned tokens adds nothing
+    dead = (m_tile == -torch.inf) & (r_tile == 0)  # a tile in which all tokens are banned adds nothing
     d = torch.where(dead | owner, 0, m_tile - m[:, None])
     w = torch.where(dead, 0, d.exp())
     one = torch.where(owner, 0, 1 + r_tile)
@@ -184,13 +197,13 @@ def merge(part: Tensor, first: Tensor, want: int) -> tuple[Tensor, Tensor]:
         q = ((q_tile + torch.where(owner, 0, 1)) * w * w).sum(-1)
     if want & MEAN:
         total, count = z_tile.sum(-1), n_tile.sum(-1)
-    # a row that holds no number has no first maximum
+    # a row of NaN has no first maximum
     top = torch.where(holds, first, torch.iinfo(first.dtype).max).amin(-1)
     return torch.stack([m, r, t, q, total, count], -1), top
 
 
 def combine(part: Tensor, first: Tensor, label: Tensor, target: Tensor, want: int) -> Rows:
-    """Tiles' states (N, tiles, PARTS), first maxima (N, tiles), the label's logit and slope (N, 2) to statistics."""
+    """The statistics of rows from the states of tiles (N, tiles, PARTS), first maxima (N, tiles) and label (N, 2)."""
     part, top = merge(part, first, want)
     m, r, t, q, total, count = part.unbind(-1)
     none, l = (m == -torch.inf) & (r == 0), torch.where(m.isinf(), torch.nan, r).log1p()
@@ -207,14 +220,14 @@ def combine(part: Tensor, first: Tensor, label: Tensor, target: Tensor, want: in
 
 
 def settle(rows: Rows, target: Tensor) -> Rows:
-    """0 for a row that is not read, NaN for one whose label is out of range."""
+    """Sets the outputs of a row with target SKIP to 0, and those of a row with target BAD to NaN."""
     skip, bad = target == SKIP, target == BAD
     floats = [torch.where(skip, 0, torch.where(bad, torch.nan, x)) for x in rows if x.is_floating_point()]
     return Rows(*floats[:5], rows.is_top1 & ~skip & ~bad, *floats[5:])
 
 
 class Coef(NamedTuple):
-    """What the gradient of a row is made of, (n,) each: upstream gradients of logp, lse and H, and the row's state."""
+    """What the gradient of a row is computed from, (n,) each: gradients of logp, lse and H, and the row's state."""
 
     dlogp: Tensor
     dlse: Tensor
@@ -224,22 +237,22 @@ class Coef(NamedTuple):
     entropy: Tensor
     logp: Tensor
     label_slope: Tensor
-    spread: Tensor | None = None  # upstream gradient of the mean of z, over the number of tokens that are not banned
+    spread: Tensor | None = None  # gradient of the mean of z divided by the number of tokens that are not banned
 
     def active(self) -> Tensor:
-        """Rows with a gradient. A NaN is one."""
+        """(n,) bool: rows whose upstream gradient is not 0 (NaN included)."""
         active = torch.stack(self[:3]).ne(0).any(0)
         return active if self.spread is None else active | (self.spread != 0)
 
     def stacked(self) -> Tensor:
-        """(8, n), or (9, n) with a spread: what a row kernel takes."""
+        """All fields as one tensor (8, n), or (9, n) with a spread: the argument of a row kernel."""
         return torch.stack([x for x in self if x is not None])
 
 
 def coefficients(dlogp, dlse, dentropy, dmean, logp, entropy, m, l, label_slope, allowed) -> Coef:
-    """Coef of upstream gradients (n,), None for one that is 0 everywhere, and of a row's state.
+    """Coef from upstream gradients (n,), each None if it is 0 everywhere, and from the state of rows.
 
-    A row without a token, every one banned, has outputs of NaN and a gradient of 0.
+    A row in which all tokens are banned has outputs of NaN and a gradient of 0.
     """
     zero, none = torch.zeros_like(m), l == torch.inf
     grads = (zero if d is None else torch.where(none, 0, d.to(m.dtype)) for d in (dlogp, dlse, dentropy))
@@ -250,14 +263,15 @@ def coefficients(dlogp, dlse, dentropy, dmean, logp, entropy, m, l, label_slope,
 def tile_gradient(
     src: Tensor, e_max: Tensor | None, bias: Tensor | None, target: Tensor, coef: Coef, col0: int, head: Head
 ) -> Tensor:
-    """dL/dx of one tile (n, C), from raw products src, or from src = exp(z - e_max) where e_max (n,) is given.
+    """dL/dx of one tile (n, C). src is the products x, or exp(z - e_max) where e_max (n,) is given.
 
-    dz_v = p_v (k - g) - h p_v (log p_v + H) + u for all v but the label, 0 for a banned token
-    dz_label = -g expm1(logp) + k p - h p (logp + H) + u: never from e, and 0 for a banned label
+    dz_v = p_v (k - g) - h p_v (log p_v + H) + u            for every token v but the label; 0 if v is banned
+    dz_label = -g expm1(logp) + k p - h p (logp + H) + u    from logp, not from src; 0 if the label is banned
     dx = dz (1 - tanh²(y/c)) scale / temperature
 
-    g, k, h: upstream of logp, lse, H;  u: of the mean of z, over the number of tokens that are not banned. Rows with a
-    u come from src alone: where e is 0 the token may be banned or not.
+    g, k, h are the gradients of logp, lse and H. u is the gradient of the mean of z divided by the number of tokens
+    that are not banned. Rows with u need the products: from exp(z - e_max) = 0 one cannot tell whether a token is
+    banned.
     """
     g, k, h, m, l, entropy, logp, label_slope = (x[:, None] for x in coef[:8])
     spread = 0

@@ -1,9 +1,10 @@
 """Losses of one margin m (nats). Each returns (value, slope), slope = d value / d m, elementwise.
 
-At m = inf and m = -inf, where a log-prob is -inf or a sum overflows, both are the limits of the formula; they may be
-infinite. The difference of two infinite scores of one sign has no limit: it is NaN, and so is its loss.
+m is infinite where a log-prob is -inf or a sum overflows. Value and slope are then the limits of the formula, which may
+be infinite too. The difference of two infinite scores with the same sign has no limit: it is NaN, and so is its loss.
 
-Below them, what a score may become before its margin is formed: (value, slope) with respect to the score.
+The last functions, from `log_odds` on, transform a score before the margin is formed. They return (value, slope) with
+respect to the score.
 """
 
 import math
@@ -16,14 +17,14 @@ LARGEST_EXPONENT = 80.0  # e^80 is still a float32
 
 
 def times(weight: float | Tensor, x: Tensor) -> Tensor:
-    """weight · x, and 0 where the weight is 0: the limit, also of an infinite x."""
+    """weight · x, and 0 where the weight is 0, also if x is infinite. (0 · inf would be NaN.)"""
     if isinstance(weight, Tensor):
         return torch.where(weight == 0, 0, weight * x)
     return weight * x if weight else torch.zeros_like(x)
 
 
 def logistic(m: Tensor) -> tuple[Tensor, Tensor]:
-    """-log σ(m); slope -σ(-m), the form that keeps its digits where m is large."""
+    """-log σ(m); slope -σ(-m). Unlike σ(m) - 1, this form keeps its digits where m is large."""
     return -logsigmoid(m), -(-m).sigmoid()
 
 
@@ -51,13 +52,13 @@ def robust(m: Tensor, *, smoothing: float) -> tuple[Tensor, Tensor]:
 
 
 def floored(m: Tensor, *, floor: float = 1e-5) -> tuple[Tensor, Tensor]:
-    """-log(σ(m) + floor): at most -log floor; slope -σ(m) σ(-m) / (σ(m) + floor), next to 0 where σ(m) << floor."""
+    """-log(σ(m) + floor), at most -log floor; slope -σ(m) σ(-m) / (σ(m) + floor), close to 0 where σ(m) << floor."""
     up = m.sigmoid()
     return -(up + floor).log(), -up * (-m).sigmoid() / (up + floor)
 
 
 def bounded(m: Tensor) -> tuple[Tensor, Tensor]:
-    """σ(-m) = 1 - σ(m): a badly wrong example stops pulling; slope -σ(m) σ(-m)."""
+    """σ(-m) = 1 - σ(m); slope -σ(m) σ(-m). A badly wrong example has almost no gradient."""
     return (-m).sigmoid(), -m.sigmoid() * (-m).sigmoid()
 
 
@@ -69,7 +70,7 @@ def linear(m: Tensor) -> tuple[Tensor, Tensor]:
 def exo(m: Tensor, *, smoothing: float) -> tuple[Tensor, Tensor]:
     """σ(m) (log σ(m) - log(1-ε)) + σ(-m) (log σ(-m) - log ε), the KL of (σ(m), σ(-m)) from (1-ε, ε), ε the smoothing.
 
-    Slope σ(m) σ(-m) (m - log((1-ε)/ε)). Flat far out: -log(1-ε) at inf, -log ε at -inf.
+    Slope σ(m) σ(-m) (m - log((1-ε)/ε)). The value tends to -log(1-ε) for m = inf, and to -log ε for m = -inf.
     """
     up, down = m.sigmoid(), (-m).sigmoid()
     likely, unlikely = math.log1p(-smoothing), math.log(smoothing)
@@ -78,9 +79,9 @@ def exo(m: Tensor, *, smoothing: float) -> tuple[Tensor, Tensor]:
 
 
 def discovered(m: Tensor, *, tau: float) -> tuple[Tensor, Tensor]:
-    """-σ(-m/τ) log σ(m) + σ(m/τ) e^-m, each product with e^-m formed in the exponent.
+    """-σ(-m/τ) log σ(m) + σ(m/τ) e^-m. A product with e^-m is computed as one exponential.
 
-    Slope -1 at -inf; where τ > 1, -inf there and wherever e^(m/τ - m) overflows.
+    The slope at m = -inf is -1. Where τ > 1, it is -inf there, and wherever e^(m/τ - m) overflows.
     """
     up, down, lowest = logsigmoid(m / tau), logsigmoid(-m / tau), m == -torch.inf
     steep, soft = torch.where(lowest, times(1 / tau - 1, m), up - m).exp(), -logsigmoid(m)
@@ -95,14 +96,15 @@ def rising(m: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def anchored(m: Tensor) -> tuple[Tensor, Tensor]:
-    """-2 log σ(m) - log σ(-m): up, but not far; slope σ(m) - 2 σ(-m)."""
+    """-2 log σ(m) - log σ(-m), with its minimum at m = log 2; slope σ(m) - 2 σ(-m)."""
     return -2 * logsigmoid(m) - logsigmoid(-m), m.sigmoid() - 2 * (-m).sigmoid()
 
 
 def log_odds(score: Tensor) -> tuple[Tensor, Tensor]:
-    """a - log(1 - e^a), a a log-probability below 0; slope 1/(1 - e^a).
+    """The log-odds a - log(1 - e^a) of a log-probability a < 0; slope 1/(1 - e^a).
 
-    Evaluated at min(a, -1e-6) (float64: -1e-12), with slope 0 above: a certain response has infinite odds.
+    The odds of a certain response (a = 0) are infinite. Therefore a is at most -1e-6 (float64: -1e-12), with slope 0
+    above.
     """
     highest = -1e-12 if score.dtype == torch.float64 else -1e-6
     a = score.clamp(max=highest)
@@ -110,7 +112,7 @@ def log_odds(score: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def log1mexp(a: Tensor) -> Tensor:
-    """log(1 - e^a) for a < 0: each of the two forms where it keeps its digits."""
+    """log(1 - e^a) for a < 0, by the one of two forms that keeps its digits."""
     return torch.where(a > -math.log(2), torch.log(-torch.expm1(a)), torch.log1p(-a.exp()))
 
 
@@ -125,9 +127,10 @@ def jensen_shannon(score: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def alpha_divergence(score: Tensor, *, alpha: float = 0.5) -> tuple[Tensor, Tensor]:
-    """(e^((α-1)h) - 1) / (α-1), at α = 1 h; slope e^((α-1)h).
+    """(e^((α-1)h) - 1) / (α-1), and h for α = 1; slope e^((α-1)h).
 
-    A finite exponent beyond 80 counts as 80, with slope 0: sums over hundreds of tokens would overflow.
+    A finite exponent above 80 is replaced by 80, with slope 0. Without this, scores summed over hundreds of tokens
+    would overflow.
     """
     if alpha == 1:
         return score, torch.ones_like(score)

@@ -1,13 +1,14 @@
-"""From rewards to advantages over a flat batch, sequence s at [cu_seqlens[s], cu_seqlens[s + 1]).
+"""From rewards to advantages in a flat batch; sequence s has the tokens cu_seqlens[s] <= t < cu_seqlens[s + 1].
 
-    reverse_scan        y_t = x_t + a_t y_(t+1)                      a masked token is the identity
-    gae                 A_t = r_t + γ V_u - V_t + γλ A_u             u the next valid token of the sequence
+    reverse_scan        y_t = x_t + a_t y_(t+1)                      y_t = y_(t+1) at a masked token
+    gae                 A_t = r_t + γ V_u - V_t + γλ A_u             u: the next valid token of the sequence
     discounted_returns  G_t = r_t + γ G_u
     whiten              (x - μ) (v + 1e-8)^-½
 
-mask (N,) bool leaves tokens out, by selection: what stands there, NaN too, changes nothing, and 0 is returned there. A
-NaN at a valid token reaches every token that the equation lets it reach, and no other sequence. Arithmetic is float64,
-the result is rounded once, to float32 for anything but float64. No loop over time: log2(N) steps of doubling.
+Tokens with a false mask (N,) are left out: their values, even NaN, have no effect, and the result is 0 there. A NaN at
+a valid token reaches the tokens that depend on it by the equation, and no other sequence. Computed in float64; the
+result is rounded once, to float32 unless the input is float64. Recurrences take log2(N) doubling steps, not a loop over
+time.
 """
 
 import torch
@@ -23,13 +24,13 @@ CONSTANT = 2.0**-46  # v <= CONSTANT Σx²/n: the values are one value, as far a
 
 
 def reverse_scan(x: Tensor, decay: Tensor, cu_seqlens: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(N,): y_t = x_t + a_t y_(t+1), from 0 at the end of each sequence. decay (), or (N,)."""
+    """(N,): y_t = x_t + a_t y_(t+1), with y = 0 behind the end of each sequence. decay a: () or (N,)."""
     y, a = _kept(x, mask, 0), _kept(decay.expand(x.shape), mask, 1)
     place = torch.arange(x.shape[0], device=x.device)
     stop = cu_seqlens.long()[1:][segment_ids(cu_seqlens, x.shape[0])]
-    a = torch.where(place + 1 < stop, a, 0)  # behind a last token stands nothing, whatever its decay is
+    a = torch.where(place + 1 < stop, a, 0)  # no token follows a last token
     step = 1
-    while step < x.shape[0]:  # y_t holds the sum over [t, t + step), a_t the product of its decays
+    while step < x.shape[0]:  # y_t is the result over tokens [t, t + step), a_t the product of their decays
         inside = place[step:] < stop[:-step]
         later, onward = torch.where(inside, y[step:], 0), torch.where(inside, a[step:], 0)
         y = torch.cat([y[:-step] + a[:-step] * later, y[-step:]])
@@ -51,8 +52,9 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """A_t = r_t - V_t + γ V_u + γλ A_u and Ret_t = A_t + V_t, (N,) each; gamma, lam () or (N,), bootstrap (S,).
 
-    The last valid token of a sequence takes bootstrap for V_u and no A_u. masked "zero": the recurrence steps through
-    masked tokens with r = V = 0, so that k - 1 of them before u multiply what comes from u by (γλ)^(k - 1).
+    At the last valid token of a sequence V_u is the bootstrap and A_u is 0. With masked="zero", masked tokens are steps
+    of the recurrence with r = V = 0: if k - 1 of them lie between t and u, all that comes from u is multiplied by
+    (γλ)^(k - 1).
     """
     after, found = following(mask, cu_seqlens, rewards)
     r, value = _kept(rewards, mask, 0), _kept(values, mask, 0)
@@ -69,7 +71,10 @@ def gae(
 def discounted_returns(
     rewards: Tensor, cu_seqlens: Tensor, mask: Tensor | None = None, *, gamma: Tensor, masked: str = "carry"
 ) -> Tensor:
-    """(N,): G_t = r_t + γ G_u ("carry"), r_t + γ^k G_u ("zero"), or G_t = 0 again at every masked token ("restart")."""
+    """(N,): G_t = r_t + γ G_u with masked="carry", r_t + γ^k G_u with "zero", where u = t + k is the next valid token.
+
+    With "restart" the return starts again from 0 at every masked token.
+    """
     decay = gamma.to(_kept(rewards, mask, 0).dtype)
     if mask is not None and masked == "restart":
         cu_seqlens = runs(mask, cu_seqlens)
@@ -80,7 +85,7 @@ def discounted_returns(
 
 
 def following(mask: Tensor | None, cu_seqlens: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(N,) int64, bool: where the next valid token of t's sequence stands, and if there is one; else t itself."""
+    """(N,) int64, (N,) bool: next valid token of the sequence (t itself if none); True if there is one."""
     total = like.shape[0]
     place = torch.arange(total, device=like.device)
     valid = place if mask is None else torch.where(mask, place, total)
@@ -91,22 +96,24 @@ def following(mask: Tensor | None, cu_seqlens: Tensor, like: Tensor) -> tuple[Te
 
 
 def runs(mask: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """(N + 2,): bounds that cut sequences at every masked token."""
+    """(N + 2,): bounds of segments that end at every masked token."""
     place = torch.arange(mask.shape[0], device=mask.device)
     neighbours = previous(mask, cu_seqlens) == place - 1
     return bounds(~(mask & neighbours & (place > 0)))[0]
 
 
 def actions(segment: Tensor, cu_seqlens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Segments as actions: their bounds (N + 2,), each token's (N,), its first tokens and the tokens of any (N,) bool.
+    """Segments as actions of a policy.
 
-    segment (N,): the segment of each token, -1 for none; tokens of one segment stand together, masked ones apart.
+    segment (N,): the segment of each token, -1 for none. The tokens of a segment are adjacent, but for masked ones.
+    Returns the bounds of the segments (N + 2,), the segment of each token (N,), and as (N,) bool the first token of
+    each segment and the tokens that belong to a segment.
     """
-    of_any = segment >= 0 if mask is None else mask & (segment >= 0)
-    before = previous(of_any, cu_seqlens)
-    first = of_any & ((before < 0) | (segment != segment[before]))
+    in_segment = segment >= 0 if mask is None else mask & (segment >= 0)
+    before = previous(in_segment, cu_seqlens)
+    first = in_segment & ((before < 0) | (segment != segment[before]))
     cuts, count = bounds(first)
-    return cuts, count, first, of_any
+    return cuts, count, first, in_segment
 
 
 def moments(x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -154,24 +161,24 @@ def whiten(
 
 
 def divergence(old_logp: Tensor, ref_logp: Tensor, estimator: str, mask: Tensor | None = None) -> Tensor:
-    """(N,) nats: divergence.py's k1, k2 or k3 of d = old_logp - ref_logp."""
+    """(N,) nats: the estimate k1, k2 or k3 (divergence.py) of KL, from d = old_logp - ref_logp."""
     value, _ = ESTIMATORS[estimator](_kept(old_logp, mask, 0) - _kept(ref_logp, mask, 0))
     return _out(value, old_logp, mask)
 
 
 def shaped(rewards: Tensor, kl: Tensor, kl_coef: float, mask: Tensor | None = None) -> Tensor:
-    """(N,): r_t - β kl_t; a coefficient of 0 leaves the rewards as they are, whatever kl is."""
+    """(N,): r_t - β kl_t, β = kl_coef. With β = 0 the rewards are returned unchanged, even if kl is NaN."""
     r = _kept(rewards, mask, 0)
     return _out(r - kl_coef * _kept(kl, mask, 0) if kl_coef else r, rewards, mask)
 
 
-def action_sums(x: Tensor, cuts: Tensor, count: Tensor, of_any: Tensor) -> Tensor:
-    """(N,): at each token the sum over its segment's tokens, 0 at tokens of none; arguments as `actions` gives them."""
-    return torch.where(of_any, segment_sum(x, cuts, of_any)[count], 0)
+def action_sums(x: Tensor, cuts: Tensor, count: Tensor, in_segment: Tensor) -> Tensor:
+    """(N,): the sum of x over the token's segment; 0 at tokens without a segment. The arguments come from `actions`."""
+    return torch.where(in_segment, segment_sum(x, cuts, in_segment)[count], 0)
 
 
 def _gap(after: Tensor, found: Tensor) -> Tensor:
-    """Tokens from t to the next valid one; 1 where there is none."""
+    """(N,): distance in tokens to the next valid one; 1 where there is none."""
     place = torch.arange(after.shape[0], device=after.device)
     return torch.where(found, after - place, 1)
 

@@ -1,12 +1,13 @@
-"""Rewards of segments as rewards of tokens, in a flat batch whose sequence s is at [cu_seqlens[s], cu_seqlens[s + 1]).
+"""Rewards of segments to rewards of tokens, in a flat batch; cu_seqlens[s] <= t < cu_seqlens[s + 1] in sequence s.
 
     end      R_j at the last token of segment j             all      R_j at each of its tokens
     split    R_j / n_j at each of its tokens                rtg      Σ_{i≥j} R_i at each of its tokens
     rtg_all  the sum of `all` from a token to the end of its sequence
 
-A segment's reward is received by one token: its last that mask keeps. A segment without tokens has its reward received
-by the last token of the nearest earlier segment of its sequence that has some, or else by the first token of the
-sequence, and by none if there is no such token. Every placement but `end` counts such a reward as one of that token.
+Masked tokens do not count. The receiver of a segment's reward is its last token. If a segment has no token, its
+receiver is the last token of the nearest earlier segment of its sequence that has one, or else the first token of the
+sequence. If the sequence has no token, the reward is dropped. Every placement treats such a reward as one of its
+receiver.
 """
 
 from typing import NamedTuple
@@ -20,19 +21,19 @@ PLACEMENTS = ("end", "all", "split", "rtg", "rtg_all")
 
 
 class SegmentRewards(NamedTuple):
-    """The rewards that one reward model gives to the M segments of S sequences, those of sequence 0 first, in order.
+    """The rewards of one reward model for the M segments of S sequences: segments of sequence 0 first, in order.
 
-    reward       (M,) float32, float64, bfloat16 or float16: a number a segment
+    reward       (M,) float32, float64, bfloat16 or float16: one number for each segment
     end          (M,) int32 or int64: the column of its last token in the batch (B, T), counted from 0 at the first
-                 column of its row, prompt and padding included; with cu_seqlens t - cu_seqlens[s]. It is no index into
-                 the response: where the mask leaves out a prompt of P columns, response token i is column P + i
+                 column of its row, prompt and padding included. In a packed batch (cu_seqlens) it is t - cu_seqlens[s].
+                 It is not an index into the response: behind a prompt of P columns, response token i is column P + i
     cu_segments  (S + 1,) int32 or int64: the segments of sequence s are cu_segments[s] to cu_segments[s + 1]
-    weight       w_k, a number by which the rewards are multiplied
+    weight       a number by which the rewards are multiplied
     start        None, or (M,) int32 or int64: the column of its first token
 
-    Segment j covers the tokens after the previous segment's end up to and with its own, or from `start` where that is
-    given: only then can tokens before or between segments belong to none. Tokens after the last end belong to none.
-    `segment_rewards` makes it from texts and token offsets, `segment_ends` finds `end` from a number for each token.
+    Segment j begins after the end of the previous segment, or at its `start` where that is given. Without `start`,
+    every token up to the last end belongs to a segment. Tokens after the last end belong to none. `segment_rewards`
+    makes one from texts and token offsets. `segment_ends` finds `end` from a number for each token.
     """
 
     reward: Tensor
@@ -43,17 +44,17 @@ class SegmentRewards(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where M segments lie among N tokens, all of it int64 or bool (M,)."""
+    """Where the M segments lie among the N tokens, (M,) int64 or bool each."""
 
-    begin: Tensor  # tokens begin to stop, the last one excluded, are the segment's
+    begin: Tensor  # the segment has the tokens begin <= t < stop
     stop: Tensor
-    count: Tensor  # how many of them mask keeps
-    receiver: Tensor  # the token that receives the reward; does not decrease
-    received: Tensor  # is there such a token
+    count: Tensor  # how many of them are not masked
+    receiver: Tensor  # the token that receives the reward; in ascending order
+    received: Tensor  # True if there is such a token
 
 
 def places(segments: SegmentRewards, mask: Tensor, cu_seqlens: Tensor, *, drop: bool = False) -> Places:
-    """drop: a segment without tokens has its reward received by none. M and N are above 0."""
+    """The places of segments; M and N must be above 0. drop: rewards of segments without tokens are dropped."""
     total, cu_seqlens = mask.shape[0], cu_seqlens.long()
     row = segment_ids(segments.cu_segments, segments.end.shape[0])
     first, limit = cu_seqlens[row], cu_seqlens[row + 1]
@@ -63,9 +64,9 @@ def places(segments: SegmentRewards, mask: Tensor, cu_seqlens: Tensor, *, drop: 
         begin = torch.maximum(begin, first + segments.start.long().clamp(0, total))
     begin = torch.minimum(begin, stop)
 
-    kept = torch.cat([stop.new_zeros(1), mask.cumsum(0)])  # before each place
+    kept = torch.cat([stop.new_zeros(1), mask.cumsum(0)])  # how many tokens before t are not masked
     count = kept[stop] - kept[begin]
-    last = torch.searchsorted(kept, kept[stop]) - 1  # of the tokens before stop that mask keeps
+    last = torch.searchsorted(kept, kept[stop]) - 1  # the last of them before stop
     receiver = torch.where(count > 0, last, -1).cummax(0).values
     receiver = torch.where(receiver >= first, receiver, torch.searchsorted(kept, kept[first] + 1) - 1)
     received = receiver < limit
@@ -81,9 +82,9 @@ def token_rewards(
     overwrite: bool = False,
     drop: bool = False,
 ) -> Tensor:
-    """(M,) -> (N,) in the dtype of segments.reward, without the weight.
+    """Rewards of tokens (N,), in the dtype of segments.reward (M,), not yet multiplied by the weight.
 
-    overwrite: of the rewards that one token gets, that of the later segment stays; else they add up.
+    overwrite: if several rewards go to one token, the one of the latest segment counts; otherwise they add up.
     """
     reward, total = segments.reward, mask.shape[0]
     if not total or not len(reward):
@@ -95,15 +96,17 @@ def token_rewards(
     if placement == "rtg":
         bounds, row = segments.cu_segments.long(), segment_ids(segments.cu_segments, len(reward))
         ahead = to_go(torch.where(given, reward, 0), bounds[row + 1])
-        from_here = torch.searchsorted(at.receiver, at.begin)  # the first whose receiver is at `begin` or behind it
-        from_here = torch.maximum(from_here, bounds[row]).clamp(max=len(reward) - 1)
-        return _spread(ahead[from_here], at, mask)
+        first_ahead = torch.searchsorted(
+            at.receiver, at.begin
+        )  # the first segment whose receiver is not before `begin`
+        first_ahead = torch.maximum(first_ahead, bounds[row]).clamp(max=len(reward) - 1)
+        return _spread(ahead[first_ahead], at, mask)
     spread = _spread(reward / at.count.clamp(min=1) if placement == "split" else reward, at, mask)
-    homeless = given & (at.count == 0)
-    if overwrite:  # where the first token receives, a segment that covers it comes later
-        homeless = homeless & ~((at.receiver >= at.stop) & _covered(at, total))
-        spread = torch.where(_put(homeless.to(reward.dtype), at, total) > 0, 0, spread)
-    value = spread + _put(torch.where(homeless, reward, 0), at, total)
+    without_tokens = given & (at.count == 0)
+    if overwrite:  # a segment that covers the receiver comes later, if it is a sequence's first token
+        without_tokens = without_tokens & ~((at.receiver >= at.stop) & _covered(at, total))
+        spread = torch.where(_put(without_tokens.to(reward.dtype), at, total) > 0, 0, spread)
+    value = spread + _put(torch.where(without_tokens, reward, 0), at, total)
     if placement != "rtg_all":
         return value
     limit = cu_seqlens.long()[1:][segment_ids(cu_seqlens, total)]
@@ -111,7 +114,7 @@ def token_rewards(
 
 
 def to_go(x: Tensor, limit: Tensor) -> Tensor:
-    """y_t = x_t + ... + x_(limit_t - 1), limit (N,) the same for all of a sequence: log N steps, none over a border."""
+    """y_t = x_t + ... + x_(limit_t - 1), in log2(N) steps. limit (N,): the end of the token's sequence."""
     place, step = torch.arange(x.shape[0], device=x.device), 1
     while step < x.shape[0]:
         ahead = torch.cat([x[step:], x.new_zeros(step)])
@@ -121,7 +124,7 @@ def to_go(x: Tensor, limit: Tensor) -> Tensor:
 
 
 def _put(reward: Tensor, at: Places, total: int) -> Tensor:
-    """(M,) -> (N,): to each token the sum of what it receives, which is one run of rewards."""
+    """(M,) -> (N,): the sum of the rewards that each token receives. They are adjacent in (M,)."""
     low, high = _runs(at)
     sums = to_go(reward, high)
     opens = (torch.arange(len(low), device=low.device) == low) & (at.receiver < total)
@@ -130,30 +133,30 @@ def _put(reward: Tensor, at: Places, total: int) -> Tensor:
 
 
 def _latest(at: Places) -> Tensor:
-    """(M,) bool: received, and no later one by the same token."""
+    """(M,) bool: rewards that are received, and that are the last one of their token."""
     segment = torch.arange(len(at.received), device=at.received.device)
     latest = torch.where(at.received, segment, -1).cummax(0).values[_runs(at)[1] - 1]
     return at.received & (latest == segment)
 
 
 def _runs(at: Places) -> tuple[Tensor, Tensor]:
-    """(M,): the segments low to high have the same receiver as this one."""
+    """(M,), (M,): segments low <= j < high have the same receiver as this one."""
     return torch.searchsorted(at.receiver, at.receiver), torch.searchsorted(at.receiver, at.receiver, right=True)
 
 
 def _covered(at: Places, total: int) -> Tensor:
-    """(M,) bool: is the receiver a token of some segment."""
+    """(M,) bool: True if the receiver belongs to a segment."""
     return torch.searchsorted(_edges(at, total), at.receiver, right=True) % 2 == 0
 
 
 def _spread(each: Tensor, at: Places, mask: Tensor) -> Tensor:
-    """(M,) -> (N,): to every token of a segment, 0 to the others."""
+    """(M,) -> (N,): the value of its segment at every token, 0 at tokens without a segment."""
     total = mask.shape[0]
     with_gaps = torch.cat([torch.stack([torch.zeros_like(each), each], 1).flatten(), each.new_zeros(1)])
     return segment_broadcast(with_gaps, _edges(at, total), total, mask)
 
 
 def _edges(at: Places, total: int) -> Tensor:
-    """(2M + 2,): bounds of gap 0, segment 0, gap 1, segment 1, ..., the last gap."""
+    """(2M + 2,): the bounds of gap 0, segment 0, gap 1, segment 1, ..., gap M. A gap holds tokens of no segment."""
     inner = torch.stack([at.begin, at.stop], 1).flatten()
     return torch.cat([inner.new_zeros(1), inner, inner.new_full((1,), total)])

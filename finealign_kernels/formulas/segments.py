@@ -4,8 +4,8 @@
     mean       y_s = Σ_{t in s} x_t / max(1, n_s)                      x_t = y_s / max(1, n_s)
     take_last  y_s = x_T, T the last token of s                        x_t = y_s where t = T, else 0  put_last
 
-mask (N,) bool leaves tokens out, by selection: one left out may hold NaN, does not count in n_s and is never the last.
-An empty segment has sum, mean and last 0. Results are float32 for half-precision tokens.
+Tokens with a false mask (N,) are left out: they may hold NaN, they do not count in n_s, and none of them is the last
+token. Sum, mean and last of an empty segment are 0. Results are float32 for half-precision tokens.
 """
 
 import torch
@@ -19,24 +19,25 @@ def segment_ids(cu_seqlens: Tensor, total: int) -> Tensor:
 
 
 def segment_sum(x: Tensor, cu_seqlens: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(N,) -> (S,)."""
+    """Sums of segments, (N,) -> (S,)."""
     return _sums(x, cu_seqlens, mask).to(_result(x))
 
 
 def segment_mean(x: Tensor, cu_seqlens: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(N,) -> (S,)."""
+    """Means of segments, (N,) -> (S,)."""
     count = cu_seqlens.diff() if mask is None else _sums(mask.to(summed_in(x)), cu_seqlens, None)
     return (_sums(x, cu_seqlens, mask) / count.clamp(min=1)).to(_result(x))
 
 
 def segment_broadcast(v: Tensor, cu_seqlens: Tensor, total: int, mask: Tensor | None = None) -> Tensor:
-    """(S,) -> (N,), N = total; 0 at tokens left out."""
-    each = v.to(summed_in(v))[segment_ids(cu_seqlens, total)].to(v.dtype)  # wide, for the sum that is its gradient
+    """The value of its segment at each token, (S,) -> (N,), N = total; 0 where the mask is false."""
+    # in the wide dtype, because the gradient is a sum over tokens
+    each = v.to(summed_in(v))[segment_ids(cu_seqlens, total)].to(v.dtype)
     return each if mask is None else torch.where(mask, each, 0)
 
 
 def segment_put_last(v: Tensor, cu_seqlens: Tensor, total: int, mask: Tensor | None = None) -> Tensor:
-    """(S,) -> (N,), N = total."""
+    """The value of its segment at the last kept token of each segment, else 0, (S,) -> (N,), N = total."""
     ids, token = segment_ids(cu_seqlens, total), torch.arange(total, device=v.device)
     kept = token if mask is None else torch.where(mask, token, -1)
     last = token.new_full((v.shape[0],), -1).scatter_reduce(0, ids, kept, "amax")
@@ -49,7 +50,7 @@ def _sums(x: Tensor, cu_seqlens: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def summed_in(x: Tensor) -> torch.dtype:
-    """The dtype of sums over tokens of x."""
+    """The dtype in which tokens of x are summed."""
     return torch.float32 if x.device.type == "mps" else torch.float64  # Metal has no float64
 
 

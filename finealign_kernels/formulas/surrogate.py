@@ -1,7 +1,8 @@
 """Policy losses of one token: psi(log_ratio, advantage, logp, ...) -> (value, slope), slope = d value / d logp.
 
-log_ratio is logp - old_logp of the token, or its mean or sum over a row; A the advantage, a constant, and
-ρ = exp(clamp(log_ratio, ±20)) the ratio: outside it is e^±20, a constant too. Elementwise, nats. A NaN goes through.
+log_ratio is logp - old_logp of the token, or its mean or sum over a row. A is the advantage, a constant. The ratio is
+ρ = exp(clamp(log_ratio, ±20)); outside ±20 it is constant, and its slope is 0. All functions work elementwise, in nats,
+and return NaN for NaN.
 """
 
 import torch
@@ -11,19 +12,19 @@ LARGEST_LOG_RATIO = 20.0
 
 
 def bounded_ratio(log_ratio: Tensor) -> Tensor:
-    """ρ = exp(clamp(log_ratio, ±20)), finite for any log-ratio, so that no 0 · inf comes of it."""
+    """ρ = exp(clamp(log_ratio, ±20)). It is finite for any log-ratio, so 0 · ρ is never NaN."""
     return log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
 
 
 def is_beyond(log_ratio: Tensor) -> Tensor:
-    """Where the clamp acts, and ρ is flat."""
+    """True where the clamp acts and ρ is constant."""
     return log_ratio.abs() > LARGEST_LOG_RATIO
 
 
 def clipped(
     log_ratio: Tensor, advantage: Tensor, logp: Tensor, *, low: float, high: float, dual: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """max(-A ρ, -A clip(ρ, 1-low, 1+high)), where A < 0 at most -A dual; slope -A ρ, 0 where it is held."""
+    """max(-A ρ, -A clip(ρ, 1-low, 1+high)), and at most -A dual where A < 0; slope -A ρ, or 0 where it is clipped."""
     ratio = bounded_ratio(log_ratio)
     free, held = -advantage * ratio, -advantage * ratio.clamp(1 - low, 1 + high)
     flat = (held > free) | is_beyond(log_ratio)
@@ -35,7 +36,7 @@ def clipped(
 
 
 def capped(log_ratio: Tensor, advantage: Tensor, logp: Tensor, *, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """-w A logp with the constant w = clamp(ρ, low, high); slope -w A, on every token."""
+    """-w A logp with the constant w = clamp(ρ, low, high); slope -w A, also where w is clamped."""
     push = -bounded_ratio(log_ratio).clamp(low, high).detach() * advantage
     return push * logp, push
 
@@ -56,7 +57,10 @@ def soft_gate(
 
 
 def clipped_square(value: Tensor, old_value: Tensor, target: Tensor, *, clip: float) -> tuple[Tensor, Tensor, Tensor]:
-    """½ max((V - R)², (V' - R)²), V' = clamp(V, V_old ± clip); slope V - R, 0 where V' errs more; where it does."""
+    """½ max((V - R)², (V' - R)²), V' = clamp(V, V_old ± clip). Returns value, slope and a flag.
+
+    The slope is V - R, or 0 where (V' - R)² is the larger one; the flag is True there.
+    """
     near = torch.clamp(value, old_value - clip, old_value + clip)
     free, held = (value - target).square(), (near - target).square()
     flat = held > free

@@ -123,7 +123,7 @@ def pivot_flags(
         fail("unit", "be 'score' or 'std'", repr(unit))
     tokens = flatten(token_score, mask, cu_seqlens, name="token_score")
     q, read = _scores(tokens)
-    first, before = formula.firsts(_mask(tokens), tokens.cu_seqlens), formula.previous(read, tokens.cu_seqlens)
+    first, before = formula.first_tokens(_mask(tokens), tokens.cu_seqlens), formula.previous(read, tokens.cu_seqlens)
     if kind == "threshold":
         if number(baseline) != 0 or quantile is not None:
             fail("baseline", "be left out with kind='threshold', which compares neighbours", repr(baseline))
@@ -263,7 +263,7 @@ def _scores(tokens: Tokens) -> tuple[Tensor, Tensor]:
 
 def _starts(flags: Tensor, tokens: Tokens) -> Tensor:
     mask = _mask(tokens)
-    return (flags & mask) | formula.firsts(mask, tokens.cu_seqlens)
+    return (flags & mask) | formula.first_tokens(mask, tokens.cu_seqlens)
 
 
 def _segments(tokens: Tokens, pivots, segment_ids) -> tuple[Tensor, Tensor]:

@@ -145,10 +145,10 @@ def returns_of(tokens: Tokens, gamma, masked, backend) -> Tensor:
 
 def _by_segment(tokens: Tokens, values, segment, gamma, lam, bootstrap, backend) -> list[Tensor]:
     """Sums stand at the first token of each segment, where the mask of the recurrence is true; then all take it."""
-    cuts, count, first, of_any = formula.actions(segment, tokens.cu_seqlens, tokens.mask)
-    sums = formula.action_sums(tokens.x, cuts, count, of_any)
+    cuts, count, first, in_segment = formula.actions(segment, tokens.cu_seqlens, tokens.mask)
+    sums = formula.action_sums(tokens.x, cuts, count, in_segment)
     pair = gae_of(tokens.with_x(sums, first), values, gamma, lam, bootstrap, "carry", backend)
-    return [unflatten(formula.action_sums(y, cuts, count, of_any), tokens.shapes) for y in pair]
+    return [unflatten(formula.action_sums(y, cuts, count, in_segment), tokens.shapes) for y in pair]
 
 
 def constants(x: Tensor, mask, cu_seqlens, name: str, also: Tensor | None = None) -> Tokens:

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import faulthandler
 import json
 import os
 import platform
@@ -79,11 +80,15 @@ def main(argv: list[str] | None = None) -> int:
     print(machine(args.device))
     if leaves_out_bfloat16(args):
         print("no bfloat16 races: this CPU has no bfloat16 instructions, they take minutes. --dtype bfloat16 runs them")
-    for line in lines(args):
+    mark = marker(args)
+    for number, line in enumerate(lines(args)):
+        if number < args.start:
+            continue
         print(f"\n{line}", flush=True)
         try:
             rounds = args.rounds or line.suite.rounds
-            found, times, absent = race(line, rounds, memory=args.memory, save=args.json and save, at_most=args.at_most)
+            given = {"memory": args.memory, "save": args.json and save, "at_most": args.at_most}
+            found, times, absent = race(line, rounds, **given, mark=partial(mark, number))
         except WrongAnswer as wrong:
             save([])
             print(f"wrong answer, nothing timed: {wrong}", file=sys.stderr)
@@ -99,9 +104,25 @@ def main(argv: list[str] | None = None) -> int:
             status = 1
         rows += found
         save([])
+    if args.marks:
+        faulthandler.cancel_dump_traceback_later()
+        args.marks.unlink(missing_ok=True)
     if args.history:
         history.add(history.HISTORY, history.races(rows, *history.commit_of("HEAD")))
     return status
+
+
+def marker(args: argparse.Namespace) -> Callable[[int, str], None]:
+    """mark(race, rival) says who has its turn, for bench/apart.py, and lets it have so many seconds: then the process
+    ends with the place where it waits."""
+
+    def mark(number: int, name: str) -> None:
+        if args.marks:
+            args.marks.write_text(json.dumps([number, name]))
+        if args.hangs:
+            faulthandler.dump_traceback_later(args.hangs, exit=True)
+
+    return mark
 
 
 def write(file: Path, rows: list[dict]) -> None:
@@ -122,15 +143,23 @@ class Absent(dict):
 
 
 def race(
-    line: Line, rounds: int, *, memory: bool = True, save: Callable | None = None, at_most: float | None = None
+    line: Line,
+    rounds: int,
+    *,
+    memory: bool = True,
+    save: Callable | None = None,
+    at_most: float | None = None,
+    mark: Callable[[str], None] = lambda name: None,
 ) -> tuple[list[dict], dict[str, list[float]], Absent]:
     """The rows of one line, the times of each round, why the absent are absent.
 
     save is called with the rows so far, once for each rival that has answered right. Raises before it times in rounds,
     where the answer of ours is wrong or does not come. With at_most the rounds are as many as fit in so many seconds,
-    but at least one, by how long the checks took.
+    but at least one, by how long the checks took. mark(rival) is called before a rival has its first turn, and with ""
+    before what is nobody's alone.
     """
     able, reasons = line.available()
+    mark("")
     x = line.sample()
     early = []
 
@@ -142,7 +171,8 @@ def race(
         save(early)
 
     start = time.perf_counter()
-    checks, absent = checked(line, able, x, answered if save else None)
+    checks, absent = checked(line, able, x, answered if save else None, mark)
+    mark("")
     if at_most is not None:
         rounds = min(rounds, max(1, int(at_most / (time.perf_counter() - start))))
     absent.update(reasons)
@@ -200,13 +230,18 @@ def row_of(
 
 
 def checked(
-    line: Line, able: list[Rival], x: Sample, answered: Callable | None = None
+    line: Line,
+    able: list[Rival],
+    x: Sample,
+    answered: Callable | None = None,
+    mark: Callable[[str], None] = lambda name: None,
 ) -> tuple[dict[str, dict[str, float | None]], Absent]:
     """Errors and matrix products of each rival, which has now run once; and why others have none.
 
     answered(rival, errors and products) is called after each that is right.
 
-    Raises what ours raises, WrongAnswer where its answer is wrong. A rival may fail: then that is its reason.
+    Raises what ours raises, WrongAnswer where its answer is wrong. A rival may fail: then that is its reason, unless it
+    took the GPU's context along.
     """
     if line.device.type == "cuda":
         torch.cuda.empty_cache()  # what the line before left in pieces
@@ -214,11 +249,12 @@ def checked(
     unit = line.suite.gemm_flops and line.suite.gemm_flops(line.shape)
     checks, absent = {}, Absent()
     for rival in able:
+        mark(rival.name)
         try:
             answers, flops = counted(lambda call=rival.call: call(x))
             error = errors(line, rival, answers, exact)
         except Exception as problem:
-            if rival.name.startswith("ours"):
+            if rival.name.startswith("ours") or broken(line.device):
                 raise
             wrong = isinstance(problem, WrongAnswer)
             absent[rival.name] = problem if wrong else " ".join(f"{type(problem).__name__}: {problem}".split())[:200]
@@ -227,6 +263,16 @@ def checked(
         if answered:
             answered(rival, checks[rival.name])
     return checks, absent
+
+
+def broken(device: torch.device) -> bool:
+    """Whether the GPU's context is gone: after an illegal access every call in this process fails."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def counted(call: Callable) -> tuple[dict, int]:
@@ -334,8 +380,9 @@ def lines(args: argparse.Namespace) -> list[Line]:
     """Every race asked for: the cases of more_cases with --full, or when a case or dtype is named."""
     chosen = []
     for suite in (SUITES[name] for name in args.suites or SUITES):
-        if args.rival:
-            suite = dataclasses.replace(suite, rivals=tuple(r for r in suite.rivals if r.name in (*args.rival, "ours")))
+        named = (*args.rival, "ours") if args.rival else [rival.name for rival in suite.rivals]
+        raced = tuple(rival for rival in suite.rivals if rival.name in named and rival.name not in args.without)
+        suite = dataclasses.replace(suite, rivals=raced)
         for shape in suite.shapes_of(args.size):
             for dtype, case in cases_of(suite, args):
                 if suite.fits(shape, case) and (not args.shape or shape[0] in args.shape):
@@ -389,15 +436,23 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--list", action="store_true", help="only the names of the suites")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out the fresh processes")
+    parser.add_argument(
+        "--without", action="append", default=[], metavar="NAME", help="not this one; may be given again"
+    )
     parser.add_argument("--peak-of", metavar="IMPL", help=argparse.SUPPRESS)
+    parser.add_argument("--start", type=int, default=0, help=argparse.SUPPRESS)  # these three: bench/apart.py
+    parser.add_argument("--marks", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--hangs", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     unknown = set(args.suites) - set(SUITES)
     if unknown:
         parser.error(f"suites must be among {', '.join(SUITES)}, got {', '.join(sorted(unknown))}")
     known = {rival.name for name in args.suites or SUITES for rival in SUITES[name].rivals}
-    if not known.issuperset(args.rival or ()):
-        strangers = ", ".join(sorted(set(args.rival) - known))
-        parser.error(f"--rival must be among {', '.join(sorted(known))}, got {strangers}")
+    for option, named in (("--rival", args.rival or ()), ("--without", args.without)):
+        if strangers := ", ".join(sorted(set(named) - known)):
+            parser.error(f"{option} must be among {', '.join(sorted(known))}, got {strangers}")
+    if "ours" in args.without:
+        parser.error("--without must leave ours, which all are compared with, got ours")
     if not lines(args):
         named = [" or ".join(names or ["any"]) for names in (args.case, args.shape)]
         parser.error(f"no race has case {named[0]}, dtype {args.dtype} and shape {named[1]} (size {args.size})")

@@ -546,6 +546,8 @@ def test_a_launch_that_fails_in_a_process_of_its_own_is_named(sweep, monkeypatch
 
 STUB = """#!/usr/bin/env bash
 echo "$*" >> "$CALLS"
+[[ -n "${HANGS:-}" && "$*" == *$HANGS* ]] && trap '' INT TERM && exec sleep 60
+[[ -n "${ABORTS:-}" && "$*" == *$ABORTS* ]] && kill -ABRT $$
 case "$*" in
   *FAILS*) exit 3 ;;
   *"import _C"*) [ -n "${NO_EXTENSION:-}" ] && exit 1 ;;
@@ -590,20 +592,20 @@ def test_a_call_on_a_gpu_machine_is_whole_and_goes_on_where_it_was_cut(session):
     status, told, calls = session()
     assert status == 0, told
     assert any("rl sequence policy segments --size small" in call for call in calls)
-    first = [call for call in calls if call.startswith(("bench/ceilings.py", "bench/run.py", "-m pytest"))]
-    assert first[0].startswith("bench/ceilings.py") and first[1].startswith("bench/run.py head")
+    first = [call for call in calls if call.startswith(("bench/ceilings.py", "bench/apart.py", "-m pytest"))]
+    assert first[0].startswith("bench/ceilings.py") and "race_head_dense.json head" in first[1]
     rows = json.loads((session.out / "results.json").read_text())
     assert {"ceilings", "race_head_dense", "profile", "race_rest", "sweep_forward"} <= {row["step"] for row in rows}
     assert sorted(file.name for file in session.out.iterdir()) == ["results.json", "session.log", "state.tgz"]
     assert "===== ceilings.log" in (session.out / "session.log").read_text()
     status, told, calls = session()  # only the installation, which another machine may lack
     assert status == 0 and told.count("done before") == len(list(session.state.glob("*.done"))) - 1
-    assert not any(call.startswith(("-m pytest", "bench/run.py head")) for call in calls)
+    assert not any(call.startswith(("-m pytest", "bench/apart.py")) for call in calls)
 
 
 def test_a_failed_step_is_counted_and_repeated_when_asked(session):
     status, told, calls = session(BROKEN="1")
-    assert status == 1 and "FAILED (1)" in told and any("bench/run.py head" in call for call in calls)
+    assert status == 1 and "FAILED (1)" in told and any("race_head_dense.json head" in call for call in calls)
     status, told, calls = session()
     assert status == 1 and "tests_gpu: FAILED before" in told and not any("nothing_waits" in call for call in calls)
     status, told, calls = session(RETRY="1")
@@ -619,18 +621,61 @@ def test_a_step_out_of_time_is_tried_again_by_another_call(session):
 
 def test_steps_without_time_are_left_for_another_call(session):
     status, told, calls = session(BUDGET="0")
-    assert status == 100 and "== install: left for another call" in told
-    assert all(call.startswith("bench/gather.py") for call in calls)
+    assert status == told.count("left for another call") > 10 and "== install: left for another call" in told
+    assert not any(call.startswith(("-m pytest", "-m pip", "bench/apart.py", "bench/ceilings.py")) for call in calls)
+
+
+STEPS = {"race_head_dense.json head": "race_head_dense", "nothing_waits": "tests_gpu"}  # words of it, its name
+
+
+@pytest.mark.parametrize("words, name", STEPS.items(), ids=STEPS.values())
+def test_a_step_that_hangs_is_killed_and_costs_no_other(session, words, name):
+    """It takes no signal but the last. The next call takes what had no turn first, and then this one again."""
+    status, told, _ = session(**{"HANGS": words, f"LIMIT_{name}": "1", "GRACE": "0.1"})
+    assert status == 1 and "FAILED (137)" in told and told.count("FAILED") == 1, told
+    assert (session.state / f"{name}.late").exists() and "left for another" not in told
+    steps = {row["step"] for row in json.loads((session.out / "results.json").read_text())}
+    assert {"ceilings", "race_head_dense", "race_rest", "sweep_forward"} - {name} <= steps
+    (session.state / "tests_rows.done").unlink()
+    status, told, _ = session()
+    assert status == 0 and told.index("== tests_rows, after") < told.index(f"== {name}, after")
+
+
+@pytest.mark.parametrize("words, name", STEPS.items(), ids=STEPS.values())
+def test_a_step_that_dies_costs_no_other(session, words, name):
+    status, told, _ = session(ABORTS=words)
+    assert status == 1 and "FAILED (134)" in told and told.count("FAILED") == 1 and f"{name}, after" in told
+    assert len(list(session.state.glob("*.done"))) == len(re.findall("(?m)^== .*, after", told)) - 1
+
+
+def test_what_an_earlier_try_has_measured_stays(session):
+    session()
+    (session.state / "race_rest.done").unlink()
+    (session.state / "race_rest.json").write_text('[{"median_s": 7}]')
+    session()
+    rows = json.loads((session.out / "results.json").read_text())
+    assert [row["median_s"] for row in rows if row["step"].startswith("race_rest")] == [7, 1]
 
 
 def test_a_call_goes_on_without_an_extension_that_cannot_be_imported(session):
     status, told, calls = session(NO_EXTENSION="1")
-    assert status == 0 and "on without it" in told and any("bench/run.py head" in call for call in calls)
+    assert status == 0 and "on without it" in told and any("race_head_dense.json head" in call for call in calls)
 
 
-def test_nothing_runs_where_nothing_could_be_built(session):
-    status, told, calls = session(BUILD="python3 FAILS")
-    assert status == 100 and calls[0] == "FAILS" and all(call.startswith("bench/gather.py") for call in calls[1:])
+def test_where_nothing_can_be_installed_a_copy_of_the_checkout_races(session):
+    status, told, calls = session(BUILD="python3 FAILS", NO_EXTENSION="1")
+    assert status == 1 and calls[0] == "FAILS" and "on with a copy of the checkout" in told
+    assert any("race_head_dense.json head" in call for call in calls)
+    site = session.state / "site"
+    whole = "from finealign_kernels import kernels; import finealign_kernels as fk; print(fk.linear_logprobs, kernels)"
+    done = subprocess.run(
+        [sys.executable, "-c", whole],
+        cwd="/",
+        env={**os.environ, "PYTHONPATH": str(site), "FINEALIGN_REQUIRE_NATIVE": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and str(site) in done.stdout, done.stderr
 
 
 def test_a_call_that_is_killed_leaves_the_rows_it_had(session):
@@ -648,6 +693,113 @@ def test_the_guide_says_how_long_each_step_may_take():
     steps = re.findall(r"^ *(step|race|tests) (\w+) (\d+) ", script, re.M)
     bounds = [(name if kind == "step" else f"{kind}_{name}", int(seconds)) for kind, name, seconds in steps]
     assert re.findall(r"^\| `(\w+)` \| (\d+) \|", guide, re.M) == [(name, str(seconds)) for name, seconds in bounds]
+
+
+# a race that a rival breaks goes on without it
+
+
+BREAKS = """
+import faulthandler, os, sys
+sys.path.insert(0, BENCH)
+import cases, dataclasses, rivals, run
+
+later, armed = faulthandler.dump_traceback_later, []
+faulthandler.dump_traceback_later = lambda seconds, exit: armed.append((seconds, exit))
+
+def hangs(x):
+    assert armed[-1] == (600.0, True)
+    later(0.1, exit=armed[-1][1])
+    while True:
+        pass
+
+kept = [rival for rival in rivals.HEAD if rival.name in ("eager", "ours")]
+bad = [rivals.Rival("dies", lambda x: os.abort(), cases=("dense",)), rivals.Rival("hangs", hangs)]
+if sys.argv.pop(1) == "ours":
+    right = kept[1].call
+    ours = lambda x: os.abort() if x.weight.requires_grad else right(x)
+    kept, bad = [kept[0], rivals.Rival("ours", ours)], []
+cases.SUITES["head"] = dataclasses.replace(cases.SUITES["head"], rivals=(kept[0], *bad, kept[1]))
+sys.exit(run.main())
+"""
+
+
+@pytest.fixture
+def apart(tmp_path, monkeypatch):
+    """apart(planted) -> exit status and rows: the head's first three races, by a run.py with planted rivals."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "bench")
+    apart = importlib.import_module("apart")
+    script = tmp_path / "breaks.py"
+    script.write_text(BREAKS.replace("BENCH", repr(str(Path(__file__).parents[2] / "bench"))))
+
+    def call(planted):
+        monkeypatch.setattr(apart, "RUN", script)
+        target = tmp_path / "rows.json"
+        races = [planted, "head", "--size=small", "--dtype=float32", "--no-memory", "--rounds=2"]
+        status = apart.main(["600", "--json", str(target), *races, "--case=dense", "--case=frozen"])
+        assert [file.name for file in tmp_path.iterdir() if file.name.startswith("rows")] == ["rows.json"]
+        return status, json.loads(target.read_text())
+
+    return call
+
+
+def test_a_race_goes_on_without_the_rival_that_broke_its_process(apart, capfd):
+    status, rows = apart("rivals")
+    assert status == 1
+    raced = [(row["case"], row["impl"], row["rounds"]) for row in rows]
+    assert raced == [(case, name, 2) for case in ("dense", "frozen") for name in ("eager", "ours")]
+    told = capfd.readouterr().err
+    assert "dies broke race 1 (exit status -6)" in told and "hangs broke race 1 (exit status 1)" in told
+    assert "in hangs" in told  # where it waited
+
+
+def test_where_ours_breaks_a_race_the_next_is_run(apart, capfd):
+    status, rows = apart("ours")
+    assert status == 1
+    raced = [(row["case"], row["impl"], row["rounds"]) for row in rows]
+    assert raced == [("dense", "eager", 1), ("frozen", "eager", 2), ("frozen", "ours", 2)]
+    assert "ours broke race 1, which is left" in capfd.readouterr().err
+
+
+def test_a_race_by_itself_is_as_run_says(tmp_path, monkeypatch, capfd):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "bench")
+    apart = importlib.import_module("apart")
+    assert apart.main(["600", "--json", str(tmp_path / "rows.json"), "head", "--rival", "nobody"]) == 2
+    assert "--rival must be among" in capfd.readouterr().err and apart.main(["600"]) == 2
+
+
+# a test that breaks the GPU's context
+
+
+CONTEXT = """
+import sys
+sys.path.insert(0, TESTS)
+import gpu_context
+from gpu_context import pytest_runtest_logfinish, pytest_runtest_makereport
+
+hit = []
+gpu_context.is_broken = lambda: bool(hit)
+"""
+CONTEXT_TESTS = """
+import pytest, conftest
+
+@pytest.mark.parametrize("n", range(4))
+def test_one(n):
+    if n == 0:
+        conftest.hit.append(n)
+    assert not conftest.hit
+"""
+
+
+@pytest.mark.parametrize("processes", [(), ("-n1",)], ids=["one process", "workers"])
+def test_a_test_that_breaks_the_gpu_takes_no_other_along(processes, tmp_path):
+    (tmp_path / "conftest.py").write_text(CONTEXT.replace("TESTS", repr(str(Path(__file__).parents[1]))))
+    (tmp_path / "test_them.py").write_text(CONTEXT_TESTS)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *processes, "test_them.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1 and "FAILED test_them.py::test_one[0]" in done.stdout, done.stdout
+    assert "FAILED test_them.py::test_one[1]" not in done.stdout
+    assert "its context is broken" in done.stdout
+    assert ("3 passed" in done.stdout) == bool(processes), done.stdout
 
 
 # latencies by arithmetic

@@ -1,5 +1,6 @@
 import cuda_host
 import pytest
+from gpu_context import pytest_runtest_logfinish, pytest_runtest_makereport  # noqa: F401
 
 
 @pytest.fixture(scope="session")

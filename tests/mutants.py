@@ -400,7 +400,7 @@ MUTANTS = [
     Mutant("C++: mean over masked tokens too", "csrc/cpu/segments.cpp", "total /= std::max<int64_t>(1, kept(segments, start, stop))", "total /= std::max<int64_t>(1, stop - start)", SEGMENTS),
     Mutant("C++: the rest of a segment lost", "csrc/cpu/segments.cpp", "total += chunk_sum(x + token, segments.mask ? segments.mask + token : nullptr, stop - token);", "", SEGMENTS),
     Mutant("C++: last token before the last", "csrc/cpu/segments.cpp", "int64_t i = stop - 1;", "int64_t i = stop - 2;", SEGMENTS),
-    Mutant("U+FFFD of the text for a part of a character", "feedback/spans.py", " and not spelled(first, t + 1)", "", CUTS),
+    Mutant("U+FFFD of the text for a part of a character", "feedback/spans.py", " and not spells_replacement(first, t + 1)", "", CUTS),
     Mutant("a closed pipe is told by a traceback", "cli.py", "except BrokenPipeError:", "except ZeroDivisionError:", "tests/demo/test_cli.py"),
     Mutant("a fault raised as much as praise", "feedback/spans.py", "((faults, -side), (praise, side))", "((faults, side), (praise, side))", FEEDBACK),
     Mutant("UTF-16 offsets taken as code points", "feedback/records.py", "units[: 2 * offset]", "units[: 4 * offset]", FEEDBACK),

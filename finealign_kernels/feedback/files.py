@@ -1,4 +1,4 @@
-"""Feedback files: read and write the package's JSONL, and read QA-Feedback's JSON as it was released."""
+"""Feedback files: reads and writes the package's JSONL, and reads the released JSON of QA-Feedback."""
 
 import json
 from importlib import resources
@@ -9,10 +9,11 @@ from .records import Example, Preference, Response, Span, from_json, to_json
 
 
 def read(path):
-    """The examples of a file, a list of Example: JSONL (one object a line), or QA-Feedback's JSON list.
+    """The examples of a file, as a list of Example.
 
-    Which of the two it is shows in the first character, "{" or "[". Blank lines are skipped.
-    Raises  ValueError naming file, line (in a list: entry), field, what it should be and what it is.
+    path     a JSONL file (one object a line), or the JSON list of QA-Feedback. The first character, "{" or "[", tells
+             which of the two it is. Blank lines are skipped
+    Raises   ValueError that names the file, the line or entry, the field, what is expected and what was found
     """
     text = _text(Path(path))
     if text.lstrip().startswith("["):
@@ -22,13 +23,16 @@ def read(path):
 
 
 def write(path, examples):
-    """Writes the examples as JSONL, UTF-8. Raises ValueError where two share an id or there are none."""
+    """Writes the examples to `path` as JSONL in UTF-8. Raises ValueError if there are none, or if two share an id."""
     lines = [json.dumps(to_json(example), ensure_ascii=False) + "\n" for example in _distinct(path, examples)]
     Path(path).write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
 def sample():
-    """The examples that come with the package: everyday topics, faults marked by hand, some text beyond ASCII."""
+    """The examples that come with the package, a list of Example: everyday topics with faults marked by hand.
+
+    Some of the texts have characters outside ASCII.
+    """
     with resources.as_file(resources.files(__package__) / "sample.jsonl") as path:
         return read(path)
 
@@ -36,13 +40,15 @@ def sample():
 def qa_feedback_example(entry, index=0):
     """One entry of QA-Feedback, `tasks/qa_feedback/data/*_feedback.json` of allenai/FineGrainedRLHF (arXiv:2306.01693).
 
-    The prompt is the question, then the passages. Responses 0 to 3 are the four predictions. Annotators marked errors
-    in the first only: they become its spans, and without any its score is 1 (missing information is no span and does
-    not count). The corrected prediction, where there is one and it differs, is response 4: score 1, preferred to 0.
+    The prompt is the question followed by the passages. Responses 0 to 3 are the four predictions. Annotators marked
+    errors in the first one only: they become its spans. Without errors its score is 1. (Missing information is not
+    marked in the text and is not counted.) If there is a corrected prediction and it differs, it becomes response 4
+    with score 1, preferred to response 0.
 
-    The six judgements become preferences, ties left out. Each is a vote for one response, every response is judged
-    three times, so a pair's strength is how many votes more the chosen one has, 1 to 3; judgements that run in a
-    circle leave the chosen one with no more, and then it is None.
+    The six comparisons become preferences; ties are left out. A comparison is a vote for one response, and each
+    response is compared three times. The strength of a pair is the number of votes that the chosen response has more
+    than the rejected one, 1 to 3. If comparisons contradict each other in a circle, there may be no such surplus; the
+    strength is then None.
     """
     predictions = [_take(entry, f"prediction {k}", str) for k in range(1, 5)]
     feedback = _take(entry, "feedback", dict)
@@ -76,7 +82,7 @@ def _qa_preferences(judgements):
 
 
 def _qa_passage(passage):
-    """Title, then sentences; a page's first passage has the title in its first sentence already."""
+    """The title, then the sentences. The first passage of a page already begins with the title."""
     if not isinstance(passage, list) or not passage or not all(isinstance(part, str) for part in passage):
         raise ValueError(f"passages must be lists of strings, the title first, got {brief(passage)}")
     title, text = passage[0], " ".join(passage[1:])
@@ -102,7 +108,7 @@ def _gather(path, unit, numbered, make):
 
 
 def _distinct(path, examples):
-    """The examples as a list, in which no id comes twice; a file without any would train on nothing, silently."""
+    """The examples as a list. Refuses an empty one, which would train on nothing, and an id that occurs twice."""
     examples, seen = list(examples), set()
     if not examples:
         raise ValueError(f"{path} must hold at least one example, got none")

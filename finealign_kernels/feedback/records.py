@@ -1,4 +1,4 @@
-"""The records of fine-grained feedback. Each checks itself when it is made, and raises ValueError naming the field."""
+"""The records of fine-grained feedback. Each checks its fields when it is made; a ValueError names the wrong one."""
 
 import sys
 from collections.abc import Iterable, Mapping
@@ -6,18 +6,18 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from numbers import Integral, Real
 from reprlib import repr as brief
 
-LARGEST, SMALLEST = (2 - 2.0**-23) * 2.0**127, 2.0**-126  # of the numbers that float32 holds
+LARGEST, SMALLEST = (2 - 2.0**-23) * 2.0**127, 2.0**-126  # normal numbers of float32
 
 
 @dataclass(frozen=True)
 class Span:
-    """A judged part of a response: text[start:end].
+    """A part of a response that an annotator has marked: text[start:end].
 
-    start, end  offsets in the response's text, code points as Python's str counts them; end exclusive
-    kind        what sort of judgement it is, "factual" say: weights and rewards are chosen by kind
+    start, end  offsets in the response's text, in code points as Python's str counts them; end exclusive
+    kind        the kind of judgement, for example "factual". Weights and rewards depend on it
     label       a comment of the annotator, or None
-    score       reward of the segment, negative for a fault; None leaves it to the kind
-    text        what the span covers, or None; where it is given, the response's text is compared with it
+    score       the reward of the segment, negative for a fault. None: the reward of the kind is taken
+    text        the covered text, or None. If given, it is compared with the response's text
     """
 
     start: int
@@ -40,7 +40,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Response:
-    """One answer to the prompt, its judged spans, and its point-wise score in [0, 1]: 1 is a demonstration."""
+    """One answer to the prompt: its text, the marked spans, and a point-wise score in [0, 1] (1: a demonstration)."""
 
     text: str
     spans: tuple[Span, ...] = ()
@@ -57,7 +57,7 @@ class Response:
 
 @dataclass(frozen=True)
 class Preference:
-    """responses[chosen] is better than responses[rejected]; strength counts the votes for it, None if unknown."""
+    """responses[chosen] is better than responses[rejected]. strength is the number of votes for it, or None."""
 
     chosen: int
     rejected: int
@@ -74,7 +74,7 @@ class Preference:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, the responses to it, and which of them was preferred to which."""
+    """A prompt, the responses to it, and the preferences between them."""
 
     id: str
     prompt: str
@@ -100,14 +100,15 @@ UNITS = ("code points", "utf-16")
 def to_spans(text, spans, *, unit="code points"):
     """The spans of a text as a tuple of Span, checked against the text.
 
-    spans  a sequence, or an array (n, 2). Each is a Span; a mapping with the fields of Span, of which start and end are
-           required and None counts as left out; or (start, end) or (start, end, kind). Without a kind it is "fault"
-    unit   what start and end count: "code points", as Python's str does, or "utf-16" code units, as JavaScript and
-           label-studio do, where a character beyond U+FFFF counts as two; the result counts code points
+    spans   a sequence, or an array (n, 2). Each item is a Span, a mapping with the fields of Span, or (start, end) or
+            (start, end, kind). In a mapping, start and end are required, and None means left out. The kind is "fault"
+            if none is given
+    unit    what start and end count: "code points", as Python's str does, or "utf-16" code units, as JavaScript and
+            label-studio do (a character above U+FFFF counts as two). The result counts code points
+    Raises  ValueError that names the span, the field, what is expected and what was found
 
-    A span that has its own text must cover just that in `text`: offsets of another unit, or of another version of the
-    text, are found by it.
-    Raises  ValueError naming the span, the field, what it should be and what it is.
+    If a span has a text of its own, it must be equal to the text that the span covers. This finds offsets in another
+    unit, or in another version of the text.
     """
     if unit not in UNITS:
         raise ValueError(f"unit must be one of {UNITS}, got {unit!r}")
@@ -125,7 +126,7 @@ def to_spans(text, spans, *, unit="code points"):
 
 
 def _span_fields(span, path):
-    """The JSON object of a span that is a mapping, or a sequence of start, end and maybe a kind."""
+    """The JSON object of a span given as a mapping, or as start, end and optionally a kind."""
     if isinstance(span, Mapping):
         return {"kind": "fault"} | {name: value for name, value in span.items() if value is not None}
     fits = isinstance(span, list | tuple) and len(span) in (2, 3)
@@ -134,7 +135,7 @@ def _span_fields(span, path):
 
 
 def _from_utf16(text, offset, path):
-    """Code points in front of an offset that counts UTF-16 code units."""
+    """An offset in UTF-16 code units as an offset in code points."""
     offset = _plain(offset)
     _require(_is_int(offset) and offset >= 0, path, "an integer of at least 0", offset)
     units = text.encode("utf-16-le")
@@ -147,7 +148,7 @@ def _from_utf16(text, offset, path):
 
 
 def _check_within(text, spans):
-    """Spans end within the text, and cover what they say they cover."""
+    """Refuses spans that end outside the text, or whose own text differs from what they cover."""
     for i, span in enumerate(spans):
         expected = f"at most {len(text)}, the length of the text"
         _require(span.end <= len(text), f"spans[{i}].end", expected, span.end)
@@ -160,7 +161,7 @@ _ITEMS = {"responses": Response, "preferences": Preference, "spans": Span}
 
 
 def from_json(cls, record, path=""):
-    """The record that a JSON object stands for; an error names its field by path, "responses[1].spans[0].end" say."""
+    """The record of a JSON object. Errors name the field by its path, for example "responses[1].spans[0].end"."""
     known = [field.name for field in fields(cls)]
     if not isinstance(record, dict):
         what = f"{path.removesuffix('.')} must be" if path else "expected"
@@ -178,7 +179,7 @@ def from_json(cls, record, path=""):
 
 
 def to_json(record):
-    """The JSON object that stands for the record; fields that hold their default are left out."""
+    """The JSON object of a record. Fields that have their default value are left out."""
     if isinstance(record, tuple):
         return [to_json(item) for item in record]
     if not is_dataclass(record):
@@ -193,7 +194,7 @@ def _items(name, value, path):
 
 
 def _hold(record, name, cls):
-    """Turns the field into a tuple, so that a list does as well, and sees that it holds records of cls only."""
+    """Turns the field, a list or a tuple, into a tuple; refuses items that are not records of cls."""
     items = getattr(record, name)
     fits = isinstance(items, list | tuple) and all(isinstance(item, cls) for item in items)
     _require(fits, name, f"a tuple of {cls.__name__}", items)
@@ -213,7 +214,7 @@ def _require_text(field, value):
 
 
 def listed(name, value, expected):
-    """A sequence, array or tensor as a list; what is one item, or a string, is refused."""
+    """A sequence, array or tensor as a list; refuses a single item and a string."""
     value = value.tolist() if hasattr(value, "tolist") else value
     one = isinstance(value, str | bytes | Mapping | Span) or not isinstance(value, Iterable)
     _require(not one, name, expected, value)
@@ -221,7 +222,7 @@ def listed(name, value, expected):
 
 
 def range_of(name, value, most, expected):
-    """(start, end) of a sequence of two whole numbers, 0 <= start <= end <= most; expected completes the message."""
+    """(start, end) from a sequence of two whole numbers, 0 <= start <= end <= most; `expected` completes the error."""
     pair = tuple(map(_plain, value)) if isinstance(value, list | tuple) else ()
     fits = len(pair) == 2 and all(map(_is_int, pair)) and 0 <= pair[0] <= pair[1] <= most
     _require(fits, name, expected, value)
@@ -229,7 +230,7 @@ def range_of(name, value, most, expected):
 
 
 def positive(name, value):
-    """A finite number above 0 that float32 holds, and its inverse too, as Python's."""
+    """The value as a Python number. It must be above 0, and float32 must hold it and its inverse."""
     value = _plain(value)
     holds = _is_number(value) and value > 0 and SMALLEST <= value <= 1 / SMALLEST
     _require(holds, name, f"finite and above 0, between {SMALLEST:.2g} and {1 / SMALLEST:.2g}", value)
@@ -237,28 +238,28 @@ def positive(name, value):
 
 
 def finite(name, value):
-    """A finite number that float32 holds, as Python's."""
+    """The value as a Python number. It must be finite in float32."""
     value = _plain(value)
     _require(_is_number(value) and abs(value) <= LARGEST, name, f"a finite number, at most {LARGEST:.2g}", value)
     return value
 
 
 def whole(name, value, least):
-    """A whole number of at least `least`, as Python's."""
+    """The value as a Python integer of at least `least`."""
     value = _plain(value)
     _require(_is_int(value) and value >= least, name, f"a whole number of at least {least}", value)
     return value
 
 
 def flag(name, value):
-    """True or False, as Python's."""
+    """The value as a Python bool."""
     value = _plain(value)
     _require(isinstance(value, bool), name, "True or False", value)
     return value
 
 
 def _plain(value):
-    """Python's number for one of numpy, an array without dimensions too; all else as it is."""
+    """A number of numpy (also an array without dimensions) as a Python number; other values unchanged."""
     if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
         value = value.item()
     if isinstance(value, Integral) and not isinstance(value, bool):
@@ -276,4 +277,4 @@ def _is_int(value):
 
 
 def _is_number(value):
-    return (_is_int(value) or isinstance(value, float)) and abs(value) <= sys.float_info.max  # no NaN is
+    return (_is_int(value) or isinstance(value, float)) and abs(value) <= sys.float_info.max  # False for NaN

@@ -1,10 +1,10 @@
-"""Sentences and sub-sentences of a response, as character ranges, and the last token of each: where its reward goes."""
+"""Sentences and sub-sentences of a response as character ranges, and the last token of each, which gets its reward."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from .records import Span, listed, range_of, whole
-from .spans import core, token_cores
+from .spans import token_ranges, trimmed
 
 Range = tuple[int, int]
 
@@ -15,17 +15,18 @@ _LIST_NUMBER = re.compile(r"\s*\d+\.$")
 
 
 def sentences(text: str) -> list[Range]:
-    """The sentences of text, (start, end) in characters, end exclusive, without the white space between them.
+    """The sentences of text: (start, end) in characters, end exclusive, without the white space between them.
 
-    A sentence ends after a run of . ! ? … with the quotes and brackets that close behind it, where white space follows
-    and then no lower-case letter; after 。！？ in any case; and at a line break. No end is seen in a decimal number, in
-    a number that opens a line ("2. Then"), after a single letter (initials, "e.g.", "U.S.") and after Mr. Mrs. Ms. Dr.
-    Prof. St. Mt. vs. no. nos. cf.
+    A sentence ends
+        after . ! ? … and the quotes or brackets that follow, if white space comes next and then no lower-case letter
+        after 。！？ always
+        at a line break
+    and does not end in a decimal number, after a number at the start of a line ("2. Then"), after a single letter
+    (initials, "e.g.", "U.S."), or after Mr. Mrs. Ms. Dr. Prof. St. Mt. vs. no. nos. cf.
 
-    It knows no other abbreviation ("approx. Two" is cut), does not cut where a sentence ends in a single letter
-    ("vitamin C. Then", "in the U.S. Then"), and takes lines wrapped at a width for sentences. Where that matters, hand
-    a better splitter to sub_sentences and segment_tokens; spaCy's, for one:
-    [(s.start_char, s.end_char) for s in nlp(text).sents].
+    Limits: other abbreviations end a sentence ("approx. Two" is cut). A single letter never does ("vitamin C. Then",
+    "in the U.S. Then" are not cut). Each line of wrapped text becomes a sentence. If this matters, give sub_sentences
+    and segment_tokens a better splitter, for example spaCy: [(s.start_char, s.end_char) for s in nlp(text).sents].
     """
     if not isinstance(text, str):
         raise ValueError(f"text must be a string, got {type(text).__name__}")
@@ -34,27 +35,30 @@ def sentences(text: str) -> list[Range]:
         if _ends(text, start, match):
             found.append((start, match.end()))
             start = match.end()
-    return _trimmed(text, [*found, (start, len(text))])
+    return _trimmed_ranges(text, [*found, (start, len(text))])
 
 
 def sub_sentences(text: str, *, least: int = 5, splitter: Callable[[str], Iterable[Range]] = sentences) -> list[Range]:
-    """The sub-sentences of text, (start, end) in characters: sentences cut behind , ; ! ? into parts of some length.
+    """The sub-sentences of text, (start, end) in characters: each sentence cut after , ; ! ? into parts.
 
-    Words, split at white space, are 0 to N - 1. Behind a word i - 1 that ends in one of , ; ! ? with i + least < N
+    The words of a sentence, split at white space, are numbered 0 to N - 1. If word i - 1 ends in , ; ! or ? and
+    i + least < N, then
 
-        a part opens at i                             where the present one has `least` words or more
-        the present one joins the one before it,      where it has fewer and is not the sentence's first
-        and a part opens at i
-        nothing happens: it joins what follows        where it has fewer and is the first
+        the part so far has `least` words or more             a new part begins at word i
+        it has fewer words, and is not the sentence's first   it is joined to the part before it, and a new part
+                                                              begins at word i
+        it has fewer words, and is the sentence's first       no cut is made
 
-    so the parts of a sentence that is cut have at least `least` words each, and one of 2 least words or fewer is whole.
+    Each part of a sentence that is cut therefore has at least `least` words. A sentence with 2 · least words or fewer
+    is never cut.
 
-    splitter  text -> (start, end) of its sentences, in order
-    Source    arXiv:2306.01693, fgrlhf/reward_utils.py of its code.
+    least     the smallest number of words in a part
+    splitter  a function from text to the (start, end) of its sentences, in order
+    Source    arXiv:2306.01693, fgrlhf/reward_utils.py of its code
     """
     least = whole("least", least, 1)
     parts = []
-    for start, end in _trimmed(text, splitter(text)):
+    for start, end in _trimmed_ranges(text, splitter(text)):
         words = [(start + word.start(), start + word.end()) for word in re.finditer(r"\S+", text[start:end])]
         opens = _opens([text[first:stop] for first, stop in words], least)
         for low, high in zip(opens, [*opens[1:], len(words)], strict=True):
@@ -63,22 +67,22 @@ def sub_sentences(text: str, *, least: int = 5, splitter: Callable[[str], Iterab
 
 
 def segment_tokens(offsets: Sequence[Range], text: str, segments: Iterable[Range]) -> list[int]:
-    """The last token of each segment, an index into offsets: the place of the token in its response, counted from 0.
+    """The last token of each segment, as an index into offsets: token 0 is the first token of the response.
 
-    What SegmentRewards calls end is a column of the batch. The two are one where no prompt stands in front of the
-    response; `segment_rewards` makes columns of these indices by the batch's mask.
+    These are not yet columns of a batch, which SegmentRewards.end needs: the two differ if a prompt stands before the
+    response. `segment_rewards` computes the columns from the mask of the batch.
 
-    That is the last token that shares a character with it that is not white space: ".\\n" belongs to the sentence that
-    the "." ends, the last of the tokens of one character to that character's segment, an end-of-sequence token to none.
-    A segment without such a token, because the response was cut off before it, gets the last token before it, or 0
-    where there is none: token_rewards then sees a segment without tokens, or one that ends at the first token. None is
-    ever in front of the response, so token_rewards may refuse such an end.
+    The last token of a segment is the last one that shares with it a character other than white space. A token ".\\n"
+    therefore belongs to the sentence that "." ends, and the end-of-sequence token belongs to no segment. If the
+    response was cut off before a segment, the segment has no token: it gets the last token before it, or 0 if there is
+    none.
 
-    offsets   (start, end) of each token in text, as a fast tokenizer gives them
+    offsets   (start, end) of each token in text, as a fast tokenizer returns them
     segments  (start, end) in text, in order; also Span or {"start": ..., "end": ...}
-    Raises    ValueError if a segment is out of order or ends beyond the text.
+    Returns   a list of as many indices as there are segments, in ascending order
+    Raises    ValueError if a segment is out of order or ends outside the text
     """
-    tokens = token_cores(offsets, text)
+    tokens = token_ranges(offsets, text)
     last, at, before = [], 0, 0
     for i, segment in enumerate(listed("segments", segments, "a sequence of (start, end)")):
         segment = _bounds(segment)
@@ -86,7 +90,7 @@ def segment_tokens(offsets: Sequence[Range], text: str, segments: Iterable[Range
             expected = f"segments must be in order, without overlap, and end at most at {len(text)}"
             raise ValueError(f"{expected}, got {segment} after a segment that ends at {before}")
         segment = range_of(f"segments[{i}]", segment, len(text), "(start, end), whole numbers")
-        start, end = core(text, *segment)
+        start, end = trimmed(text, *segment)
         before = segment[1]
         own = [t for t, (first, stop) in enumerate(tokens) if max(first, start) < min(stop, end)]
         at = max(at, own[-1]) if own else at
@@ -112,14 +116,14 @@ def _ends(text: str, start: int, match: re.Match) -> bool:
     return mark != "." or not short
 
 
-def _trimmed(text: str, ranges: Iterable[Range]) -> list[Range]:
-    """The ranges without the white space around them, blank ones dropped."""
-    trimmed = [core(text, start, end) for start, end in ranges]
-    return [(start, end) for start, end in trimmed if start < end]
+def _trimmed_ranges(text: str, ranges: Iterable[Range]) -> list[Range]:
+    """The ranges without the white space around them; blank ones are dropped."""
+    ranges = [trimmed(text, start, end) for start, end in ranges]
+    return [(start, end) for start, end in ranges if start < end]
 
 
 def _opens(words: list[str], least: int) -> list[int]:
-    """Indices of the words at which the parts of one sentence open."""
+    """Indices of the words at which the parts of a sentence begin."""
     opens = [0] if words else []
     for i in range(1, len(words)):
         if words[i - 1][-1] not in ",;!?" or i + least >= len(words):

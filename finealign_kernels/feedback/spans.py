@@ -1,4 +1,4 @@
-"""From character spans to tokens, by the offsets that a fast tokenizer gives with its tokens."""
+"""From character spans to tokens, by means of the offsets that a fast tokenizer returns."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
@@ -8,7 +8,7 @@ from typing import NamedTuple
 from .records import Response, Span, finite, flag, listed, positive, range_of, to_spans
 
 _OFFSETS = "a sequence of (start, end), one a token"
-# U+FFFD as a vocabulary writes it: the character, its UTF-8 bytes in the byte-level alphabet, and as fallback bytes
+# Spellings of U+FFFD in vocabularies: the character, its UTF-8 bytes in the byte-level alphabet, and as fallback bytes
 REPLACEMENT = ("\ufffd", "\u00ef\u00bf\u00bd", "<0xEF><0xBF><0xBD>")
 
 
@@ -21,19 +21,19 @@ class Encoded(NamedTuple):
 
 
 def encode(tokenizer, prompt: str | Sequence[int], response: Response | str, *, eos=True) -> Encoded:
-    """Tokens of the prompt, then of the response, with the response tokens' offsets in response.text.
+    """The tokens of a prompt followed by those of a response, and the offsets of the response's tokens in its text.
 
-    The two are tokenised apart and put one after the other, so no token straddles the boundary: a prompt keeps its
-    tokens whatever the response is, and the tokens of two responses to it differ in the responses only. A space or line
-    break between the two belongs to whichever text holds it; none is added, except by a tokenizer that starts every
-    text with one ("▁").
+    Prompt and response are tokenized separately and then joined, so no token crosses the boundary. A prompt has the
+    same tokens before every response. No space is added between the two, except by a tokenizer that starts every text
+    with one ("▁").
 
-    tokenizer  a fast tokenizer of transformers: only those know offsets
-    prompt     text, which gets the special tokens the tokenizer puts in front (not those it puts behind), or token ids,
-               from a chat template say, which are taken as they are
-    response   text, or a Response, of which the text is read
-    eos        the tokenizer's end-of-sequence token, if it has one, is the response's last
-    Raises     ValueError if the tokenizer is not a fast one, or the prompt neither text nor token ids.
+    tokenizer  a fast tokenizer of transformers; only these return offsets
+    prompt     text, or token ids (for example from a chat template), which are taken unchanged. Text gets the special
+               tokens that the tokenizer adds at the front, but not those that it adds at the end
+    response   text, or a Response, whose text is taken
+    eos        True appends the tokenizer's end-of-sequence token, if it has one
+    Returns    Encoded: input_ids, response_start and offsets
+    Raises     ValueError if the tokenizer is not a fast one, or if the prompt is neither text nor token ids
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"tokenizer must be a fast one, which gives offsets, got {type(tokenizer).__name__}")
@@ -50,70 +50,73 @@ def encode(tokenizer, prompt: str | Sequence[int], response: Response | str, *, 
 
 
 class Decoded(NamedTuple):
-    """The text of generated tokens. Token t stands for text[offsets[t][0]:offsets[t][1]]."""
+    """The text of generated tokens. Token t covers text[offsets[t][0]:offsets[t][1]]."""
 
     text: str
     offsets: list[tuple[int, int]]  # one per token; empty for special tokens
 
 
 def decode(tokenizer, ids: Sequence[int]) -> Decoded:
-    """The text that generated tokens stand for, and which part of it each token is.
+    """The text of generated tokens, and the part of it that each token covers.
 
-    A policy's tokens need not be those that the tokenizer would make of their text, so offsets from encoding the text
-    anew may be other tokens'. Here the tokens are decoded as they come. Tokens that make up a character, or bytes that
-    are none, have the range of all that appears with the last of them. A token that ends in the character U+FFFD itself
-    is whole. Special tokens stand for nothing. Segments are to be found in this text; where the tokens hold broken
-    characters tokenizer.decode may give another.
+    Encoding the decoded text again is no way to get the offsets: a policy may generate other tokens than the tokenizer
+    would choose for the same text. Here the tokens are decoded one after the other. If several tokens are needed for a
+    character, or their bytes form no character, all of them get the range of what appears with the last one. A token
+    that spells U+FFFD itself is complete. Special tokens have an empty range. Find segments in the returned text: where
+    tokens form broken characters, tokenizer.decode may return a different text.
 
-    tokenizer  of transformers
-    ids        token ids of one response, without padding (or with: it is a special token)
+    tokenizer  a tokenizer of transformers
+    ids        the token ids of one response; padding is allowed, because it is a special token
+    Returns    Decoded: text and offsets
     """
 
-    def said(first: int, stop: int) -> str:
+    def text_of(first: int, stop: int) -> str:
         return tokenizer.decode(ids[first:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def spelled(first: int, stop: int) -> bool:
+    def spells_replacement(first: int, stop: int) -> bool:
         tokens = tokenizer.convert_ids_to_tokens(ids[first:stop])
         return "".join(token or "" for token in tokens).endswith(REPLACEMENT)  # None: an id of no token
 
     ids, special = _ids("ids", ids), set(tokenizer.all_special_ids)
     text, offsets = "", []
-    lead = 0  # where the last tokens that said something start: a decoder may treat the first of a text in its own way
+    # Decode from the last tokens that added text, not from t: a decoder may treat the first token of a text
+    # differently.
+    lead = 0
     for t in range(len(ids)):
-        first, whole = len(offsets), said(lead, t + 1)
-        partial = whole.endswith("\ufffd") and ids[t] not in special and not spelled(first, t + 1)
+        first, whole = len(offsets), text_of(lead, t + 1)
+        partial = whole.endswith("\ufffd") and ids[t] not in special and not spells_replacement(first, t + 1)
         if partial and t + 1 < len(ids) and ids[t + 1] not in special:
             continue
-        new = whole[len(said(lead, first)) :]
+        new = whole[len(text_of(lead, first)) :]
         offsets += [(len(text), len(text) + len(new))] * (t + 1 - first)
         text, lead = text + new, first if new else lead
     return Decoded(text, offsets)
 
 
 def token_spans(offsets, text: str, spans: Sequence[Span]) -> list[tuple[int, int]]:
-    """The tokens of each span: the half-open range from its first token to its last.
+    """The tokens of each span, as a half-open range from its first token to its last.
 
-    A token is the span's if the two share a character that is not white space. So " foo" belongs to a span over "foo"
-    whether its offset has the space or not, ".\\n" to one over ".", and all tokens of a character that is split into
-    several to a span over the character; " bar" does not belong to a span that ends in the space. Tokens between
-    the first and the last are in the range, white space too. A span of white space, or one that no token covers,
-    gets (0, 0).
+    A token belongs to a span if the two share a character other than white space. So the token " foo" belongs to a span
+    over "foo", and ".\\n" to a span over "."; " bar" does not belong to a span that ends in the space. If a character
+    is split into several tokens, all of them belong to a span over it. Tokens between the first and the last are in the
+    range, even those of white space. A span of white space, or one without tokens, gets (0, 0).
 
-    offsets  (start, end) of each token in text    spans  within text, as to_spans takes them
-    Raises   ValueError if a span or a token ends beyond the text: offsets of prompt and response together, say.
+    offsets  (start, end) of each token in text
+    spans    in characters of text, in any form that to_spans takes
+    Raises   ValueError if a span or a token ends outside the text, for example if the offsets include the prompt
     """
     spans = to_spans(text, spans)
-    tokens = token_cores(offsets, text)
+    tokens = token_ranges(offsets, text)
     return [_token_range(tokens, text, span) for span in spans]
 
 
-def token_cores(offsets, text):
-    """The tokens' ranges without white space; refuses offsets that are not ranges of the text."""
-    cores = []
+def token_ranges(offsets, text):
+    """The character range of each token without white space; refuses offsets that are not ranges of the text."""
+    ranges = []
     for i, offset in enumerate(listed("offsets", offsets, _OFFSETS)):
         expected = f"(start, end) with 0 <= start <= end <= {len(text)}, the length of the text"
-        cores.append(core(text, *range_of(f"offsets[{i}]", offset, len(text), expected)))
-    return cores
+        ranges.append(trimmed(text, *range_of(f"offsets[{i}]", offset, len(text), expected)))
+    return ranges
 
 
 def token_weights(
@@ -125,10 +128,15 @@ def token_weights(
     outside: float = 1.0,
     by_kind: Mapping[str, float] | None = None,
 ) -> list[float]:
-    """The weight of each token: by_kind[kind] or else `inside` in a span, `outside` elsewhere.
+    """The weight of each token: in a span by_kind[kind], or `inside` if its kind is not there; `outside` elsewhere.
 
-    Where spans overlap, the weight furthest from `outside` holds, of two as far the larger. So the order of the spans
-    does not matter, and a second judgement never weakens the first. The end-of-sequence token is outside.
+    Where spans overlap, the weight furthest from `outside` is taken; of two that are equally far, the larger one. The
+    order of the spans therefore has no effect, and a second span never weakens the first. The end-of-sequence token
+    is outside.
+
+    offsets, text, spans  as in token_spans
+    Returns  one weight for each token
+    Raises   ValueError if a weight is not finite, or where token_spans does
     """
     by_kind, spans, offsets = _by_kind(by_kind, finite), to_spans(text, spans), listed("offsets", offsets, _OFFSETS)
     inside, outside = float(finite("inside", inside)), float(finite("outside", outside))
@@ -149,23 +157,25 @@ def pair_weights(
 ) -> tuple[list[float], list[float]]:
     """Token weights of a pair of responses for a preference loss, from the faults and the praise marked in them.
 
-    With W = by_kind[kind] or else span_weight, a token weighs
+    With W = by_kind[kind], or span_weight if the kind is not there, a token weighs
 
                     in a fault    in praise    elsewhere
         chosen         1/W            W            1
         rejected        W            1/W           1
 
-    The loss raises all of the chosen response and lowers all of the rejected one. A fault is the reason why a response
-    is rejected, so it is lowered more than the rest; a fault in the chosen response is raised less; praise is the other
-    way round. The weight also multiplies the reference's log-prob, so the margin of an untrained policy stays 0.
+    A preference loss makes the tokens of the chosen response more likely and those of the rejected response less
+    likely. A fault is a reason for the rejection, so its tokens are pushed down harder than the rest. A fault in the
+    chosen response is pushed up less. Praise is treated the other way round. The weight also multiplies the reference's
+    log-prob, so the margin of an untrained policy stays 0.
 
-    A span of a score above 0 is praise, any other is a fault. Faults that overlap: the weight furthest from 1 holds;
-    a token in a fault and in praise has the product of the two.
+    A span with a score above 0 is praise; any other span is a fault. Where faults overlap, the weight furthest from 1
+    is taken. A token in a fault and in praise gets the product of both weights.
 
     chosen, rejected  (offsets, text, spans) each: (start, end) of each token in text, and spans as to_spans takes them
-    span_weight       W, above 0; 1 weighs every token alike
-    Returns one weight a token, as many as there are offsets, of each side.
-    Raises  ValueError for a weight that is not above 0, and where to_spans does.
+    span_weight       W, above 0. With 1 all tokens weigh the same
+    by_kind           W of each kind of span that has a weight of its own
+    Returns  two lists, the weights of the chosen and of the rejected response, one weight for each token
+    Raises   ValueError if a weight is not above 0, or where to_spans does
     """
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         if not isinstance(side, tuple | list) or len(side) != 3:
@@ -183,7 +193,7 @@ def response_weights(
     span_weight: float = 2.0,
     by_kind: Mapping[str, float] | None = None,
 ) -> list[float]:
-    """Token weights of one response, as pair_weights has them for the chosen (raised) or the rejected one of a pair."""
+    """Token weights of one response, by the rule of pair_weights for the chosen (raised) or the rejected response."""
     span_weight, by_kind = positive("span_weight", span_weight), _by_kind(by_kind, positive)
     spans, side = to_spans(text, spans), 1.0 if flag("raised", raised) else -1.0
     offsets = listed("offsets", offsets, _OFFSETS)
@@ -197,9 +207,9 @@ def response_weights(
 
 
 def token_segments(offsets, text: str, spans: Sequence[Span]) -> list[int]:
-    """The segment of each token, counted from 0: a new one starts where a span starts or has ended.
+    """The segment of each token, counted from 0. A new segment begins where a span begins or after it has ended.
 
-    All tokens of a segment lie in the same spans; a response without spans is one segment.
+    All tokens of a segment lie in the same spans. A response without spans is one segment.
     """
     offsets = listed("offsets", offsets, _OFFSETS)
     edges = {edge for first, stop in token_spans(offsets, text, spans) for edge in (first, stop)} - {0}
@@ -213,8 +223,8 @@ def _by_kind(by_kind, check):
 
 
 def _token_range(tokens, text, span):
-    start, end = core(text, span.start, span.end)
-    # both cores start with a character that is not white space, and so does what they share
+    start, end = trimmed(text, span.start, span.end)
+    # both ranges begin with a character other than white space, and so does their intersection
     shared = [t for t, (first, stop) in enumerate(tokens) if max(first, start) < min(stop, end)]
     return (shared[0], shared[-1] + 1) if shared else (0, 0)
 
@@ -229,19 +239,19 @@ def _ids(name, ids, expected="a sequence of the token ids of one response, each 
     return found
 
 
-def core(text, start, end):
-    """text[start:end] without the white space around it, as offsets; empty if there is nothing else."""
+def trimmed(text, start, end):
+    """The offsets of text[start:end] without the white space around it; empty if there is only white space."""
     part = text[start:end]
     return start + len(part) - len(part.lstrip()), start + len(part.rstrip())
 
 
 def _prompt_ids(tokenizer, prompt):
-    if not isinstance(prompt, str):  # items of a BatchEncoding, say, are its keys
+    if not isinstance(prompt, str):  # a BatchEncoding, for example, iterates over its keys
         hint = "messages go through tokenizer.apply_chat_template(messages, return_dict=False) first"
         return _ids("prompt", prompt, f"text or a sequence of token ids ({hint})")
     tokens = tokenizer(prompt, return_special_tokens_mask=True)
     ids, added = list(tokens["input_ids"]), list(tokens["special_tokens_mask"])
-    while added and added[-1]:  # a separator or an end of sequence behind the prompt would cut the response off
+    while added and added[-1]:  # special tokens at the end, such as the end of sequence, would separate the response
         ids.pop()
         added.pop()
     return ids

@@ -8,8 +8,8 @@
     k3_is       ρ · k3         ρ d               ∇ KL(π‖ref), also over tokens of the old policy; ρ = π / old
 
 d in k3 and the log-ratio in ρ are clamped to ±20. Outside, the value is that at the bound and the slope is 0. The slope
-of k3_is is 0 if either of its two numbers is outside. All functions work elementwise, in nats. Source: J. Schulman's
-note on approximating KL (values); DeepSeek-V3.2's report (k3_is).
+of k3_is is 0 if either of its two numbers is outside. All functions work elementwise, in nats.
+Source: J. Schulman's note on approximating KL (values); DeepSeek-V3.2's report (k3_is).
 """
 
 import torch

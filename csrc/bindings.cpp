@@ -597,7 +597,7 @@ void run(const Advantages& op, [[maybe_unused]] const Tensor& like) {
   if (!like.is_cpu()) {
     const DeviceGuard guard(like.get_device_index());
     const bool adds = op.reward_moments || op.advantage_moments;
-    Tensor parts = new_vector(adds ? 3 * moment_parts(op.segments.total) : 0, ScalarType::Double, like);
+    Tensor parts = new_vector(adds ? 5 * moment_parts(op.segments.total) : 0, ScalarType::Double, like);
     Tensor room = room_for<Link>(op.returns ? slots(op.segments, kPiece) : 0, like);
     const char* failure = advantages_cuda(op, parts.mutable_data_ptr(), static_cast<Link*>(room.mutable_data_ptr()),
                                           current_stream(like));
@@ -650,8 +650,8 @@ SegmentRewards make_segment_rewards(const Tensor& reward, const Tensor& end, con
 Whitening make_whitening(const std::optional<Tensor>& moments, int64_t scale, bool unbiased, bool shift,
                          const Tensor& like) {
   STD_TORCH_CHECK(scale >= 0 && scale <= 2, "scale must be 0 (std), 1 (clamp) or 2 (compat), got ", scale);
-  const auto* triple = static_cast<const double*>(vector_of(moments, "moments", 3, ScalarType::Double, like));
-  return {triple, static_cast<Scale>(scale), unbiased, shift};
+  const auto* known = static_cast<const double*>(vector_of(moments, "moments", 5, ScalarType::Double, like));
+  return {known, static_cast<Scale>(scale), unbiased, shift};
 }
 
 // What is not asked for comes back empty.
@@ -687,10 +687,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> advantages(
   op.estimator = static_cast<Estimator>(estimator), op.kl_coef = kl_coef;
   const bool shapes = model_reward || old_logp, scans = gamma.has_value();
   Tensor shaped = result(shapes, total, type), kl = result(old_logp.has_value(), total, type);
-  Tensor of_rewards = result(wants_reward_moments, 3, ScalarType::Double);
+  Tensor of_rewards = result(wants_reward_moments, 5, ScalarType::Double);
   Tensor out = result(scans, total, type), returns = result(scans, total, type);
   Tensor weight = result(score.has_value(), total, ScalarType::Float);
-  Tensor of_advantages = result(wants_advantage_moments, 3, ScalarType::Double);
+  Tensor of_advantages = result(wants_advantage_moments, 5, ScalarType::Double);
   if (shapes) op.shaped = shaped.mutable_data_ptr();
   if (old_logp) op.kl = kl.mutable_data_ptr();
   if (wants_reward_moments) op.reward_moments = of_rewards.mutable_data_ptr<double>();
@@ -726,7 +726,7 @@ Advantages of_tokens(const Tensor& x, const std::optional<Tensor>& mask, const i
 Tensor moments(const Tensor& x, const std::optional<Tensor>& mask) {
   const int64_t bounds[] = {0, x.size(0)};
   Advantages op = of_tokens(x, mask, bounds);
-  Tensor out = new_vector(3, ScalarType::Double, x);
+  Tensor out = new_vector(5, ScalarType::Double, x);
   op.advantage_moments = out.mutable_data_ptr<double>();
   run(op, x);
   return out;

@@ -410,7 +410,7 @@ enum class Scale : int32_t { std = 0, clamp = 1, compat = 2 };
 
 // x -> (x - μ) scale, plus μ unless shift; formulas.cuh has μ and the scale.
 struct Whitening {
-  const double* moments;  // (3,) n, Σx, Σx²; null: x stays as it is
+  const double* moments;  // (5,) n, Σx, Σx², μ, Σ(x - μ)²; null: x stays as it is
   Scale scale;
   bool unbiased, shift;
 };
@@ -440,7 +440,7 @@ struct Advantages {
   Estimator estimator;
   double kl_coef;
   void *shaped, *kl;       // (total,); without shaped, rewards are the shaped ones
-  double* reward_moments;  // (3,)
+  double* reward_moments;  // (5,)
 
   Whitening whiten_rewards;
   const void* values;  // (total,), or null: discounted returns
@@ -450,7 +450,7 @@ struct Advantages {
   void *advantages, *returns;  // (total,); returns null: no scan, advantages are given
 
   bool pivots_first;          // pivots by the advantages before they are whitened, and whitened over pivots alone
-  double* advantage_moments;  // (3,)
+  double* advantage_moments;  // (5,)
   Whitening whiten_advantages;
   void* whitened;  // (total,), may be advantages
   const void* score;   // (total,)

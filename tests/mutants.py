@@ -127,6 +127,10 @@ MUTANTS = [
     Mutant("logits summed as they are", FORMULA, "part[:, 4] = torch.where(allowed, z / UNIT, 0)", "part[:, 4] = UNIT**-1 * torch.where(allowed, z, 0)", LIMITS),
     Mutant("the native sum of logits in another unit", ROWS, "total / 0x1p24", "total / 0x1p23", LIMITS),
     Mutant("squares of large float64 values overflow", "rl/whitening.py", "(top > 2.0**480)", "(top > 2.0**960)", LIMITS),
+    Mutant("variance about 0", "formulas/returns.py", "away = _kept(kept - near, mask, 0)", "near, away = 0, kept", RETURNS),
+    Mutant("variance about 0, native", "kernels/cuda/formulas.cuh", "{n, n * first + d, first * (n * first + 2 * d) + dd, first + d / n, away < 0 ? 0 : away}", "{n, n * first + d, first * (n * first + 2 * d) + dd, first + d / n, first * (n * first + 2 * d) + dd - (n * first + d) * (n * first + d) / n}", RETURNS),
+    Mutant("parts whose means are apart", "kernels/cuda/formulas.cuh", "x.away + y.away + apart * apart * x.n * share", "x.away + y.away", RETURNS),
+    Mutant("float64 constant as float32 is", "kernels/cuda/formulas.cuh", "(wide ? 0x1p-104 : 0x1p-46)", "0x1p-46", RETURNS),
     Mutant("the mean of large values in their unit", "rl/whitening.py", "mean * unit", "mean", LIMITS),
     Mutant("sums that overflow count as one value", "formulas/returns.py", "v = torch.where(square == torch.inf, torch.nan, v)", "nothing = nothing | square.isinf()", LIMITS),
     # groups and heads over ranks

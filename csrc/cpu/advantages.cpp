@@ -11,11 +11,9 @@ namespace {
 
 // ---- moments -------------------------------------------------------------------------------------------------------
 
-Moments operator+(Moments x, Moments y) { return {x.n + y.n, x.sum + y.sum, x.squares + y.squares}; }
-
 // By halves, so that rounding errors grow with the logarithm of their number.
 Moments total(const Moments* parts, int64_t count) {
-  if (count == 0) return {0, 0, 0};
+  if (count == 0) return {};
   if (count == 1) return parts[0];
   return total(parts, count / 2) + total(parts + count / 2, count - count / 2);
 }
@@ -52,25 +50,31 @@ FINEALIGN_INLINE double added_up(Half lanes) { return (lanes[0] + lanes[2]) + (l
 // Of at most kTile values; keep is null, or says which count.
 template <typename T, typename Keep>
 FINEALIGN_INLINE Moments tile_moments(const T* __restrict x, const Keep* __restrict keep, int n) {
-  double value[kTile + 2 * kFour];
-  for (int i = 0; i < n; ++i) value[i] = x[i];
-  const int count = select_kept(value, keep, n);
-  if (count == 0) return {0, 0, 0};
-  for (int i = n; i < n + 2 * kFour; ++i) value[i] = 0;
+  const int count = keep == nullptr ? n : count_kept(keep, n);
+  if (count == 0) return {};
+  int at = 0;
+  while (count < n && keep[at] == 0) ++at;
+  const double first = x[at];
+  double away[kTile + 2 * kFour];
+  if (count == n)
+    for (int i = 0; i < n; ++i) away[i] = x[i] - first;
+  else
+    for (int i = 0; i < n; ++i) away[i] = keep[i] != 0 ? x[i] - first : 0;
+  for (int i = n; i < n + 2 * kFour; ++i) away[i] = 0;
   Half sum[2] = {}, squares[2] = {};
   for (int i = 0; i < n; i += 2 * kFour) {
     Half left, right;
-    std::memcpy(&left, value + i, sizeof left);
-    std::memcpy(&right, value + i + kFour, sizeof right);
+    std::memcpy(&left, away + i, sizeof left);
+    std::memcpy(&right, away + i + kFour, sizeof right);
     sum[0] += left, sum[1] += right;
     squares[0] += left * left, squares[1] += right * right;
   }
-  return {static_cast<double>(count), added_up(sum[0] + sum[1]), added_up(squares[0] + squares[1])};
+  return moments_about(first, count, added_up(sum[0] + sum[1]), added_up(squares[0] + squares[1]));
 }
 
 template <typename T, typename Keep>
 FINEALIGN_INLINE Moments moments_of(const T* x, const Keep* keep, int64_t n) {
-  Moments sum{0, 0, 0};
+  Moments sum{};
   for (int64_t i = 0; i < n; i += kTile)
     sum = sum + tile_moments(x + i, keep ? keep + i : keep, static_cast<int>(std::min<int64_t>(kTile, n - i)));
   return sum;
@@ -168,9 +172,10 @@ FINEALIGN_INLINE void whiten(double* x, int n, Standard by, bool shift) {
     for (int i = 0; i < n; ++i) x[i] += by.mean;
 }
 
-Standard standard_of(const Whitening& by) {
+// wide: of float64 values.
+Standard standard_of(const Whitening& by, bool wide) {
   if (by.moments == nullptr) return {0, 1};
-  return standard({by.moments[0], by.moments[1], by.moments[2]}, by.scale, by.unbiased);
+  return standard(by.moments, by.scale, by.unbiased, wide);
 }
 
 Rates rates_of(const Advantages& op, int64_t s, Standard by) {
@@ -298,7 +303,7 @@ FINEALIGN_INLINE bool scan_packed(const Advantages& op, int64_t first, int64_t l
 // All sequences from first to last - 1, each of at most kCut tokens.
 template <typename T>
 FINEALIGN_INLINE void scan_sequences(const Advantages& op, int64_t first, int64_t last) {
-  const Standard by = standard_of(op.whiten_rewards);
+  const Standard by = standard_of(op.whiten_rewards, sizeof(T) == 8);
   const bool packs = op.segments.mask == nullptr && op.gamma_stride == 0 && op.lam_stride == 0;
   for (int64_t s = first, end; s < last; s = end) {
     const int64_t start = op.segments.start(s);
@@ -336,7 +341,7 @@ FINEALIGN_INLINE void pivots(const Advantages& op, const T* advantages, int64_t 
 // out may be x; what is not kept becomes 0.
 template <typename T, typename Keep>
 FINEALIGN_INLINE void whiten_tokens(const T* x, const Keep* keep, int64_t n, const Whitening& by, T* out) {
-  const Standard standard = standard_of(by);
+  const Standard standard = standard_of(by, sizeof(T) == 8);
   for (int64_t base = 0; base < n; base += kTile) {
     const int many = static_cast<int>(std::min<int64_t>(kTile, n - base));
     double value[kTile];
@@ -354,7 +359,7 @@ FINEALIGN_INLINE Moments finish(const Advantages& op, int64_t first, int64_t sto
   T* whitened = op.whitened ? static_cast<T*>(op.whitened) + first : nullptr;
   const uint8_t* mask = op.segments.mask ? op.segments.mask + first : nullptr;
   const float* pivot = op.pivots_first ? static_cast<const float*>(op.token_weight) + first : nullptr;
-  Moments moments{0, 0, 0};
+  Moments moments{};
   if (op.pivots_first && op.score) pivots(op, advantages, first, stop);
   if (op.advantage_moments)
     moments = pivot ? moments_of(advantages, pivot, stop - first) : moments_of(advantages, mask, stop - first);
@@ -374,7 +379,7 @@ FINEALIGN_INLINE Moments finish(const Advantages& op, int64_t first, int64_t sto
     return moments_of(x, op.segments.mask ? op.segments.mask + first : nullptr, stop - first);               \
   }                                                                                                          \
   FINEALIGN_WIDE_UNFUSED Affine scan(const Advantages& op, const Piece& piece, State state, bool stores, T) { \
-    return scan_tokens<T>(op, piece, state, standard_of(op.whiten_rewards), stores);                         \
+    return scan_tokens<T>(op, piece, state, standard_of(op.whiten_rewards, sizeof(T) == 8), stores);                         \
   }                                                                                                          \
   FINEALIGN_WIDE_UNFUSED void scan_short(const Advantages& op, int64_t first, int64_t last, T) {             \
     scan_sequences<T>(op, first, last);                                                                      \
@@ -417,7 +422,7 @@ void run(const Advantages& op, Parallel parallel) {
   const std::vector<Piece> pieces = cut(op.segments, op.longest);
   const int64_t windows = windows_of(op.segments);
   const int64_t many = static_cast<int64_t>(pieces.size());
-  std::vector<Moments> of_rewards(windows + many, Moments{0, 0, 0}), of_advantages(of_rewards);
+  std::vector<Moments> of_rewards(windows + many, Moments{}), of_advantages(of_rewards);
   T* shaped = static_cast<T*>(op.shaped);
 
   const auto shape_all = [&](int64_t first, int64_t stop, Moments& moments) {
@@ -462,7 +467,7 @@ void run(const Advantages& op, Parallel parallel) {
   const auto store_moments = [&](double* out, const std::vector<Moments>& parts) {
     if (out == nullptr) return;
     const Moments sum = total(parts.data(), static_cast<int64_t>(parts.size()));
-    out[0] = sum.n, out[1] = sum.sum, out[2] = sum.squares;
+    out[0] = sum.n, out[1] = sum.sum, out[2] = sum.squares, out[3] = sum.mean, out[4] = sum.away;
   };
   store_moments(op.reward_moments, of_rewards);
   store_moments(op.advantage_moments, of_advantages);

@@ -21,6 +21,7 @@ from .segments import segment_ids, segment_sum
 EPSILON = 1e-8  # of a variance
 ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
 CONSTANT = 2.0**-46  # v <= CONSTANT Σx²/n: the values are one value, as far as float32 can tell
+SAME = 2.0**-104  # as far as float64 can tell
 
 
 def reverse_scan(x: Tensor, decay: Tensor, cu_seqlens: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -117,45 +118,65 @@ def actions(segment: Tensor, cu_seqlens: Tensor, mask: Tensor | None) -> tuple[T
 
 
 def moments(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(3,) float64: n, Σ x, Σ x² over the valid tokens. Triples of parts of a batch add up."""
+    """(5,) float64: n, Σ x, Σ x², μ and Σ (x - μ)² over the valid tokens; the first three of parts of a batch add up.
+
+    In two passes: Σ (x - μ)² = Σ d² - (Σ d)²/n with d = x - fl(μ), which loses no digits to a mean far from 0.
+    """
     kept = _kept(x, mask, 0)
     n = kept.new_full((), x.shape[0]) if mask is None else mask.sum().to(kept.dtype)
-    return torch.stack([n, kept.sum(), kept.square().sum()])
+    many = n.clamp(min=1)
+    near = kept.sum() / many
+    away = _kept(kept - near, mask, 0)
+    rest = away.sum()
+    spread = (away.square().sum() - rest * rest / many).clamp(min=0)
+    return torch.stack([n, kept.sum(), kept.square().sum(), near + rest / many, spread])
 
 
-def standard(triple: Tensor, mode: str, unbiased: bool) -> tuple[Tensor, Tensor]:
-    """Mean and scale of whitening, from n, Σx, Σx². The scale is 0 where there is nothing to scale by.
+def moments_by_sums(triple: Tensor) -> Tensor:
+    """(5,) as of `moments`, from n, Σx and Σx² alone, as a sum over ranks gives them.
 
-        v = max(0, Σx²/n - μ²), times n / (n - 1) if unbiased
-        scale = (v + 1e-8)^-½  "std",   max(v, 1e-8)^-½  "clamp",   (√v + 1e-8)^-½  "compat"
-
-    0 where n < 2 or v <= 2^-46 Σx²/n. For float32 that is v <= (2^-23 max|x|)² with the root mean square for the
-    maximum, which a sum over ranks does not give: where v is that small the two differ by less than a factor of 2. It
-    is also where the cancellation in Σx²/n - μ² leaves v no digits to speak of, so float64 has the same bound. NaN
-    where n >= 2 and Σx² overflows.
+    Σ (x - μ)² = Σx² - (Σx)²/n, 0 where that is <= 2^-46 Σx²: there the difference has no digits to speak of. Its
+    relative error is about 2^-52 (1 + μ²/v).
     """
     n = triple[0].clamp(min=1)
     mean, square = triple[1] / n, triple[2] / n
     v = (square - mean * mean).clamp(min=0)
-    nothing = (triple[0] < 2) | ((v <= CONSTANT * square) & square.isfinite())
+    v = torch.where((v <= CONSTANT * square) & square.isfinite(), 0, v)
+    return torch.cat([triple, torch.stack([mean, n * v])])
+
+
+def standard(found: Tensor, mode: str, unbiased: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean and scale of whitening, from `moments` of values of a dtype. The scale is 0 where nothing is to scale by.
+
+        v = Σ (x - μ)² / n, times n / (n - 1) if unbiased
+        scale = (v + 1e-8)^-½  "std",   max(v, 1e-8)^-½  "clamp",   (√v + 1e-8)^-½  "compat"
+
+    0 where n < 2 or v <= 2^-46 Σx²/n (2^-104 for float64): v <= (2^-23 max|x|)² (2^-52) with the root mean square for
+    the maximum, which a sum over ranks does not give; where v is that small the two differ by less than a factor of 2.
+    NaN where n >= 2 and Σx² overflows.
+    """
+    n = found[0].clamp(min=1)
+    square, v = found[2] / n, found[4] / n
+    same = SAME if dtype == torch.float64 else CONSTANT
+    nothing = (found[0] < 2) | ((v <= same * square) & square.isfinite())
     v = torch.where(square == torch.inf, torch.nan, v)  # of sums that overflow nothing is known
     if unbiased:
         v = v * (n / (n - 1).clamp(min=1))
     spread = {"std": lambda: v + EPSILON, "clamp": lambda: v.clamp(min=EPSILON), "compat": lambda: v.sqrt() + EPSILON}
-    return mean, torch.where(nothing, 0, spread[mode]().rsqrt())
+    return found[3], torch.where(nothing, 0, spread[mode]().rsqrt())
 
 
 def whiten(
     x: Tensor,
-    triple: Tensor,
+    found: Tensor,
     mask: Tensor | None = None,
     *,
     mode: str = "std",
     unbiased: bool = False,
     shift_mean: bool = True,
 ) -> Tensor:
-    """(N,): (x - μ) scale, plus μ unless shift_mean; triple is that of `moments`, or a sum of several."""
-    mean, scale = standard(triple, mode, unbiased)
+    """(N,): (x - μ) scale, plus μ unless shift_mean; found (5,) is `moments` of x, or of a batch that x is part of."""
+    mean, scale = standard(found, mode, unbiased, x.dtype)
     away = torch.where(scale == 0, 0, (_kept(x, mask, 0) - mean) * scale)
     return _out(away if shift_mean else away + mean, x, mask)
 

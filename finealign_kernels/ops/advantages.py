@@ -31,7 +31,7 @@ class Models(NamedTuple):
 
 
 class Whitening(NamedTuple):
-    """How to whiten: moments (3,), of any number of ranks, or None for not at all."""
+    """How to whiten: moments (5,), of any number of ranks, or None for not at all."""
 
     moments: Tensor | None = None
     mode: str = "std"
@@ -46,11 +46,11 @@ class Results(NamedTuple):
 
     shaped: Tensor  # (N,) rewards less β kl; empty where they are the rewards given
     kl: Tensor  # (N,)
-    reward_moments: Tensor  # (3,)
+    reward_moments: Tensor  # (5,) of formulas/returns.py `moments`
     advantages: Tensor  # (N,)
     returns: Tensor  # (N,)
     token_weight: Tensor  # (N,) float32
-    advantage_moments: Tensor  # (3,)
+    advantage_moments: Tensor  # (5,)
 
 
 def runs(backend: str, device: torch.device) -> bool:
@@ -134,14 +134,14 @@ def advantages(
 
 
 def moments(tokens: Tokens) -> Tensor:
-    """(3,) float64."""
+    """(5,) float64."""
     return torch.ops.finealign.moments.default(tokens.x.contiguous(), _dense(tokens.mask))
 
 
-def whiten(tokens: Tokens, triple: Tensor, mode: str, unbiased: bool, shift_mean: bool) -> Tensor:
+def whiten(tokens: Tokens, known: Tensor, mode: str, unbiased: bool, shift_mean: bool) -> Tensor:
     """(N,)."""
     x, mask = tokens.x.contiguous(), _dense(tokens.mask)
-    return torch.ops.finealign.whiten.default(x, mask, triple, MODES[mode], unbiased, shift_mean)
+    return torch.ops.finealign.whiten.default(x, mask, known, MODES[mode], unbiased, shift_mean)
 
 
 def whiten_advantages_(
@@ -153,9 +153,9 @@ def whiten_advantages_(
     baseline: float = 0.0,
 ) -> Tensor:
     """In place, to 0 where kept (N,) float32 is 0. Returns the token weight (N,) by the new signs, if any score."""
-    triple, mode, unbiased = whitening
+    known, mode, unbiased = whitening
     return torch.ops.finealign.whiten_.default(
-        x, _dense(mask), triple, MODES[mode], unbiased, kept, _dense(score), baseline
+        x, _dense(mask), known, MODES[mode], unbiased, kept, _dense(score), baseline
     )
 
 
@@ -177,16 +177,16 @@ if _native.available():
         return (
             result(shapes, total, dtype),
             result(old_logp is not None, total, dtype),
-            result(wants_of_rewards, 3, torch.float64),
+            result(wants_of_rewards, 5, torch.float64),
             result(scans, total, dtype),
             result(scans, total, dtype),
             result(score is not None, total, torch.float32),
-            result(wants_of_advantages, 3, torch.float64),
+            result(wants_of_advantages, 5, torch.float64),
         )
 
     @_native.fake("moments")
     def _(x, mask):
-        return x.new_empty(3, dtype=torch.float64)
+        return x.new_empty(5, dtype=torch.float64)
 
     @_native.fake("whiten")
     def _(x, mask, moments, scale, unbiased, shift):

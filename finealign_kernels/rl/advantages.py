@@ -188,10 +188,10 @@ def advantages(
 def _composed(plan: _Plan) -> Advantages:
     """One step after another: what `advantages` means. All vectors (N,)."""
     rewards, kl = _shaped(plan)
-    tokens, triple = plan.tokens.with_x(rewards), None
+    tokens, known = plan.tokens.with_x(rewards), None
     if plan.whiten_rewards:
-        triple = summed(moments_of(tokens, plan.backend), plan.sum_moments)
-        tokens = tokens.with_x(whiten_of(tokens, triple, plan.mode, plan.unbiased, False, plan.backend))
+        known = summed(moments_of(tokens, plan.backend), plan.sum_moments)
+        tokens = tokens.with_x(whiten_of(tokens, known, plan.mode, plan.unbiased, False, plan.backend))
     if plan.values is None:
         raw = returns = returns_of(tokens, plan.gamma, plan.masked, plan.backend)
     else:
@@ -204,7 +204,7 @@ def _composed(plan: _Plan) -> Advantages:
         done = whiten_of(over, of_advantages, plan.mode, plan.unbiased, True, plan.backend)
     weight = _pivots(plan, done) if weight is None else weight
     weight = None if weight is None else weight.float()
-    return Advantages(done, returns, rewards, kl, weight, triple, of_advantages)
+    return Advantages(done, returns, rewards, kl, weight, _sums(known), _sums(of_advantages))
 
 
 def _fused(plan: _Plan) -> Advantages:
@@ -230,13 +230,13 @@ def _fused(plan: _Plan) -> Advantages:
         "score": plan.score if plan.pivots_first or not plan.whiten_advantages else None,
         "wants_advantage_moments": plan.whiten_advantages,
     }
-    triple = of_advantages = None
+    known = of_advantages = None
     if plan.whiten_rewards:
         first = native.advantages(tokens, **shaping, wants_reward_moments=True)
-        triple = summed(first.reward_moments, plan.sum_moments)
+        known = summed(first.reward_moments, plan.sum_moments)
         if shaping["models"] or plan.old_logp is not None:
             tokens = tokens.with_x(first.shaped)
-        last = native.advantages(tokens, whitening=native.Whitening(triple, **by), **scan)
+        last = native.advantages(tokens, whitening=native.Whitening(known, **by), **scan)
     else:
         first = last = native.advantages(tokens, **shaping, **scan)
     weight = last.token_weight
@@ -253,8 +253,8 @@ def _fused(plan: _Plan) -> Advantages:
         first.shaped if shaping["models"] or plan.old_logp is not None else _kept(plan.tokens.x, tokens.mask),
         None if plan.old_logp is None else first.kl,
         None if plan.score is None else weight,
-        triple,
-        of_advantages,
+        _sums(known),
+        _sums(of_advantages),
     )
 
 
@@ -266,10 +266,10 @@ def _as_released(plan: _Plan) -> Advantages:
     if plan.values is None or plan.bootstrap is not None or plan.masked != "carry":
         fail("compat", "come with values, without bootstrap and masked='zero'", True)
     rewards, kl = _shaped(plan)
-    whitened, triple = rewards, None
+    whitened, known = rewards, None
     if plan.whiten_rewards:
-        triple = summed(formula.moments(rewards, tokens.mask), plan.sum_moments)
-        whitened = formula.whiten(rewards, triple, mode="compat", shift_mean=False)
+        known = summed(formula.moments(rewards, tokens.mask), plan.sum_moments)
+        whitened = formula.whiten(rewards, known, mode="compat", shift_mean=False)
     rows, width = tokens.shapes[0]
     column = torch.arange(width, device=rewards.device)
     within = torch.ones_like(column, dtype=torch.bool)
@@ -288,7 +288,7 @@ def _as_released(plan: _Plan) -> Advantages:
         done = formula.whiten(raw, of_advantages, tokens.mask, mode="compat")
     weight = _pivots(plan, raw if plan.pivots_first else done)
     weight = None if weight is None else weight.float()
-    return Advantages(done, returns, rewards, kl, weight, triple, of_advantages)
+    return Advantages(done, returns, rewards, kl, weight, _sums(known), _sums(of_advantages))
 
 
 def _shaped(plan: _Plan) -> tuple[Tensor, Tensor | None]:
@@ -351,6 +351,11 @@ def _tokens(rewards, mask, cu_seqlens) -> tuple[Tokens, list[SegmentRewards] | N
     double = any(model.reward.dtype == torch.float64 for model in models)
     x = torch.zeros((), dtype=torch.float64 if double else torch.float32, device=tokens.x.device)
     return tokens.with_x(x.expand(tokens.x.shape)), models
+
+
+def _sums(known: Tensor | None) -> Tensor | None:
+    """n, Σx and Σx² of moments (5,)."""
+    return None if known is None else known[:3].clone()
 
 
 def _kept(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -20,7 +20,7 @@ def moments(x: Tensor, mask: Tensor | None = None, *, backend: str = "auto") -> 
     x     (B, T) or (N,); float
     mask  bool, as x; values at other tokens may be NaN
     """
-    return moments_of(constants(x, mask, _one_sequence(x), "x"), backend)
+    return moments_of(constants(x, mask, _one_sequence(x), "x"), backend)[:3].clone()
 
 
 def whiten(
@@ -47,7 +47,10 @@ def whiten(
 
     A valid value that is NaN or infinite makes every result NaN, and so does a sum of sum_moments that overflows: of
     float64 values beyond 1e154. Without it such values are scaled by a power of two before they are squared.
-    Where fewer than two values are valid, or where all are one value (v <= 2^-46 Σx²/n), the result is 0, or μ.
+    Where fewer than two values are valid, or where all are one value (v <= 2^-46 Σx²/n; of float64 without sum_moments
+    2^-104), the result is 0, or μ.
+    v is taken about the mean, so that a mean far from 0 costs no digits. A sum over ranks has Σx² alone, and a relative
+    error of v of about 2^-52 (1 + μ²/v): take a large common offset off before.
     Whitening two values maps them to ±1, so with fewer than about eight values it is mostly noise.
     Returns float32 (float64 for float64) in the shape of x, detached. Raises ValueError, TypeError.
     Source  arXiv:2306.01693 and its released code.
@@ -59,10 +62,10 @@ def whiten(
     unit = _unit(tokens) if sum_moments is None else None
     if unit is not None:
         tokens = tokens.with_x(tokens.x / unit)
-    triple = summed(moments_of(tokens, backend), sum_moments)
-    found = whiten_of(tokens, triple, mode, unbiased, shift_mean, backend)
+    known = summed(moments_of(tokens, backend), sum_moments)
+    found = whiten_of(tokens, known, mode, unbiased, shift_mean, backend)
     if unit is not None:  # "compat" divides by the root of a standard deviation; a mean comes back in its own size
-        mean, back = triple[1] / triple[0].clamp(min=1), unit.sqrt() if mode == "compat" else 1
+        mean, back = known[3], unit.sqrt() if mode == "compat" else 1
         far = found * back if shift_mean else (found - mean) * back + mean * unit
         far = far if tokens.mask is None else torch.where(tokens.mask, far, 0)
         found = torch.where(unit == 1, found, far)
@@ -89,21 +92,22 @@ def moments_of(tokens: Tokens, backend: str) -> Tensor:
     return formula.moments(tokens.x, tokens.mask)
 
 
-def whiten_of(tokens: Tokens, triple: Tensor, mode: str, unbiased: bool, shift_mean: bool, backend: str) -> Tensor:
+def whiten_of(tokens: Tokens, known: Tensor, mode: str, unbiased: bool, shift_mean: bool, backend: str) -> Tensor:
     if native.runs(backend, tokens.x.device):
-        return native.whiten(tokens, triple, mode, unbiased, shift_mean)
-    return formula.whiten(tokens.x, triple, tokens.mask, mode=mode, unbiased=unbiased, shift_mean=shift_mean)
+        return native.whiten(tokens, known, mode, unbiased, shift_mean)
+    return formula.whiten(tokens.x, known, tokens.mask, mode=mode, unbiased=unbiased, shift_mean=shift_mean)
 
 
-def summed(triple: Tensor, sum_moments: Callable[[Tensor], Tensor] | None) -> Tensor:
-    """The triple of all ranks."""
+def summed(known: Tensor, sum_moments: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """Moments (5,) of all ranks, whose first three add up."""
     if sum_moments is None:
-        return triple
+        return known
+    triple = known[:3].clone()  # which an all_reduce may overwrite
     total = sum_moments(triple)
     if not isinstance(total, Tensor) or total.shape != triple.shape or total.dtype != triple.dtype:
         found = f"{tuple(total.shape)} {total.dtype}" if isinstance(total, Tensor) else type(total).__name__
         fail("sum_moments", f"return its argument's sum over ranks, a (3,) {triple.dtype} tensor", found, TypeError)
-    return total
+    return formula.moments_by_sums(total)
 
 
 def _one_sequence(x: Tensor) -> Tensor | None:

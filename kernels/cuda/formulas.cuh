@@ -295,21 +295,35 @@ FINEALIGN_BOTH inline double number_of(const Terms& total, int term) {
 
 // ---- moments and KL rewards ----------------------------------------------------------------------------------------
 
-// Σx, Σx² and the count of n values, which add up over parts of a batch.
+// finealign_kernels/formulas/returns.py `moments`: of n values, Σx, Σx², μ and Σ(x - μ)².
 struct Moments {
-  double n, sum, squares;
+  double n, sum, squares, mean, away;
 };
+
+// Of two parts of a batch: each part's values about its own mean, and what the means are apart.
+FINEALIGN_BOTH inline Moments operator+(Moments x, Moments y) {
+  if (x.n == 0) return y;
+  if (y.n == 0) return x;
+  const double n = x.n + y.n, apart = y.mean - x.mean, share = y.n / n;
+  return {n, x.sum + y.sum, x.squares + y.squares, x.mean + apart * share, x.away + y.away + apart * apart * x.n * share};
+}
+
+// Of n >= 1 values, from the sums of x - first and its square, first being one of them.
+FINEALIGN_BOTH inline Moments moments_about(double first, double n, double d, double dd) {
+  const double away = dd - d * (d / n);
+  return {n, n * first + d, first * (n * first + 2 * d) + dd, first + d / n, away < 0 ? 0 : away};
+}
 
 struct Standard {
   double mean, scale;  // scale 0: nothing to scale by
 };
 
 // finealign_kernels/formulas/returns.py `standard`.
-FINEALIGN_BOTH inline Standard standard(Moments of, Scale scale, bool unbiased) {
-  const double n = of.n < 1 ? 1 : of.n, mean = of.sum / n, square = of.squares / n;
-  double v = square - mean * mean;
-  v = v < 0 ? 0 : square == INFINITY ? NAN : v;  // a NaN stays; of sums that overflow nothing is known
-  if (of.n < 2 || v <= 0x1p-46 * square) return {mean, 0};
+FINEALIGN_BOTH inline Standard standard(const double* known, Scale scale, bool unbiased, bool wide) {
+  const Moments of{known[0], known[1], known[2], known[3], known[4]};
+  const double n = of.n < 1 ? 1 : of.n, mean = of.mean, square = of.squares / n;
+  double v = square == INFINITY ? NAN : of.away / n;  // of sums that overflow nothing is known
+  if (of.n < 2 || v <= (wide ? 0x1p-104 : 0x1p-46) * square) return {mean, 0};
   if (unbiased) v *= n / (n - 1);
   const double spread = scale == Scale::std ? v + 1e-8 : scale == Scale::clamp ? (v < 1e-8 ? 1e-8 : v) : sqrt(v) + 1e-8;
   return {mean, 1 / sqrt(spread)};

@@ -49,15 +49,15 @@ __device__ __forceinline__ Ahead after(Ahead later, Ahead earlier, bool zero) {
 __device__ __forceinline__ void add_block(Moments sum, Moments* out) {
   __shared__ Moments warps[kWarps];
   for (int half = kLanes / 2; half > 0; half /= 2) {
-    sum.n += __shfl_xor_sync(kAllLanes, sum.n, half);
-    sum.sum += __shfl_xor_sync(kAllLanes, sum.sum, half);
-    sum.squares += __shfl_xor_sync(kAllLanes, sum.squares, half);
+    const Moments other{__shfl_down_sync(kAllLanes, sum.n, half), __shfl_down_sync(kAllLanes, sum.sum, half),
+                        __shfl_down_sync(kAllLanes, sum.squares, half), __shfl_down_sync(kAllLanes, sum.mean, half),
+                        __shfl_down_sync(kAllLanes, sum.away, half)};
+    sum = sum + other;
   }
   if (threadIdx.x % kLanes == 0) warps[threadIdx.x / kLanes] = sum;
   __syncthreads();
   if (threadIdx.x != 0) return;
-  for (int w = 1; w < kWarps; ++w)
-    sum = {sum.n + warps[w].n, sum.sum + warps[w].sum, sum.squares + warps[w].squares};
+  for (int w = 1; w < kWarps; ++w) sum = sum + warps[w];
   *out = sum;
 }
 
@@ -344,9 +344,10 @@ __global__ void __launch_bounds__(kThreads, 2) scan_pieces_kernel(Scan op, const
 
 // ---- advantages ------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ Standard standard_of(const Whitening& by) {
+// wide: of float64 values.
+__device__ __forceinline__ Standard standard_of(const Whitening& by, bool wide) {
   if (by.moments == nullptr) return {0, 1};
-  return standard({by.moments[0], by.moments[1], by.moments[2]}, by.scale, by.unbiased);
+  return standard(by.moments, by.scale, by.unbiased, wide);
 }
 
 __device__ __forceinline__ double whitened(double x, Standard by, bool shift) {
@@ -391,7 +392,7 @@ __device__ __forceinline__ void gae_piece(const Advantages& op, int64_t s, Bound
   if (mask != nullptr) mask += piece.start;
   const double gamma = op.gamma[s * op.gamma_stride], decay = gamma * op.lam[s * op.lam_stride];
   const bool zero = op.zero, whitens = op.whiten_rewards.moments != nullptr;
-  const Standard by = standard_of(op.whiten_rewards);
+  const Standard by = standard_of(op.whiten_rewards, sizeof(T) == 8);
   const auto join = [zero](Ahead later, Ahead earlier) { return after(later, earlier, zero); };
   const auto fetch = [&](Place place) {
     GaeTokens<T> read;
@@ -542,21 +543,23 @@ __global__ void __launch_bounds__(kThreads, 4) moments_kernel(const T* x, const 
                                                            int64_t total, Moments* parts) {
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kMomentTokens;
   const int64_t stop = first + kMomentTokens < total ? first + kMomentTokens : total;
-  Moments sum{0, 0, 0};
+  double n = 0, one = 0, d = 0, dd = 0;
 #pragma unroll 4
   for (int64_t i = first + threadIdx.x; i < stop; i += kThreads) {
     const double value = x[i];
     const bool counts = kept ? kept[i] != 0 : mask == nullptr || mask[i] != 0;
-    if (counts) sum = {sum.n + 1, sum.sum + value, fma(value, value, sum.squares)};  // select: it may be NaN
+    if (!counts) continue;  // select: it may be NaN
+    if (n == 0) one = value;
+    const double away = value - one;
+    n += 1, d += away, dd = fma(away, away, dd);
   }
-  add_block(sum, parts + blockIdx.x);
+  add_block(n == 0 ? Moments{} : moments_about(one, n, d, dd), parts + blockIdx.x);
 }
 
 // One block: parts added up, each thread's in order, then the threads' in a tree.
 __global__ void __launch_bounds__(kThreads) add_moments_kernel(const Moments* parts, int64_t count, Moments* out) {
-  Moments sum{0, 0, 0};
-  for (int64_t i = threadIdx.x; i < count; i += kThreads)
-    sum = {sum.n + parts[i].n, sum.sum + parts[i].sum, sum.squares + parts[i].squares};
+  Moments sum{};
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum = sum + parts[i];
   add_block(sum, out);
 }
 
@@ -567,7 +570,7 @@ __global__ void __launch_bounds__(kThreads, 4) finish_kernel(Advantages op) {
   const float* kept = op.pivots_first ? static_cast<const float*>(op.token_weight) : nullptr;
   float* weight = static_cast<float*>(op.token_weight);
   const bool whitens = op.whitened != nullptr;
-  const Standard by = standard_of(op.whiten_advantages);
+  const Standard by = standard_of(op.whiten_advantages, sizeof(T) == 8);
   const float baseline = static_cast<float>(op.baseline);
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < op.segments.total; i += step) {

@@ -194,7 +194,7 @@ def check_gae(lib, name, dtype):
         gamma = batch.numbers(0.8, 1, 1 if plain else None)
         lam = batch.numbers(0.8, 1, None if plain else 1)
         bootstrap = None if plain else batch.numbers(-1, 1)
-        moments = None if plain else torch.tensor([100.0, 20.0, 400.0], dtype=F64)
+        moments = None if plain else torch.tensor([100.0, 20.0, 400.0, 0.2, 396.0], dtype=F64)
         exact = cpu_advantages(
             batch,
             rewards,
@@ -236,13 +236,16 @@ def check_tokens(lib, total, dtype):
             for weight in (None, kept):
                 mask = batch.mask if weight is None else weight != 0
                 x = rewards if batch.mask is None else rewards.nan_to_num(0)
-                triple, parts = batch.out(3, F64), batch.out(3 * (-(-total // 8192)), F64)
+                triple, parts = batch.out(5, F64), batch.out(5 * (-(-total // 8192)), F64)
                 op = Advantages(segments=batch.segments(), dtype=DTYPES[dtype], advantages=batch.at(x))
                 op.advantage_moments, op.pivots_first = triple.pointer, weight is not None
                 op.token_weight = batch.at(weight)
                 batch.run(lib.emu_moments, ctypes.byref(op), parts.pointer, order=order)
                 exact = torch.ops.finealign.moments(x, mask)
                 assert_close(triple.inner, exact, rtol=1e-12, atol=1e-9)
+                if dtype == F64:
+                    check_far_moments(lib, batch, op, weight, parts, order)
+                    op.advantages, op.advantage_moments = batch.at(x), triple.pointer
                 for scale in range(3):
                     out = batch.out()
                     op.whitened, op.whiten_advantages = out.pointer, Whitening(scale=scale, unbiased=True, shift=True)
@@ -262,6 +265,18 @@ def check_tokens(lib, total, dtype):
             near(out.inner, again, dtype)
             assert torch.equal(weight.inner, exact)
             check_pivots(lib, batch, x, order)
+
+
+def check_far_moments(lib, batch, op, weight, parts, order):
+    """Σ (x - μ)² of values at 1e6, as near as the rounding of μ allows."""
+    far, found = batch.tokens().nan_to_num(0) + 1e6, batch.out(5, F64)
+    op.advantages, op.advantage_moments = batch.at(far), found.pointer
+    batch.run(lib.emu_moments, ctypes.byref(op), parts.pointer, order=order)
+    kept = far[weight != 0] if weight is not None else far if batch.mask is None else far[batch.mask]
+    assert found.inner[0] == len(kept)
+    if len(kept):
+        away = (kept - kept.mean()).square().sum() - (kept - kept.mean()).sum() ** 2 / len(kept)
+        assert_close(found.inner[4], away, rtol=2.0**-53 * 1e6, atol=1e-9)
 
 
 def check_pivots(lib, batch, x, order):

@@ -467,19 +467,19 @@ def test_opcheck():
     cu_seqlens, rate = tensor([0, 3, 3, 8]), torch.full((1,), 0.9, dtype=F64)
     mask = tensor([1, 1, 0, 1, 1, 1, 0, 1]).bool()
     r, v, old, ref, q = torch.randn(5, 8).unbind()
-    triple = moments(r)
+    known = torch.ops.finealign.moments(r, None)
     m = [x.to(t) for x, t in ((torch.ones(2), F64), (tensor([1, 2]), torch.int64))]
     bounds = tensor([[0, 1, 1, 2]])
-    options = (True, triple, 0, False, v, rate, rate, None, False, q, 0.5, True, True, 8, torch.float32)
+    options = (True, known, 0, False, v, rate, rate, None, False, q, 0.5, True, True, 8, torch.float32)
     op = torch.ops.finealign.advantages.default
     torch.library.opcheck(op, (cu_seqlens, mask, r, None, None, None, None, False, False, old, ref, 0, 0.1, *options))
     torch.library.opcheck(op, (cu_seqlens, None, None, *m, None, bounds, False, False, old, ref, 2, 0.1, *options))
     none = (False, None, 0, False, None, None, None, None, False, None, 0.0, False, False, 8, torch.float32)
     torch.library.opcheck(op, (cu_seqlens, mask, r, *[None] * 4, False, False, old, ref, 0, 0.1, *none))
     torch.library.opcheck(torch.ops.finealign.moments.default, (r, mask))
-    torch.library.opcheck(torch.ops.finealign.whiten.default, (r, mask, triple, 0, False, True))
-    torch.library.opcheck(torch.ops.finealign.whiten_.default, (r, mask, triple, 0, False, None, q, 0.0))
-    torch.library.opcheck(torch.ops.finealign.whiten_.default, (r, None, triple, 1, True, mask.float(), None, 0.0))
+    torch.library.opcheck(torch.ops.finealign.whiten.default, (r, mask, known, 0, False, True))
+    torch.library.opcheck(torch.ops.finealign.whiten_.default, (r, mask, known, 0, False, None, q, 0.0))
+    torch.library.opcheck(torch.ops.finealign.whiten_.default, (r, None, known, 1, True, mask.float(), None, 0.0))
 
 
 @native_only

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from fractions import Fraction
 
 import oracles
 import pytest
@@ -14,6 +15,7 @@ from torch.testing import assert_close
 
 from finealign_kernels.formulas import returns as formula
 from finealign_kernels.ops import advantages as native
+from finealign_kernels.rl.advantages import advantages
 from finealign_kernels.rl.gae import discounted_returns, gae, kl_penalty
 from finealign_kernels.rl.whitening import moments, whiten
 
@@ -248,6 +250,52 @@ def test_a_large_offset_keeps_its_variance(backend):
     """float32 moments give a variance of -262144 here."""
     x = 1e6 + torch.arange(4096, dtype=torch.float32) % 2
     assert_close(whiten(x, backend=backend), 2 * (x - 1e6) - 1, rtol=0, atol=1e-6)
+
+
+def whitened_exactly(x, mask, by=0.5):
+    """(x - μ) (v + 1e-8)^-½ in fractions, and with by=0.25 the released code's."""
+    kept = [Fraction(value) for value in x[mask].tolist()]
+    mean = sum(kept) / len(kept)
+    v = float(sum((value - mean) ** 2 for value in kept) / len(kept))
+    scale = (v + 1e-8) ** -0.5 if by == 0.5 else (v**0.5 + 1e-8) ** -0.5
+    return tensor([float(value - mean) * scale for value in kept], dtype=F64)
+
+
+@pytest.mark.parametrize("many", [5, 700, 9001])
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e6, 1e8, 1e12])
+def test_a_mean_far_from_0_costs_no_digits(backend, offset, many):
+    """As near as x - fl(μ) is; Σx²/n - μ² is 1e-4 off at 1e6."""
+    x, mask = torch.randn(many, dtype=F64) + offset, torch.rand(many) < 0.8
+    mask[1] = mask[-2] = True
+    expected = whitened_exactly(x, mask)
+    off = 1e-14 + 2.0**-52 * offset
+    for values in (x, torch.where(mask, x, nan)):
+        assert_close(whiten(values, mask=mask, backend=backend)[mask], expected, rtol=1e-13, atol=off)
+    flat = {"mask": mask[None], "gamma": 0.0, "backend": backend}
+    found = advantages(x[None], whiten_rewards=True, **flat)  # keeps the mean, which the second whitening takes off
+    assert_close(found.advantages[mask[None]], expected, rtol=1e-7, atol=1e-7 + 4 * off)
+    found = advantages(x[None], whitening="compat", **flat).advantages[mask[None]]
+    assert_close(found, whitened_exactly(x, mask, 0.25), rtol=1e-13, atol=off)
+    narrow = (x - offset + min(offset, 1e6)).float()
+    expected = whitened_exactly(narrow, mask)
+    assert_close(whiten(narrow, mask=mask, backend=backend)[mask].double(), expected, rtol=1.2e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("place", [0, 1, 650])
+def test_one_value_far_from_the_others(backend, place):
+    x = torch.randn(700, dtype=F64)
+    x[place] = 1e7
+    found, expected = whiten(x, backend=backend), whitened_exactly(x, torch.ones(700, dtype=torch.bool))
+    assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("value", [0.1, -1e10 / 3, 1e-200])
+def test_one_float64_value_is_constant_and_two_neighbours_are_not(backend, value):
+    for many in (2, 3, 777, 10_000):
+        x = torch.full((many,), value, dtype=F64)
+        assert not whiten(x, backend=backend).any()
+    near = tensor([1e10, 1e10 * (1 + 2.0**-40)], dtype=F64)  # 2^-46 of Σx² would call them one
+    assert_close(whiten(near, backend=backend), tensor([-1.0, 1.0], dtype=F64), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

@@ -75,7 +75,7 @@ def trainers(args: argparse.Namespace, folder: str) -> dict:
 
 
 def step(trainer, context, optimizer) -> tuple[float, float]:
-    """One optimiser step: its loss and gradient norm."""
+    """One optimizer step: its loss and gradient norm."""
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(trainer.train_dataset))])
     with context():
         loss = trainer.training_step(trainer.model, batch)

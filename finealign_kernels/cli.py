@@ -48,7 +48,7 @@ def _demo_options(parser):
     add("--threshold", type=float, metavar="X", help="of --pivots threshold, in standard deviations; default: 1")
     add("--percent", type=float, metavar="P", help="of --pivots salience, most salient tokens an answer; default: 20")
     add("--baseline", metavar="B", help="a number, batch, row, or quantile:P; a score above it is good; default: batch")
-    add("--steps", type=int, default=default.steps, metavar="N", help="optimiser steps; default: %(default)s")
+    add("--steps", type=int, default=default.steps, metavar="N", help="optimizer steps; default: %(default)s")
     add("--batch", type=int, default=default.batch, metavar="N", help="pairs a step; default: %(default)s")
     add("--pairs", type=int, default=default.pairs, metavar="N", help="pairs to learn from; default: %(default)s")
     add("--no-compare", dest="compare", action="store_false", help="leave out the second training with all weights 1")
@@ -94,7 +94,7 @@ _REWARD = (
 )
 
 
-_NOISE = "with --reward: share of the planted pairs whose label is turned over; default: %(default)s"
+_NOISE = "with --reward: share of the planted pairs whose label is flipped; default: %(default)s"
 
 
 _SCORES = (

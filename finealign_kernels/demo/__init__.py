@@ -1,9 +1,10 @@
-"""`finealign demo`: a few optimiser steps of a fine-grained preference loss on a small language model, on a CPU.
+"""`finealign demo`: a few optimizer steps of a fine-grained preference loss on a small language model, on a CPU.
 
-Every step runs the loss head twice on the same hidden states, fused and in eager PyTorch, compares loss and gradients,
-and trains with the fused ones. A difference above LIMIT ends the run. With token scores, only tokens or segments whose
-score agrees with their answer's side carry the gradient. `run(Options(model="tiny", loss="ipo"))` is what
-the command does.
+Each step computes loss and gradients twice on the same hidden states: by the fused loss head and in eager PyTorch. The
+two are compared, and the fused gradients train the model. A relative difference above LIMIT ends the run with an error.
+With token scores, only tokens or segments whose score agrees with their side (chosen or rejected) have a gradient.
+
+`run(Options(model="tiny", loss="ipo"))` does the same from Python.
 """
 
 from . import reward, rl, trainer, training
@@ -28,8 +29,8 @@ __all__ = [
 def run(options):
     """Trains, compares, prints a table, writes the report and returns its path.
 
-    Raises  UsageError where an option, a file or a missing package stands in the way; DifferenceError.
+    Raises  UsageError for a wrong option, an unreadable file or a missing package; DifferenceError
     """
     check(options)
-    way = reward if options.reward is not None else trainer if options.trainer else rl if options.rl else training
-    return way.run(options)
+    job = reward if options.reward is not None else trainer if options.trainer else rl if options.rl else training
+    return job.run(options)

@@ -15,15 +15,15 @@ from .options import UsageError, reads_reference, scores_of
 
 
 class Answer(NamedTuple):
-    """A response as tokens, with the weight of each response token."""
+    """A response as tokens, with a weight and a score for each response token."""
 
     response: feedback.Response
     prompt_ids: list[int]
     response_ids: list[int]
     offsets: list[tuple[int, int]]
     weights: list[float]
-    scores: list[float]  # 0 where no span is read
-    lost: tuple[int, int] = (0, 0)  # tokens cut off: in front of the prompt, behind the response
+    scores: list[float]  # 0 without scored spans
+    lost: tuple[int, int] = (0, 0)  # tokens cut off: at the start of the prompt, at the end of the response
 
 
 class Pair(NamedTuple):
@@ -36,7 +36,7 @@ class Pair(NamedTuple):
 
 
 class Padded(NamedTuple):
-    """Sequences of prompt and answer side by side, padded on the right. Row t predicts token t + 1."""
+    """Sequences of prompt and answer, padded on the right. Position t predicts token t + 1."""
 
     input_ids: torch.Tensor  # (S, T)
     attention_mask: torch.Tensor  # (S, T)
@@ -50,18 +50,18 @@ class Batch(NamedTuple):
     """Pairs as padded sequences: all chosen, then all rejected."""
 
     pairs: list[Pair]
-    answers: list[Answer]  # one a sequence
+    answers: list[Answer]  # (S,)
     input_ids: torch.Tensor  # (S, T)
     attention_mask: torch.Tensor  # (S, T)
     labels: torch.Tensor  # (S, T-1)
     mask: torch.Tensor  # (S, T-1) bool, true where a response token is predicted
-    token_weight: torch.Tensor  # (S, T-1), the mask in it
+    token_weight: torch.Tensor  # (S, T-1), 0 where the adaptive mask drops a token
     ref_logp: torch.Tensor | None  # (S, T-1)
-    start_logp: torch.Tensor | None  # (S, T-1), of the model that training started from, where anything reads it
-    span_weight: torch.Tensor  # (S, T-1), without the mask
+    start_logp: torch.Tensor | None  # (S, T-1), of the model before training; None if not needed
+    span_weight: torch.Tensor  # (S, T-1), the weights from the spans alone
     token_score: torch.Tensor  # (S, T-1)
     pivots: torch.Tensor | None = None  # (S, T-1) bool
-    why: AdaptiveMask | None = None  # None without a mask
+    adaptive: AdaptiveMask | None = None  # None without a mask
 
 
 def read_examples(options):
@@ -72,7 +72,7 @@ def read_examples(options):
 
 
 def read_pairs(options, tokenizer, examples):
-    """The first `options.pairs` preferences in an order drawn by the seed, as tokens."""
+    """The first `options.pairs` preferences as tokens, after shuffling by the seed."""
     judged = [(example, preference) for example in examples for preference in example.preferences]
     if not judged:
         raise UsageError(f"--data must hold preferences to learn from, got {len(examples)} examples without any")
@@ -104,7 +104,7 @@ def prompt_of(tokenizer, example):
 
 
 def encode_answer(options, tokenizer, prompt, response, scored):
-    """Every token weighs 1."""
+    """An Answer with all weights 1, cut to --max-prompt and --max-response tokens."""
     encoded = feedback.encode(tokenizer, prompt, response)
     offsets = encoded.offsets[: options.max_response]
     start = encoded.response_start
@@ -120,7 +120,7 @@ def encode_answer(options, tokenizer, prompt, response, scored):
 
 
 def cut_sentence(options, answers):
-    """What --max-prompt and --max-response leave out of the answers that are read; empty where that is nothing."""
+    """A sentence on what --max-prompt and --max-response cut off; empty if they cut nothing."""
     prompts, ends = (sum(answer.lost[i] > 0 for answer in answers) for i in (0, 1))
     parts = []
     if prompts:
@@ -135,7 +135,7 @@ def cut_sentence(options, answers):
 
 
 def spans_beyond(answer):
-    """The spans that no token of the answer shows."""
+    """The spans that have no token left in the answer."""
     spans = answer.response.spans
     ranges = feedback.token_spans(answer.offsets, answer.response.text, spans)
     return [span for span, (_, stop) in zip(spans, ranges, strict=True) if not stop]
@@ -145,7 +145,7 @@ def answers_of(pairs):
     return [answer for pair in pairs for answer in (pair.chosen, pair.rejected)]
 
 
-def say_cuts(options, answers):
+def print_cuts(options, answers):
     sentence = cut_sentence(options, answers)
     if sentence:
         print(textwrap.fill(sentence, 100), flush=True)
@@ -156,7 +156,7 @@ def cut_facts(options):
 
 
 def make_batch(options, model, pairs):
-    """The pairs as one padded batch, with the reference's log-probs. `nll` learns from the chosen answers alone."""
+    """The pairs as one padded batch with the reference's log-probs. For `nll` it has the chosen answers only."""
     answers = [pair.chosen for pair in pairs]
     if options.loss != "nll":
         answers += [pair.rejected for pair in pairs]
@@ -181,30 +181,33 @@ def pad(answers):
 
 
 def response_start(answer):
-    """The row that predicts the first response token: that of the prompt's last token."""
+    """The position that predicts the first response token, which is the prompt's last token."""
     return len(answer.prompt_ids) - 1
 
 
 @torch.no_grad()
 def start_logp(model, batch):
-    """(S, T-1): log-probs by the model that training started from."""
+    """(S, T-1): log-probs of the model before training."""
     with model.frozen():
         return linear_logprobs(hidden_states(model, batch), model.weight, batch.labels, mask=batch.mask).logp
 
 
 def spans_of_tokens(answer):
-    """The spans over each response token."""
+    """For each response token, the list of spans that it lies in."""
     spans = answer.response.spans
     ranges = feedback.token_spans(answer.offsets, answer.response.text, spans)
-    held = [[] for _ in answer.offsets]
+    found = [[] for _ in answer.offsets]
     for span, (first, stop) in zip(spans, ranges, strict=True):
         for t in range(first, stop):
-            held[t].append(span)
-    return held
+            found[t].append(span)
+    return found
 
 
 def texts_of_tokens(tokenizer, answer):
-    """The response cut at its tokens, nothing lost; special tokens by name, the rest of a split character as ·."""
+    """The response's text cut into its tokens. Special tokens appear by name.
+
+    If a character is split into several tokens, the first has the character and the others have "·".
+    """
     texts, reached, special = [], 0, tokenizer.all_special_ids
     for token, (_, end) in zip(answer.response_ids, answer.offsets, strict=True):
         own = answer.response.text[reached:end]

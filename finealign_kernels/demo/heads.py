@@ -1,4 +1,4 @@
-"""The loss head twice, from hidden states to gradients: fused, and in eager PyTorch as its oracle."""
+"""The loss head from hidden states to gradients, twice: fused, and in eager PyTorch as the reference."""
 
 from typing import NamedTuple
 
@@ -10,18 +10,18 @@ from ..losses.preference import PREFERENCE, preference_loss, score_loss
 from ..ops.logprobs import linear_logprobs
 from .options import average_of, beta_of
 
-LIMIT = 1e-4  # relative, float32; eager's own error on confident tokens reaches 5e-5
+LIMIT = 1e-4  # relative, float32; the error of eager PyTorch itself on confident tokens reaches 5e-5
 LEAST_LOSS = 0.1  # nats
 TINY = torch.finfo(torch.float32).tiny
 NOISE = 64 * torch.finfo(torch.float32).eps  # rounding of a sum, relative to the size of its terms
 
 
 class DifferenceError(Exception):
-    """The fused head and eager PyTorch disagree by more than LIMIT."""
+    """The results of the fused head and of eager PyTorch differ by more than LIMIT."""
 
 
 class Tokens(NamedTuple):
-    """What a loss reads beside the log-probs; a Batch has the same."""
+    """The arguments of a loss besides the log-probs. A Batch has the same fields."""
 
     mask: torch.Tensor  # (S, T) bool
     token_weight: torch.Tensor  # (S, T)
@@ -29,7 +29,7 @@ class Tokens(NamedTuple):
 
 
 class Head(NamedTuple):
-    """What a loss head computes from hidden states: the loss and its gradients. dweight is None for a frozen head."""
+    """The result of a loss head: the loss and its gradients. dweight is None for a frozen head."""
 
     loss: torch.Tensor
     dhidden: torch.Tensor  # (S, T-1, D)
@@ -40,12 +40,12 @@ class Head(NamedTuple):
 
 
 def leaves(hidden, weight):
-    """What a head differentiates: the same tensors, cut off from the model."""
+    """Hidden states and weight as leaf tensors, detached from the model, for a head to differentiate."""
     return hidden.detach().requires_grad_(), weight.detach().requires_grad_(weight.requires_grad)
 
 
 def fused_head(options, hidden, weight, batch):
-    """The library's way: log-probs of the rows under the mask straight from the hidden states, then the loss."""
+    """The head of this library: log-probs of the masked-in rows directly from hidden states, then the loss."""
     logp = linear_logprobs(hidden, weight, batch.labels, mask=batch.mask).logp
     output = library_loss(options, logp, batch)
     dhidden, dweight, dlogp = _gradients(output.loss, hidden, weight, logp)
@@ -53,7 +53,7 @@ def fused_head(options, hidden, weight, batch):
 
 
 def eager_head(options, hidden, weight, batch, *, all_rows=False):
-    """The same in plain PyTorch: logits of the rows under the mask (or of all), log-softmax, the label's column."""
+    """The same in plain PyTorch: logits of the masked-in rows (or of all rows), log-softmax, the label's column."""
     rows = torch.ones_like(batch.mask) if all_rows else batch.mask
     logits = hidden[rows] @ weight.T
     picked = logits.log_softmax(-1).gather(-1, batch.labels[rows][:, None])[:, 0]
@@ -69,7 +69,7 @@ def _gradients(loss, hidden, weight, *others):
 
 
 def backward(hidden, weight, head):
-    """From the head's gradients to those of all parameters. A tied head adds its own to the embedding's."""
+    """Backpropagates the head's gradients to all parameters. The gradient of a tied head goes to the embedding too."""
     if head.dweight is None:
         hidden.backward(head.dhidden)
     else:
@@ -77,7 +77,7 @@ def backward(hidden, weight, head):
 
 
 def library_loss(options, logp, tokens):
-    """The loss by the library, a PreferenceLoss, an NLLLoss or a PolicyLoss."""
+    """The loss from this library: a PreferenceLoss, an NLLLoss or a PolicyLoss."""
     if options.rl:
         counted = {"mask": tokens.mask, "token_weight": tokens.token_weight, "average": "kept", "kl_coef": 0.0}
         return policy_loss(options.rl, logp, tokens.old_logp, tokens.advantage, **counted)
@@ -88,14 +88,15 @@ def library_loss(options, logp, tokens):
     return preference_loss(options.loss, logp, tokens.ref_logp, beta=options.beta, **counted, **hyper)
 
 
-# DiscoPOP turns within tau nats: at its own 0.05 it magnifies the rounding of log-probs, of either head, up to LIMIT
+# DiscoPOP changes within tau nats. Its default of 0.05 magnifies the rounding of log-probs, of either head, up to
+# LIMIT.
 HYPER = {"discopop": {"tau": 1.0}}
 
 
 def plain_loss(options, logp, tokens):
-    """The mean loss in plain PyTorch: its formula, differentiated by autograd, without our slopes and kernels.
+    """The mean loss in plain PyTorch. Autograd differentiates the formula; our slopes and kernels are not used.
 
-    A loss that matches pairs by rank across the batch is computed by the library.
+    A loss that matches pairs by rank across the batch is computed by the library instead.
     """
     if options.rl:
         return _plain_policy_loss(options, logp, tokens)
@@ -122,7 +123,7 @@ def plain_loss(options, logp, tokens):
 
 
 def _plain_policy_loss(options, logp, tokens):
-    """Clipped surrogate of arXiv:1707.06347 eq. 7: mean over tokens, or (GRPO) over answers of their tokens' means."""
+    """The clipped surrogate of arXiv:1707.06347 eq. 7: the mean over tokens, or for GRPO over the means of answers."""
     weight = torch.where(tokens.mask, tokens.token_weight, 0.0)
     ratio = torch.where(tokens.mask, logp - tokens.old_logp, 0.0).exp()
     gain = torch.minimum(ratio * tokens.advantage, ratio.clamp(0.8, 1.2) * tokens.advantage)
@@ -131,12 +132,12 @@ def _plain_policy_loss(options, logp, tokens):
 
 
 def _ratio(total, length):
-    """0 where a mask has left nothing to divide by."""
+    """total / length, and 0 where the length is 0."""
     return total / torch.where(length == 0, 1, length)
 
 
 class Sizes(NamedTuple):
-    """Norms of the terms that are summed to the gradients: where the terms cancel, the sum is rounding of this size."""
+    """Norms of the terms that add up to the gradients. If the terms cancel, the rounding error has this scale."""
 
     dhidden: float
     dweight: float
@@ -145,19 +146,19 @@ class Sizes(NamedTuple):
 def sizes(dlogp, hidden, weight):
     """Sizes of dhidden_n = Σ_v dz_nv w_v and of dweight_v = Σ_n dz_nv h_n, with dz_nv = dlogp_n (1[v = label] - p_v).
 
-    ‖dlogp‖ times the root mean square norm of a row of weight, and (Σ_n dlogp_n² ‖h_n‖²)^½. 1 and p round by as much
-    where they cancel, so p is in neither.
+    They are ‖dlogp‖ times the root mean square norm of a row of weight, and (Σ_n dlogp_n² ‖h_n‖²)^½. The factor
+    1 - p is taken as 1, because its rounding error does not shrink when 1 and p cancel.
     """
     row = weight.detach().norm() / len(weight) ** 0.5
     return Sizes((dlogp.norm() * row).item(), (dlogp[..., None] * hidden.detach()).norm().item())
 
 
 def differences(fused, eager, of):
-    """Relative difference (norm of the difference over eager's norm) of the loss and of each gradient.
+    """Relative difference of the loss and of each gradient: norm of the difference divided by the eager norm.
 
-    A gradient whose terms (of: their Sizes) cancel, as those of two equal answers do, is held against the size from
-    which LIMIT is above their rounding. A loss with a negative item (unlikelihood) passes through 0: it is held against
-    LEAST_LOSS at least.
+    of: the Sizes of the terms of the gradients. If the terms cancel, as for two equal answers, the eager norm is almost
+    0 and only rounding remains. The divisor is therefore never smaller than the size at which LIMIT is above this
+    rounding. A loss with negative items (unlikelihood) may pass through 0, so its divisor is at least LEAST_LOSS.
     """
     items = getattr(fused.metrics, "losses", fused.loss)
     found = {
@@ -177,7 +178,7 @@ def _relative(value, expected, least=0.0):
 def refuse_difference(step, differences):
     """Raises DifferenceError naming the step and the first figure above LIMIT."""
     for name, difference in differences.items():
-        if not difference <= LIMIT:  # NaN is no agreement
+        if not difference <= LIMIT:  # also refuses NaN
             raise DifferenceError(
                 f"step {step}: the {name} of the fused head differs from eager PyTorch's by {difference:.2g} relative, "
                 f"the limit is {LIMIT:g}"

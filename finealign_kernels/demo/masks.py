@@ -1,4 +1,4 @@
-"""Which tokens of a batch carry the gradient: scores from the policy, the spans or a file, then pivots and a mask."""
+"""Which tokens of a batch have a gradient: scores from the policy, the spans or a file, then pivots and a mask."""
 
 import torch
 
@@ -9,7 +9,7 @@ from .options import UsageError, baseline_of, beta_of, percent_of, scores_of, th
 
 
 def read_scores(options, examples):
-    """The examples whose spans' scores are the tokens' scores, by id; None where no span is read."""
+    """The examples whose spans give the token scores, by id; None if token scores do not come from spans."""
     if scores_of(options) in (None, "implicit"):
         return None
     if options.scores == "spans":
@@ -22,21 +22,21 @@ def read_scores(options, examples):
 
 
 def scored_spans(options, scored, example, index):
-    """Spans with scores of one response, from `read_scores`."""
+    """The scored spans of one response, from the result of `read_scores`."""
     if scored is None:
         return ()
-    held = scored.get(example.id)
+    found = scored.get(example.id)
     text = example.responses[index].text
-    if held is None or index >= len(held.responses) or held.responses[index].text != text:
+    if found is None or index >= len(found.responses) or found.responses[index].text != text:
         raise UsageError(
             f"--scores {options.scores} must hold the responses of --data, got another or none as response {index} of "
             f"{example.id!r}"
         )
-    return held.responses[index].spans
+    return found.responses[index].spans
 
 
 def span_scores(offsets, text, spans):
-    """The score of each token: the sum over the spans it is in, -1 for a span without a score, 0 outside."""
+    """The score of each token: the sum of the scores of its spans. A span without a score counts -1."""
     scores = [0.0] * len(offsets)
     for span, (first, stop) in zip(spans, feedback.token_spans(offsets, text, spans), strict=True):
         for t in range(first, stop):
@@ -45,7 +45,7 @@ def span_scores(offsets, text, spans):
 
 
 def masked(options, model, hidden, batch):
-    """The batch with the mask in its weights, and what the mask was made from."""
+    """The batch with its adaptive mask multiplied into token_weight, and with the scores and pivots behind it."""
     score = batch.token_score
     if scores_of(options) == "implicit":
         with torch.no_grad():
@@ -55,16 +55,17 @@ def masked(options, model, hidden, batch):
     pivots = None if options.pivots is None else pivot_flags(score, mask=batch.mask, **_kind(options))
     side = 1 if options.loss == "nll" else "halves"
     segments = pivots if options.keep == "segments" else None
-    why = adaptive_mask(score, mask=batch.mask, side=side, pivots=segments, **baseline_of(options))
+    adaptive = adaptive_mask(score, mask=batch.mask, side=side, pivots=segments, **baseline_of(options))
     if options.keep == "pivots":
-        weight = why.token_weight * pivots
-        why = why._replace(token_weight=weight, kept=(weight != 0).sum() / batch.mask.sum().clamp(min=1))
-    return batch._replace(token_weight=batch.span_weight * why.token_weight, token_score=score, pivots=pivots, why=why)
+        weight = adaptive.token_weight * pivots
+        adaptive = adaptive._replace(token_weight=weight, kept=(weight != 0).sum() / batch.mask.sum().clamp(min=1))
+    weight = batch.span_weight * adaptive.token_weight
+    return batch._replace(token_weight=weight, token_score=score, pivots=pivots, adaptive=adaptive)
 
 
 def unmasked(batch):
     """The same batch without its mask."""
-    return batch._replace(token_weight=batch.span_weight, why=None)
+    return batch._replace(token_weight=batch.span_weight, adaptive=None)
 
 
 def _kind(options):

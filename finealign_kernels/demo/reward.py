@@ -1,8 +1,9 @@
-"""The run with --reward: small reward models on answers whose labels are partly wrong, by several losses.
+"""The run with --reward: small reward models, trained by several losses on pairs whose labels are partly wrong.
 
-The first half of the model's layers, frozen, gives each segment of an answer a vector, the mean of its tokens' hidden
-states; a head of two layers gives the segment a score, and an answer's score is the mean of its segments'. MODELS such
-heads give each pair its strength. Then every arm trains new heads, and held-out pairs of other prompts judge them.
+The body is the first half of the model's layers, frozen. The vector of a segment is the mean of the hidden states of
+its tokens. A head of two layers computes the score of a segment from it, and the score of an answer is the mean over
+its segments. MODELS such heads measure the strength of each pair. Then each arm of the comparison trains new heads,
+whose accuracy is measured on held-out pairs of other prompts.
 """
 
 from typing import NamedTuple
@@ -13,26 +14,26 @@ from ..losses.contrastive import contrastive_loss, dropout_views
 from ..losses.pairs import pick_scores
 from ..losses.reward import reward_loss
 from ..losses.strength import Strength, preference_strength
-from .data import read_examples, say_cuts
+from .data import print_cuts, read_examples
 from .models import load_causal
 from .options import UsageError
 from .reward_data import Pairs, read_judgements, read_pairs, standardised
 from .reward_summary import summary, write_report
 
-MODELS, SEEDS = 5, 3  # heads that measure strength; heads of each arm
+MODELS, SEEDS = 5, 3  # number of heads that measure strength; number of heads of each arm
 EPOCHS, BATCH, LR, WIDTH = 4, 16, 1e-3, 32
-CLAMP, DROPOUT, CONTRAST = 1.0, 0.05, 1.0  # of margins; of the two views; weight of the contrastive loss
+CLAMP, DROPOUT, CONTRAST = 1.0, 0.05, 1.0  # bound of margins; dropout of the two views; weight of the contrastive loss
 
 
 class Arm(NamedTuple):
-    """One way to train: a row of REWARD, with or without contrast."""
+    """One arm of the comparison: a row of REWARD, with or without a contrastive term."""
 
     loss: str = "bradley_terry"
     contrast: bool = False
 
 
 ARMS = {
-    "right labels": Arm("flip"),  # known where they were planted alone
+    "right labels": Arm("flip"),  # only if the flipped labels are known
     "as labelled": Arm(),
     "margin": Arm("adaptive_margin"),
     "flip": Arm("flip"),
@@ -40,19 +41,19 @@ ARMS = {
     "soft labels": Arm("soft_label_vote"),
     "contrast": Arm(contrast=True),
 }
-SHOWN = "flip, margin"  # the arm that colours segments
+SHOWN = "flip, margin"  # the arm whose scores colour the segments in the report
 
 
 class Result(NamedTuple):
-    """What came out, as tensors over pairs."""
+    """The result of a run, as tensors over pairs."""
 
     train: Pairs
     held: Pairs
-    strength: Strength  # of the pairs trained on
+    strength: Strength  # of the training pairs
     sure: torch.Tensor  # (held,) absolute strength of the held-out pairs
-    weakest: torch.Tensor  # (train,) bool: what "flip" turns over
+    weakest: torch.Tensor  # (train,) bool: the pairs that "flip" flips
     right: dict[str, torch.Tensor]  # arm -> (SEEDS, held) bool
-    scores: torch.Tensor  # (segments of held,) by the first head of SHOWN
+    scores: torch.Tensor  # (segments of held,) from the first head of SHOWN
 
 
 class Head(torch.nn.Module):
@@ -68,9 +69,9 @@ class Head(torch.nn.Module):
 
 
 def run(options):
-    """Trains, judges, prints a table, writes the report and returns its path.
+    """Trains, evaluates, prints a table, writes the report and returns its path.
 
-    Raises  UsageError where an option, a file or a missing package stands in the way.
+    Raises  UsageError for a wrong option, an unreadable file or a missing package
     """
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -82,7 +83,7 @@ def run(options):
     body = half(causal.base_model)
     print(f"reading {len(judgements[0])} pairs to train on and {len(judgements[1])} held-out ones ...", flush=True)
     pairs = [read_pairs(options, body, tokenizer, part) for part in judgements]
-    say_cuts(options, [one.answer for part in pairs for one in part.answers])
+    print_cuts(options, [one.answer for part in pairs for one in part.answers])
     pairs = standardised(*pairs)
     print("training reward heads ...", flush=True)
     result = train_all(options, *pairs)
@@ -93,12 +94,12 @@ def run(options):
 
 
 def half(body):
-    """The body with the first half of its layers: later ones say little more here.
+    """The body with the first half of its layers. The later layers add little here.
 
-    Raises  UsageError where it has no list of layers.
+    Raises  UsageError if the body has no list of layers
     """
     for path, layers in body.named_modules():
-        if isinstance(layers, torch.nn.ModuleList):  # the outermost one; lists of experts lie inside of a layer
+        if isinstance(layers, torch.nn.ModuleList):  # the outermost list; lists of experts are inside of layers
             owner, _, name = path.rpartition(".")
             setattr(body.get_submodule(owner), name, layers[: (len(layers) + 1) // 2])
             return body
@@ -106,7 +107,7 @@ def half(body):
 
 
 def train_all(options, train, held):
-    """Strength by MODELS heads, then SEEDS heads of each arm."""
+    """Measures strength with MODELS heads, then trains SEEDS heads of each arm and evaluates them."""
     first = 100 * options.seed
     models = [train_head(train, first + k, ARMS["as labelled"]) for k in range(MODELS)]
     strength = preference_strength(differences(model, train) for model in models)
@@ -125,7 +126,7 @@ def train_all(options, train, held):
 
 
 def constants_of(arm, strength, flip):
-    """What a loss reads of each pair."""
+    """The arguments of an arm's loss that have one number for each pair."""
     return {
         "bradley_terry": {},
         "adaptive_margin": {"strength": strength.mean},
@@ -136,7 +137,7 @@ def constants_of(arm, strength, flip):
 
 
 def train_head(data, seed, arm, **constants):
-    """A head trained with an arm's loss; constants are tensors (P,)."""
+    """A head trained with the loss of an arm; constants: its arguments, tensors (P,)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = Head(data.hidden.shape[1])
@@ -144,15 +145,15 @@ def train_head(data, seed, arm, **constants):
         for _ in range(EPOCHS):
             for index in torch.randperm(len(data.pairs)).split(BATCH):
                 hidden, cu_seqlens = data.of(index.tolist())
-                fitting = {name: x[index] for name, x in constants.items()}
-                loss_of(head, arm, hidden, cu_seqlens, fitting).backward()
+                of_batch = {name: x[index] for name, x in constants.items()}
+                loss_of(head, arm, hidden, cu_seqlens, of_batch).backward()
                 optimizer.step()
                 optimizer.zero_grad()
     return head.eval()
 
 
 def loss_of(head, arm, hidden, cu_seqlens, constants):
-    """The reward loss of a batch; with contrast its mean over two dropout views, and SimCSE on the answers' means."""
+    """The reward loss of a batch. With contrast: its mean over two dropout views, plus SimCSE on the answers' means."""
     options = dict(cu_seqlens=cu_seqlens, pick="mean", clamp=CLAMP, **constants)
     if not arm.contrast:
         return reward_loss(arm.loss, head(hidden)[0], **options).loss
@@ -168,6 +169,6 @@ def segment_scores(head, data):
 
 
 def differences(head, data):
-    """(P,) the score of the chosen answer less that of the rejected one."""
+    """(P,) the score of the chosen answer minus that of the rejected one."""
     chosen, rejected = pick_scores(segment_scores(head, data), cu_seqlens=data.cu_seqlens, pick="mean").chunk(2)
     return chosen - rejected

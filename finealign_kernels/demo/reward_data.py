@@ -1,4 +1,4 @@
-"""Pairs of answers for a reward model, judged or planted, and what a frozen body says of their segments."""
+"""Pairs of answers for a reward model, from data or with planted faults, and the hidden states of their segments."""
 
 import random
 from typing import NamedTuple
@@ -10,24 +10,24 @@ from ..feedback import Response, Span
 from .data import Answer, encode_answer, prompt_of
 from .options import UsageError
 
-KINDS = ("irrelevant", "repetition", "incoherent")  # of planted faults
-MOST = 3  # faults in an answer
-HELD = 1 / 3  # of the prompts are held out
-TOGETHER = 16  # answers to a prompt in one pass of the body
+KINDS = ("irrelevant", "repetition", "incoherent")  # kinds of planted faults
+MOST = 3  # largest number of faults in an answer
+HELD = 1 / 3  # share of the prompts that are held out
+TOGETHER = 16  # number of answers to a prompt in one forward pass
 
 
 class Judged(NamedTuple):
-    """Two answers to a prompt, in the order of their label."""
+    """Two answers to a prompt, chosen and rejected according to their label."""
 
     example: feedback.Example  # the prompt
     chosen: Response
     rejected: Response
-    votes: float | None = None  # for the chosen one, where the data counts them
-    planted: bool = False  # the label was turned over: in truth the rejected answer is the better one
+    votes: float | None = None  # for the chosen one, if the data counts them
+    planted: bool = False  # True if the label was flipped: the rejected answer is really the better one
 
 
 class Read(NamedTuple):
-    """An answer as its segments, with the body's hidden states."""
+    """An answer, its segments, and their hidden states."""
 
     answer: Answer
     segments: list[tuple[int, int]]  # tokens [first, stop) of the response
@@ -35,7 +35,7 @@ class Read(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """P pairs with the segments of their 2 P answers, all chosen ones, then all rejected ones."""
+    """P pairs with the segments of their 2 P answers: all chosen answers, then all rejected ones."""
 
     pairs: list[Judged]
     answers: list[Read]
@@ -44,13 +44,13 @@ class Pairs(NamedTuple):
     planted: torch.Tensor  # (P,) bool
 
     def of(self, index):
-        """Hidden states and cu_seqlens of the pairs of those indices."""
+        """Hidden states and cu_seqlens of the pairs with these indices."""
         picked = [*index, *(len(self.pairs) + i for i in index)]
         return joined([self.answers[i].hidden for i in picked])
 
 
 def joined(hidden):
-    """Rows one after the other, and where each part starts and ends."""
+    """The rows of all parts one after the other, and cu_seqlens of the parts."""
     return torch.cat(hidden), torch.tensor([0, *map(len, hidden)]).cumsum(0)
 
 
@@ -60,7 +60,7 @@ def gather(pairs, answers):
 
 
 def standardised(*sets):
-    """The sets with hidden states of mean 0 and standard deviation 1 in the first of them, held within 5."""
+    """The sets with standardised hidden states: mean 0 and standard deviation 1 in the first set, clamped to ±5."""
     mean, std = sets[0].hidden.mean(0), sets[0].hidden.std(0) + 1e-6
 
     def scaled(x):
@@ -71,10 +71,10 @@ def standardised(*sets):
 
 
 def read_judgements(options, examples):
-    """Pairs to train on, and held-out pairs of other prompts: the judgements of --data, or planted ones.
+    """Training pairs, and held-out pairs of other prompts: the judgements of --data, or pairs with planted faults.
 
-    Of --data `options.reward` pairs are trained on, and at most half as many judge the models. Planted pairs are as
-    many; `options.noise` of the labels to train on are turned over, none of the held-out ones.
+    There are up to `options.reward` training pairs and half as many held-out ones. With planted faults, a share of
+    `options.noise` of the training labels is flipped, and no held-out label.
     """
     draw = random.Random(options.seed)
     examples = [example for example in examples if example.preferences]
@@ -88,11 +88,11 @@ def read_judgements(options, examples):
         return tuple(_judged(part, count, draw) for part, count in zip(parts, counts, strict=True))
     train, judge = (planted(part, count, draw) for part, count in zip(parts, counts, strict=True))
     for i in draw.sample(range(len(train)), round(options.noise * len(train))):
-        train[i] = turned(train[i])
+        train[i] = flipped(train[i])
     return train, judge
 
 
-def turned(pair):
+def flipped(pair):
     return pair._replace(chosen=pair.rejected, rejected=pair.chosen, planted=not pair.planted)
 
 
@@ -107,23 +107,23 @@ def _judged(examples, count, draw):
 
 
 def planted(examples, count, draw):
-    """Pairs of good answers with faults of KINDS, 0 to MOST; the one with fewer is chosen."""
+    """Pairs of good answers with 0 to MOST planted faults each; the answer with fewer faults is the chosen one."""
     good = [(example, one.text) for example in examples for one in example.responses if not one.spans]
     pairs = []
     for _ in range(count):
         example, text = draw.choice(good)
         others = [sentence for other, words in good if other is not example for sentence in _sentences(words)]
         few, many = sorted(draw.sample(range(MOST + 1), 2))
-        better, worse = (_spoilt(text, faults, others, draw) for faults in (few, many))
+        better, worse = (_with_faults(text, faults, others, draw) for faults in (few, many))
         pairs.append(Judged(example, better, worse))
     return pairs
 
 
-def _spoilt(text, faults, others, draw):
-    """The text with that many faults, each marked by a span."""
+def _with_faults(text, faults, others, draw):
+    """The text with so many faults, each marked by a span."""
     parts = [(sentence, None) for sentence in _sentences(text)]
     kinds = draw.choices(KINDS, k=faults)
-    for kind in sorted(kinds, key="repetition".__eq__):  # last, of sentences that stay
+    for kind in sorted(kinds, key="repetition".__eq__):  # repetitions last, of sentences without another fault
         clean = [i for i, (_, fault) in enumerate(parts) if fault is None]
         if len(clean) == 1:
             kind = "repetition"
@@ -151,7 +151,7 @@ def _sentences(text):
 
 @torch.no_grad()
 def read_pairs(options, body, tokenizer, pairs):
-    """The pairs with hidden states of their segments. Every answer runs once, behind its prompt's cached states."""
+    """The pairs with the hidden states of their segments. Each answer runs once, after its prompt's cached states."""
     wanted = {}
     for pair in pairs:
         for response in (pair.chosen, pair.rejected):

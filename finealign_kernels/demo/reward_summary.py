@@ -12,43 +12,45 @@ from .models import name_of
 from .summary import faults_of, text_table
 
 SHADES = [report.Shade("segment score", "worse than the mean", "better", signed=True)]
-PARTS = 5  # of the held-out pairs by strength
-DRAWN = ("right labels", "as labelled", "flip", "flip, margin", "soft labels")  # up to four have a curve
-SHOWN = 4  # pairs in the report
+PARTS = 5  # parts of the held-out pairs, by strength
+DRAWN = ("right labels", "as labelled", "flip", "flip, margin", "soft labels")  # at most four of these have a curve
+SHOWN = 4  # number of pairs in the report
 
 
 def parts_by(values, count):
-    """Indices of the pairs in `count` parts of about the same size, of the smallest values first."""
+    """Indices of the pairs in `count` parts of about the same size, sorted by ascending value."""
     return values.argsort(stable=True).tensor_split(min(count, len(values)))
 
 
 def accuracies(result):
-    """Arm -> accuracy of each seed (SEEDS,)."""
+    """The accuracy of each seed (SEEDS,), by arm."""
     return {name: right.float().mean(1) for name, right in result.right.items()}
 
 
 def table(result):
-    """Columns and rows: each arm's held-out accuracy, least and largest of the seeds, and by strength."""
+    """Columns and rows: held-out accuracy of each arm, smallest and largest of its seeds, and by strength."""
     parts = parts_by(result.sure, PARTS)
     rows = []
     for name, each in accuracies(result).items():
         by_part = [100 * result.right[name][:, part].float().mean().item() for part in parts]
         spread = f"{100 * each.min():.1f} to {100 * each.max():.1f}"
         rows.append([name, 100 * each.mean().item(), spread, *by_part])
-    numbers = [str(1 + part) for part in range(len(parts))]  # with fewer pairs than fifths a part holds one pair
+    numbers = [str(1 + part) for part in range(len(parts))]  # with fewer than PARTS pairs, each part is one pair
     names = ["weakest fifth", *numbers[1:-1], "strongest"] if len(parts) == PARTS else numbers
     return ["loss", "accuracy, %", "seeds", *names], rows
 
 
-def found(result):
-    """Share of the turned labels among the pairs that "flip" turns over; None where none is known or picked."""
+def flip_precision(result):
+    """Share of wrong labels among the pairs that "flip" flips; None if unknown, or if it flips none."""
     picked = result.train.planted[result.weakest]
     return picked.float().mean().item() if result.train.planted.any() and len(picked) else None
 
 
 def lowest_is_marked(result):
-    """Of held-out answers with marks on some segments: in how many is the lowest segment marked, the same by chance,
-    and how many there are."""
+    """For held-out answers with marked and unmarked segments: how often the segment of lowest score is a marked one.
+
+    Returns (share of such answers, the share expected by chance, their number), or None if there are none.
+    """
     bounds, hits, chances = result.held.cu_seqlens.tolist(), [], []
     for answer, start, stop in zip(result.held.answers, bounds, bounds[1:], strict=False):
         marks = spans_of_tokens(answer.answer)
@@ -64,7 +66,7 @@ def _is_fault(span):
 
 
 def summary(options, result):
-    """The table of the arms and the sentence that reads it, for the terminal."""
+    """The table of the arms and a sentence that explains it, for the terminal."""
     sentence = textwrap.fill(_sentence(options, result), 100)
     return f"\naccuracy on held-out pairs, and by strength\n{text_table(*table(result))}\n\n{sentence}\n"
 
@@ -76,14 +78,14 @@ def _sentence(options, result):
     text = (
         f"Trained on the labels as they are, heads rank {mean['as labelled']:.1f}% of held-out {what} right; {named}."
     )
-    share, marked = found(result), lowest_is_marked(result)
+    share, marked = flip_precision(result), lowest_is_marked(result)
     if share is not None:
-        text += f" Of the {int(result.weakest.sum())} weakest pairs {share:.0%} had their labels turned over"
+        text += f" Of the {int(result.weakest.sum())} weakest pairs {share:.0%} had flipped labels"
         text += f" ({result.train.planted.float().mean().item():.0%} of all have)."
     if marked is not None:
         text += (
-            f" In {marked[0]:.0%} of {marked[2]} held-out answers with a marked fault the segment of lowest score is a "
-            f"marked one; by chance it would be in {marked[1]:.0%}."
+            f" In {marked[0]:.0%} of {marked[2]} held-out answers with a marked fault, the segment with the lowest "
+            f"score is a marked one; by chance it would be {marked[1]:.0%}."
         )
     return text
 
@@ -108,8 +110,8 @@ def _facts(options, result):
         "body": "first half of its layers, frozen",
         "pairs to train on": len(result.train.pairs),
         "held-out pairs": len(result.held.pairs),
-        "labels turned over": f"{result.train.planted.float().mean().item():.0%}" if not options.data else "not known",
-        "turned by “flip”": f"{int(result.weakest.sum())} weakest",
+        "flipped labels": f"{result.train.planted.float().mean().item():.0%}" if not options.data else "not known",
+        "flipped by “flip”": f"{int(result.weakest.sum())} weakest",
         "data": Path(options.data).name if options.data else "faults planted in the shipped sample",
         **cut_facts(options),
         "seed": options.seed,
@@ -123,10 +125,11 @@ def _facts(options, result):
 def _arms_section(options, result):
     truth = "the judgements as they are" if options.data else "the right labels"
     note = (
-        f"Share of held-out pairs, of prompts not trained on, in which the better answer by {truth} has the higher "
-        "score: mean of the seeds, least and largest, and by fifths of strength. Strength is the mean difference "
-        "of the scores by models trained on the labels as they are; its sign is left out here. "
-        f"{len(result.held.pairs)} pairs judge, so a few points between two rows may be chance."
+        f"Share of held-out pairs in which the better answer (by {truth}) has the higher score: the mean over the "
+        "seeds, the smallest and largest of them, and the mean in each fifth of the pairs by strength. The prompts of "
+        "these pairs were not trained on. Strength is the absolute mean difference of the scores of several models, "
+        f"trained on the labels as they are. There are only {len(result.held.pairs)} such pairs, so a difference of a "
+        "few points may be chance."
     )
     return report.table("Losses, judged by held-out pairs", *table(result), note=note)
 
@@ -142,7 +145,7 @@ def _curves_section(options, result):
     tenths = parts_by(result.strength.mean, 10)
     if result.train.planted.any():
         values = [100 * result.train.planted[part].float().mean().item() for part in tenths]
-        title = "labels turned over, %, by tenth of strength (1: lowest)"
+        title = "flipped labels, %, by tenth of strength (1: lowest)"
         charts.append(report.Chart(title, [report.Series("pairs trained on", values)]))
     agreed = [100 * result.strength.vote[part].mean().item() for part in tenths]
     charts.append(
@@ -152,8 +155,9 @@ def _curves_section(options, result):
         )
     )
     note = (
-        "On the left every pair is one that no model was trained on. Where the models are unsure, all losses are near "
-        "one half. A low strength is a label that the models contradict although they were trained on it."
+        "The first chart shows held-out pairs. Where the models are unsure, every loss is right in about half of the "
+        "pairs. The other charts show training pairs. A low strength means that the models contradict a label although "
+        "they were trained on it."
     )
     return report.curves("By strength", charts, note=note)
 
@@ -163,21 +167,21 @@ def _strength_section(options, result):
     charts = [report.Histogram("pairs by mean difference", mean.tolist(), "mean difference", bins=24)]
     if result.train.planted.any():
         own = mean[result.train.planted].tolist()
-        charts.append(report.Histogram("those whose label was turned over", own, "mean difference", bins=24))
+        charts.append(report.Histogram("pairs with a flipped label", own, "mean difference", bins=24))
     charts.append(
         report.Scatter(
             "standard deviation against mean", mean.tolist(), std.tolist(), "mean difference", "standard deviation"
         )
     )
     note = (
-        "The pairs that were trained on: mean and standard deviation over the models of the score of the chosen answer "
-        f"less that of the rejected one. {int((mean < 0).sum())} of {len(mean)} are below 0."
+        "Training pairs: the score of the chosen answer minus that of the rejected one, as mean and standard deviation "
+        f"over the models. The mean is below 0 for {int((mean < 0).sum())} of {len(mean)} pairs."
     )
     return report.distributions("Preference strength", charts, note=note)
 
 
 def _votes_section(result):
-    """A table of the held-out judgements by the votes that the data counts; None without any."""
+    """A table of accuracy by the number of votes in the data; None if the data counts no votes."""
     votes = [pair.votes for pair in result.held.pairs]
     known = sorted({vote for vote in votes if vote is not None})
     if not known:
@@ -187,20 +191,20 @@ def _votes_section(result):
         share = [100 * right[:, [v == vote for v in votes]].float().mean().item() for vote in known]
         rows.append([name, *share])
     counts = [f"{vote:g} ({sum(v == vote for v in votes)} pairs)" for vote in known]
-    note = "Held-out pairs by how many votes more the chosen answer had: what people were surer of."
+    note = "Held-out pairs, by how many votes more the chosen answer had. More votes mean that people agreed more."
     return report.table("Ranked right, %, by votes", ["loss", *counts], rows, note=note)
 
 
 def _tokens_section(tokenizer, result):
     note = (
-        "Held-out pairs. Each segment is coloured by its score, less the mean of all held-out segments: blue raises "
-        "the answer's score, red lowers it. The score of an answer is the mean of its segments'; the model never saw "
-        "which segment was at fault, only which answer was preferred. Faults marked in the data are underlined and "
-        "listed. A line before a token starts a segment. Scores by the first model of the loss "
-        "“flip, margin”."
+        "Held-out pairs. The colour of a segment is its score minus the mean of all held-out segments: blue raises "
+        "the score of the answer, red lowers it. The score of an answer is the mean over its segments. The model was "
+        "trained on which answer was preferred; it never saw which segment was wrong. Faults marked in the data are "
+        "underlined and listed. A line before a token marks the start of a segment. Scores are from the first model "
+        "of the arm “flip, margin”."
     )
     examples = [_example(tokenizer, result, i) for i in range(min(SHOWN, len(result.held.pairs)))]
-    return report.token_texts("What the model says of each segment", examples, SHADES, note=note)
+    return report.token_texts("The score of each segment", examples, SHADES, note=note)
 
 
 def _example(tokenizer, result, i):

@@ -1,9 +1,9 @@
-"""The run with --rl: updates of a policy loss with rewards on segments, on answers that are there already.
+"""The run with --rl: updates of a policy loss with rewards of segments, on the answers of the data.
 
-The answers to a prompt are taken as if the model had sampled them. Each span that marks a fault is a negative reward
-at the segment's last token, of one of three kinds; how often an answer is preferred is the reward of the whole. PPO
-makes token advantages of them (KL penalty, a small critic, GAE), GRPO compares the answers to one prompt. A token
-whose own score contradicts its advantage is masked. Every update runs the loss head fused and in eager PyTorch.
+The answers to a prompt are used as if the model had sampled them. A span that marks a fault is a negative reward at its
+last token, from one of three reward models by kind of fault. How often an answer is preferred is the reward of the
+whole answer. PPO computes token advantages (KL penalty, a small critic, GAE). GRPO compares the answers to one prompt.
+A token is masked if its own score contradicts its advantage. Each update runs the loss head fused and in eager PyTorch.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from ..ops.logprobs import linear_logprobs
 from ..rl.advantages import advantages
 from ..rl.groups import group_advantages
 from ..rl.rewards import token_rewards
-from .data import read_examples, say_cuts
+from .data import print_cuts, read_examples
 from .heads import backward, differences, refuse_difference, sizes
 from .models import hidden_states, load_model
 from .options import lr_of
@@ -31,16 +31,16 @@ class Update(NamedTuple):
     """The figures of one update."""
 
     loss: float
-    raised: float  # nats by which kept tokens of advantage > 0 have moved from the start, on average
+    raised: float  # mean change of the log-probs of kept tokens with advantage > 0 since the start, nats
     lowered: float  # the same for advantage < 0
-    clipped: float  # share of tokens
+    clipped: float  # share of tokens whose ratio is clipped
     value_loss: float | None  # None without a critic
     differences: dict[str, float]
     seconds: dict[str, float]
 
 
 class Critic(torch.nn.Module):
-    """A value for each token from the policy's hidden state, which it does not train."""
+    """A value for each token from the policy's hidden states, which get no gradient from it."""
 
     def __init__(self, width):
         super().__init__()
@@ -55,7 +55,7 @@ class Critic(torch.nn.Module):
 def run(options):
     """Trains, compares, prints a table, writes the report and returns its path.
 
-    Raises  UsageError where an option, a file or a missing package stands in the way; DifferenceError.
+    Raises  UsageError for a wrong option, an unreadable file or a missing package; DifferenceError
     """
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -64,7 +64,7 @@ def run(options):
     print("loading the model ...", flush=True)
     model = load_model(options, examples)
     rollouts = read_rollouts(options, model, examples)
-    say_cuts(options, [answer for rollout in rollouts for answer in rollout.answers])
+    print_cuts(options, [answer for rollout in rollouts for answer in rollout.answers])
     updates, last = train(options, model, rollouts)
     costs = head_costs(options, model, last, updates)
     print(summary(options, model, last.batch, updates, costs))
@@ -74,7 +74,7 @@ def run(options):
 
 
 def train(options, model, rollouts):
-    """UPDATES updates on each rollout, over and over, until `options.steps`."""
+    """`options.steps` updates: UPDATES on each rollout, then on the next one, again and again."""
     from tqdm import tqdm
 
     policy = torch.optim.AdamW(model.parameters, lr=lr_of(options), weight_decay=0.0)
@@ -102,7 +102,7 @@ def train(options, model, rollouts):
 
 @torch.no_grad()
 def judged(options, rollout, hidden, weight, critic):
-    """The rollout with log-probs and values of the policy and critic as they are, advantages and pivot mask."""
+    """The rollout with log-probs and values of the present policy and critic, with advantages and the pivot mask."""
     logp = linear_logprobs(hidden, weight, rollout.labels, mask=rollout.mask).logp
     sources = list(rollout.rewards.values())
     values = returns = None
@@ -116,10 +116,10 @@ def judged(options, rollout, hidden, weight, critic):
         of_answer = group_advantages(reward.sum(-1), rollout.group)
         advantage = torch.where(rollout.mask, of_answer[:, None], 0)
     rollout = rollout._replace(old_logp=logp, values=values, reward=reward, advantage=advantage, returns=returns)
-    if not rollout.token_score.any():  # nothing is marked: no score to contradict an advantage
-        return rollout._replace(token_weight=rollout.span_weight, why=None)
-    why = adaptive_mask(rollout.token_score, mask=rollout.mask, side=advantage, baseline="batch")
-    return rollout._replace(token_weight=why.token_weight, why=why)
+    if not rollout.token_score.any():  # no token is marked, so no score contradicts an advantage
+        return rollout._replace(token_weight=rollout.span_weight, adaptive=None)
+    adaptive = adaptive_mask(rollout.token_score, mask=rollout.mask, side=advantage, baseline="batch")
+    return rollout._replace(token_weight=adaptive.token_weight, adaptive=adaptive)
 
 
 def _update(head, rollout, compared, seconds, value):

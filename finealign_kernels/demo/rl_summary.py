@@ -26,14 +26,14 @@ SHADES = [
     report.Shade("mask", "left out", "trained"),
     report.Shade("push", "less likely", "more likely", signed=True),
 ]
-SHOWN = 2  # prompts in the report
+SHOWN = 2  # number of prompts in the report
 
 
 def summary(options, model, rollout, updates, costs):
-    """The loss head's table and the sentence that reads it, for the terminal."""
+    """The table of the loss head and a sentence that explains it, for the terminal."""
     body = text_table(*table(updates, costs))
     sentence = textwrap.fill(f"{_sentence(options, updates)} {head_sentence(updates, costs)}", 100)
-    sentence += "" if rollout.why is None else "\nThe pivot mask acts from update 1 on."
+    sentence += "" if rollout.adaptive is None else "\nThe pivot mask acts from update 1 on."
     return f"\nloss head, forward and backward: {rows_read(model, rollout)}\n{body}\n\n{sentence}\n"
 
 
@@ -55,22 +55,23 @@ def _sentence(options, updates):
     final = updates[-1]
     return (
         f"In {options.steps} updates the log-probs of tokens to reinforce moved by {final.raised:+.3g} nats "
-        f"from the start, those of tokens to suppress by {final.lowered:+.3g} (means over the last answers)."
+        f"since the start, and those of tokens to suppress by {final.lowered:+.3g} (means over the last answers). "
+        "A token is to be reinforced if its advantage is above 0, and to be suppressed if it is below 0."
     )
 
 
 def _facts(options, model, rollout):
     own = {
         "ppo": {"advantages": f"GAE, λ = {LAM}, whitened", "KL penalty in the reward": KL, "critic": "linear, from 0"},
-        "grpo": {"advantages": "of the answers to one prompt, in standard deviations"},
+        "grpo": {"advantages": "among the answers to one prompt, in standard deviations"},
     }
     return {
         "policy loss": options.rl,
         **own[options.rl],
         "pivot mask": "none: no answer is marked"
-        if rollout.why is None
-        else "sign of advantage and token score agree, from update 1 on",
-        "updates of an answer's log-probs": UPDATES,
+        if rollout.adaptive is None
+        else "signs of advantage and token score agree, from update 1 on",
+        "updates on the same advantages": UPDATES,
         "prompts a step": options.batch,
         "learning rate": lr_of(options),
         **head_facts(options, model),
@@ -78,15 +79,15 @@ def _facts(options, model, rollout):
 
 
 def _rewards_section(rollout):
-    """A table: the rewards of each sort in the last answers."""
+    """A table of the rewards of each sort in the last answers."""
     rows = [
         [sort, len(found.reward), found.reward.sum().item(), ", ".join(SORTS.get(sort, ["whole answers"]))]
         for sort, found in rollout.rewards.items()
     ]
     note = (
-        "A span that marks a fault is a reward of its score (or -1) at its last token; an answer's own is the share of "
-        "judgements it won less those it lost, at its last token. Each sort is a reward model with its own segments; "
-        "at one token they add up."
+        "A span that marks a fault is a reward at its last token: its score, or -1 if it has none. The reward of a "
+        "whole answer is at its last token: the share of comparisons that it won minus the share that it lost. Each "
+        "sort is a reward model with segments of its own. Rewards at the same token add up."
     )
     return report.table("Rewards of the last answers", ["sort", "segments", "sum", "kinds of span"], rows, note=note)
 
@@ -95,19 +96,20 @@ def _curves_section(updates):
     charts = [
         report.Chart("policy loss", [report.Series("mean of the kept tokens", [one.loss for one in updates])]),
         report.Chart(
-            "log-probs, nats from the start",
+            "change of log-probs since the start, nats",
             [
                 report.Series("to reinforce", [one.raised for one in updates]),
                 report.Series("to suppress", [one.lowered for one in updates]),
             ],
         ),
-        report.Chart("ratios clipped, %", [report.Series("tokens", [100 * one.clipped for one in updates])]),
+        report.Chart("clipped ratios, %", [report.Series("tokens", [100 * one.clipped for one in updates])]),
     ]
     if updates[0].value_loss is not None:
         charts.append(report.Chart("value loss", [report.Series("critic", [one.value_loss for one in updates])]))
     note = (
-        f"Every {UPDATES} updates take the next answers, and make their advantages from the policy as it is then; so "
-        "the first of them has ratios of 1, and a loss that is minus the kept tokens' mean advantage."
+        f"Every {UPDATES} updates take the next answers and compute their advantages with the policy at that time. In "
+        "the first of these updates all ratios are therefore 1, and the loss is minus the mean advantage of the kept "
+        "tokens."
     )
     return report.curves("Update by update", charts, note=note)
 
@@ -115,10 +117,11 @@ def _curves_section(updates):
 def _tokens_section(model, last):
     rollout = last.batch
     note = (
-        "Answers to the last prompts. Blue is good or more likely, red is bad or less likely. Rewards stand at the "
-        "last tokens of segments; the advantage of a token is computed from the rewards behind it; the mask keeps a "
-        "token to reinforce if its own score is above the mean of the batch, one to suppress if it is below. The push "
-        "is what the loss does with a token: minus the gradient with respect to its log-probability."
+        "Answers to the last prompts. Blue is good or more likely, red is bad or less likely. A reward is at the last "
+        "token of its segment. The advantage of a token is computed from the rewards at it and after it. The mask "
+        "keeps a token to reinforce if its own score is above the mean of the batch, and a token to suppress if it is "
+        "below. The push is minus the gradient of the loss with respect to the log-probability of the token: above 0 "
+        "makes it more likely."
     )
     groups = range(min(SHOWN, int(rollout.group.max()) + 1))
     examples = [

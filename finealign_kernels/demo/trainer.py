@@ -1,7 +1,7 @@
-"""The run under a trainer: the same DPO steps by TRL's DPOTrainer as it is, and with linear_logprobs under it.
+"""The run with --trainer: the same DPO steps by TRL's DPOTrainer, once unchanged (stock) and once with patch_kernels.
 
-Two trainers start from the same weights and take turns, so that a slow minute of the machine falls on both. A step is
-the trainer's own training_step and the optimiser's; loss and gradient norm are compared at each.
+Two trainers start from the same weights and take turns, so that a slow minute of the machine affects both. A step is
+the trainer's own training_step and an optimizer step. Loss and gradient norm are compared at each step.
 """
 
 import copy
@@ -20,7 +20,7 @@ import torch
 from .. import __version__, report
 from ..integrations.trl import patch_kernels
 from ..testing.measure import peak_extra_mib
-from .data import answers_of, cut_facts, read_examples, read_pairs, say_cuts
+from .data import answers_of, cut_facts, print_cuts, read_examples, read_pairs
 from .heads import LIMIT, DifferenceError
 from .models import load_causal, need
 from .options import beta_of, lr_of
@@ -28,18 +28,18 @@ from .summary import text_table
 
 WAYS = {"patched": patch_kernels, "stock": nullcontext}
 FIGURES = ("loss", "gradient norm")
-LEAST_NORM = 0.1  # a smaller gradient norm is held against this: that of two equal answers is rounding
+LEAST_NORM = 0.1  # smallest divisor of a relative difference: the gradient norm of two equal answers is only rounding
 
 
 class Run:
-    """One of the two trainers, with its own copy of the model and its optimiser."""
+    """One of the two trainers, with its own copy of the model and its optimizer."""
 
     def __init__(self, name, trainer, optimizer):
         self.name, self.trainer, self.optimizer = name, trainer, optimizer
         self.figures, self.seconds = [], []  # of each step
 
     def step(self, rows):
-        """One whole optimiser step on rows of token ids."""
+        """One whole optimizer step on rows of token ids."""
         batch, model = self.trainer.data_collator(rows), self.trainer.model
         start = time.perf_counter()
         with WAYS[self.name]():
@@ -54,7 +54,7 @@ class Run:
 def run(options):
     """Trains both ways, prints a table, writes the report and returns its path.
 
-    Raises  UsageError where TRL is missing or the model does not load; DifferenceError.
+    Raises  UsageError if TRL is missing or the model does not load; DifferenceError
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     trl = need("trl", extra="trl")
@@ -64,11 +64,11 @@ def run(options):
     examples = read_examples(options)
     print("loading the model ...", flush=True)
     causal, tokenizer = load_causal(options, examples)
-    causal.is_quantized = False  # a .gguf's blocks were made float32; transformers would refuse to train it
+    causal.is_quantized = False  # a .gguf was converted to float32, but transformers would still refuse to train it
     pairs = read_pairs(options, tokenizer, examples)
-    say_cuts(options, answers_of(pairs))
+    print_cuts(options, answers_of(pairs))
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # TRL's use of transformers, nothing a user can act on
+        warnings.simplefilter("ignore", FutureWarning)  # about TRL's use of transformers, not the user's
         models = [copy.deepcopy(causal) for _ in WAYS]
         runs = [
             _start(options, trl, name, model, causal, tokenizer, pairs, folder)
@@ -81,7 +81,7 @@ def run(options):
     columns, table = _table(runs, mib, options.steps)
     sentence = _sentence(options, runs, mib)
     print(
-        f"\nwhole optimiser step of TRL's DPOTrainer\n{text_table(columns, table)}\n\n{textwrap.fill(sentence, 100)}\n"
+        f"\nwhole optimizer step of TRL's DPOTrainer\n{text_table(columns, table)}\n\n{textwrap.fill(sentence, 100)}\n"
     )
     path = _write_report(options, runs, columns, table, sentence)
     print(f"report: {path}")
@@ -89,7 +89,7 @@ def run(options):
 
 
 def _start(options, trl, name, model, reference, tokenizer, pairs, folder):
-    """A trainer, with the optimiser that the demo's own loop has."""
+    """A trainer with the optimizer of the demo's own loop."""
     datasets = need("datasets", extra="trl")
     datasets.disable_progress_bars()
     texts = [
@@ -114,12 +114,12 @@ def _start(options, trl, name, model, reference, tokenizer, pairs, folder):
         train_dataset=datasets.Dataset.from_list(texts),
         processing_class=tokenizer,
     )
-    trainer.current_gradient_accumulation_steps = 1  # which train() would say
+    trainer.current_gradient_accumulation_steps = 1  # train() would set it
     return Run(name, trainer, torch.optim.AdamW(trainer.model.parameters(), lr=lr_of(options), weight_decay=0.0))
 
 
 def _ids(pair):
-    """What TRL's collator reads: the tokens that the demo's own loop trains on."""
+    """A row for TRL's collator, with the same tokens that the demo's own loop trains on."""
     return {
         "prompt_ids": pair.chosen.prompt_ids,
         "chosen_ids": pair.chosen.response_ids,
@@ -128,14 +128,14 @@ def _ids(pair):
 
 
 def train(options, runs, batches):
-    """The steps, each by both trainers on the next batch; the first in one step is the second in the next."""
+    """The steps, each by both trainers on the same batch. The order of the two changes at each step."""
     from tqdm import tqdm
 
     for number in tqdm(range(1, options.steps + 1), unit="step", desc="trl dpo"):
         for one in runs if number % 2 else reversed(runs):
             one.step(batches[(number - 1) % len(batches)])
         for name, difference in zip(FIGURES, differences(runs)[-1], strict=True):
-            if not difference <= LIMIT:  # NaN is no agreement
+            if not difference <= LIMIT:  # also refuses NaN
                 raise DifferenceError(
                     f"step {number}: the {name} of TRL patched differs from stock by {difference:.2g} relative, the "
                     f"limit is {LIMIT:g}"
@@ -143,7 +143,7 @@ def train(options, runs, batches):
 
 
 def differences(runs):
-    """Relative differences of loss and gradient norm, for each step."""
+    """The relative differences of loss and gradient norm of each step."""
     patched, stock = (one.figures for one in runs)
     least = (torch.finfo(torch.float32).tiny, LEAST_NORM)
     return [
@@ -167,12 +167,12 @@ def _sentence(options, runs, mib):
     losses = [loss for loss, _ in patched.figures[: options.steps]]
     pairs = zip(patched.seconds[: options.steps], stock.seconds[: options.steps], strict=True)
     text = (
-        f"In {options.steps} steps of TRL's DPOTrainer the loss went from {losses[0]:.3g} to {losses[-1]:.3g}, patched "
-        f"and stock alike. Patched, a whole step took {median(a / b for a, b in pairs):.2f}x the time"
+        f"In {options.steps} steps of TRL's DPOTrainer the loss went from {losses[0]:.3g} to {losses[-1]:.3g}, with "
+        f"and without the patch. A whole step with the patch took {median(a / b for a, b in pairs):.2f} × the time"
     )
     if all(mib.values()):
-        text += f" and {mib['patched'] / mib['stock']:.2f}x the extra memory"
-    return text + "."
+        text += f" and {mib['patched'] / mib['stock']:.2f} × the extra memory"
+    return text + " of a step without it (stock)."
 
 
 def _write_report(options, runs, columns, rows, sentence):
@@ -189,9 +189,10 @@ def _write_report(options, runs, columns, rows, sentence):
         **{name: version(name) for name in ("torch", "transformers", "trl")},
     }
     note = (
-        "Forward of policy and reference, loss, metrics, backward and optimiser. Two trainers from the same weights "
-        "took turns; time is the median of the steps, memory the peak of one more, over weights and optimiser. Every "
-        f"token counts alike here. A difference above {report.number(LIMIT)} would have ended the run with an error."
+        "A step is the forward pass of policy and reference, loss, metrics, backward pass and optimizer. Two trainers "
+        "with the same start took turns. Time is the median over the steps. Memory is the peak of one more step, "
+        f"beyond weights and optimizer state. All tokens have weight 1 here. A difference above {report.number(LIMIT)} "
+        "would have ended the run with an error."
     )
     compared = zip(FIGURES, zip(*differences(runs)[: options.steps], strict=True), strict=True)
     charts = [

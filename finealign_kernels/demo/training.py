@@ -1,4 +1,4 @@
-"""The run: a few optimiser steps, each with both loss heads, then what the heads cost."""
+"""The run on preferences: a few optimizer steps, each with both loss heads, then the costs of the heads."""
 
 import time
 from functools import partial
@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 
 from ..testing.measure import peak_extra_mib
-from .data import Batch, answers_of, make_batch, read_examples, read_pairs, say_cuts
-from .effect import compares, effects, start_of
+from .data import Batch, answers_of, make_batch, print_cuts, read_examples, read_pairs
+from .effect import compares, copy_parameters, effects
 from .heads import Head, backward, differences, eager_head, fused_head, leaves, refuse_difference, sizes
 from .masks import masked, unmasked
 from .models import hidden_states, load_model
@@ -18,13 +18,13 @@ from .summary import summary, write_report
 
 
 def unmasked_head(options, hidden, weight, batch):
-    """The fused head of the same loss with all its tokens."""
+    """The fused head of the same loss without the mask."""
     return fused_head(options, hidden, weight, unmasked(batch))
 
 
 HEADS = {"fused": fused_head, "eager": eager_head}
 MASKED_HEADS = {**HEADS, "fused, unmasked": unmasked_head}
-ALL_ROWS_BYTES = 2**31  # eager on all rows is run once, for comparison, if it needs less than this
+ALL_ROWS_BYTES = 2**31  # eager PyTorch on all rows is run once, for comparison, if it needs less memory
 
 
 class Step(NamedTuple):
@@ -38,25 +38,25 @@ class Step(NamedTuple):
 
 
 class Last(NamedTuple):
-    """The last step's tensors, for a closer look."""
+    """The tensors of the last step, for costs and report."""
 
     batch: Batch
     hidden: torch.Tensor
     head: Head
-    unmasked: Head | None = None  # of the same loss with all its tokens
+    unmasked: Head | None = None  # of the same loss without the mask
 
 
 class Cost(NamedTuple):
     """Time and peak extra memory of a loss head, forward and backward."""
 
     ms: float
-    mib: float | None  # None where the system does not tell
+    mib: float | None  # None where the system does not report it
 
 
 def run(options):
     """Trains, compares, prints a table, writes the report and returns its path.
 
-    Raises  UsageError where an option, a file or a missing package stands in the way; DifferenceError.
+    Raises  UsageError for a wrong option, an unreadable file or a missing package; DifferenceError
     """
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -65,9 +65,9 @@ def run(options):
     print("loading the model ...", flush=True)
     model = load_model(options, examples)
     pairs = read_pairs(options, model.tokenizer, examples)
-    say_cuts(options, answers_of(pairs))
+    print_cuts(options, answers_of(pairs))
     batches = [make_batch(options, model, pairs[i : i + options.batch]) for i in range(0, len(pairs), options.batch)]
-    start = start_of(model) if compares(options, batches) else None
+    start = copy_parameters(model) if compares(options, batches) else None
     steps, last = train(options, model, batches)
     costs = head_costs(options, model, last, steps)
     found = effects(options, model, batches, start) if start else None
@@ -78,7 +78,7 @@ def run(options):
 
 
 def train(options, model, batches):
-    """The steps, each on the next batch, over and over."""
+    """Trains `options.steps` steps on the batches in turn; returns the figures of each step and the last tensors."""
     from tqdm import tqdm
 
     optimizer = torch.optim.AdamW(model.parameters, lr=lr_of(options), weight_decay=0.0)
@@ -102,9 +102,9 @@ def train(options, model, batches):
 
 
 def run_heads(options, hidden, weight, batch, number):
-    """The heads on the same tensors, one after the other, in turning order, and the seconds each took."""
+    """Runs the heads on the same tensors, in alternating order. Returns the results and the seconds of each."""
     heads, seconds = {}, {}
-    forms = HEADS if batch.why is None else MASKED_HEADS
+    forms = HEADS if batch.adaptive is None else MASKED_HEADS
     for name in forms if number % 2 else reversed(forms):
         start = time.perf_counter()
         heads[name] = forms[name](options, *leaves(hidden, weight), batch)
@@ -132,11 +132,11 @@ def _show(progress, step):
 
 
 def head_costs(options, model, last, steps):
-    """Cost of each head: median time over the steps (the masked ones), memory on the last step's tensors.
+    """The cost of each head: median time over the steps (those with the mask), and memory on the last step's tensors.
 
-    Eager PyTorch on all rows, prompt and padding too, is what it costs a trainer that does not leave rows out.
+    Eager PyTorch on all rows is the cost in a trainer that computes prompts and padding too.
     """
-    forms = HEADS if last.batch.why is None else MASKED_HEADS
+    forms = HEADS if last.batch.adaptive is None else MASKED_HEADS
     timed = [step.seconds for step in steps if step.seconds.keys() == forms.keys()]
     costs = {
         name: Cost(1e3 * median(seconds[name] for seconds in timed), _measure(options, model, last, head).mib)

@@ -272,9 +272,9 @@ def test_a_wrong_head_gradient_is_seen_where_the_right_one_cancels(monkeypatch):
 @pytest.mark.parametrize(
     "arguments, described",
     [
-        (["--pivots", "threshold", "--threshold", "0.5", "--scores", "spans"], "above 0.5 standard deviations"),
+        (["--pivots", "threshold", "--threshold", "0.5", "--scores", "spans"], "by more than 0.5 standard deviations"),
         (["--pivots", "sign", "--baseline", "0"], "implicit, masked from step 2"),
-        (["--pivots", "salience", "--percent", "30", "--keep", "pivots", "--loss", "nll"], "the 30 % furthest"),
+        (["--pivots", "salience", "--percent", "30", "--keep", "pivots", "--loss", "nll"], "the 30 % of tokens"),
         (["--scores", "FILE", "--baseline", "quantile:0.3"], "none, token by token"),
     ],
 )
@@ -284,7 +284,7 @@ def test_demo_with_masks(arguments, described, examples, tmp_path, capsys):
     arguments = [str(scores) if argument == "FILE" else argument for argument in arguments]
     assert main([*TINY, *arguments, "--report", str(path)]) == 0
     output, page = capsys.readouterr().out, path.read_text(encoding="utf-8")
-    assert "of them kept" in output and "fused, unmasked" in output and "without its mask" in output
+    assert "of them kept" in output and "fused, unmasked" in output and "without mask" in output
     unit = "pivot" if "pivots" in arguments else "segment 0" if "--pivots" in arguments else "token"
     for text in (
         "How the mask moved the gradient",
@@ -315,7 +315,7 @@ def test_every_loss_agrees_with_eager_under_a_mask(loss, baseline, examples):
         assert off.pop("loss") * abs(step.loss) <= 1e-6 + 1e-5 * abs(step.loss)  # some losses pass through 0
         assert all(0 <= value <= 1e-5 for value in off.values())
     kept, dlogp = last.batch.token_weight != 0, last.head.dlogp
-    assert torch.equal(kept, last.batch.why.token_weight != 0) and not kept[~last.batch.mask].any()
+    assert torch.equal(kept, last.batch.adaptive.token_weight != 0) and not kept[~last.batch.mask].any()
     assert not dlogp[~kept].any()
     half = len(last.batch.pairs)
     if baseline == "batch":
@@ -332,11 +332,11 @@ def test_the_mask_is_the_librarys_and_leaves_the_batch_alone(examples):
     pivots = fk.pivot_flags(batch.token_score, mask=batch.mask, kind="salience", percent=30.0, baseline="row")
     why = fk.adaptive_mask(batch.token_score, mask=batch.mask, pivots=pivots, baseline="row")
     assert torch.equal(found.pivots, pivots) and torch.equal(found.token_weight, batch.span_weight * why.token_weight)
-    assert batch.why is None and torch.equal(batch.token_weight, batch.span_weight)
-    assert masks.unmasked(found).why is None and torch.equal(masks.unmasked(found).token_weight, batch.span_weight)
+    assert batch.adaptive is None and torch.equal(batch.token_weight, batch.span_weight)
+    assert masks.unmasked(found).adaptive is None and torch.equal(masks.unmasked(found).token_weight, batch.span_weight)
     only = masks.masked(chosen._replace(keep="pivots"), model, None, batch)
     alone = fk.adaptive_mask(batch.token_score, mask=batch.mask, baseline="row").token_weight
-    assert torch.equal(only.why.token_weight, alone * pivots) and only.why.segment is None
+    assert torch.equal(only.adaptive.token_weight, alone * pivots) and only.adaptive.segment is None
 
 
 def test_implicit_scores_are_read_after_half_of_the_steps(examples):
@@ -352,9 +352,9 @@ def test_implicit_scores_are_read_after_half_of_the_steps(examples):
 
 
 def test_numbers_of_a_column_have_the_same_decimals():
-    assert summary.alike([1.2e-4, -0.001438, 7e-6]) == ["+0.00012", "-0.00144", "+0.00001"]
-    assert summary.alike([-12.34, 0.5]) == ["-12.3", "+0.5"]
-    assert summary.alike([0.0, math.nan]) == ["+0.0", "+nan"]
+    assert summary.same_decimals([1.2e-4, -0.001438, 7e-6]) == ["+0.00012", "-0.00144", "+0.00001"]
+    assert summary.same_decimals([-12.34, 0.5]) == ["-12.3", "+0.5"]
+    assert summary.same_decimals([0.0, math.nan]) == ["+0.0", "+nan"]
 
 
 def test_the_comparison_is_the_same_training_with_weights_of_1(examples):
@@ -362,7 +362,7 @@ def test_the_comparison_is_the_same_training_with_weights_of_1(examples):
     chosen = options(steps=4, lr=1e-3, span_weight=3.0)
     model, batches = prepared(chosen, examples)
     assert effect.compares(chosen, batches) and not effect.compares(chosen._replace(compare=False), batches)
-    start = effect.start_of(model)
+    start = effect.copy_parameters(model)
     training.train(chosen, model, batches)
     found = effect.effects(chosen, model, batches, start)
     assert [one.name for one in found][-2:] == ["rejected, marked", "rejected, not marked"]
@@ -376,7 +376,7 @@ def test_the_comparison_is_the_same_training_with_weights_of_1(examples):
         with torch.no_grad():
             hidden = models.hidden_states(model, batch)
             logp = fk.linear_logprobs(hidden, model.weight, batch.labels, mask=batch.mask).logp
-        moved.append((logp - batch.start_logp)[dict(effect.sorts_of(plain, batch))["rejected, marked"]])
+        moved.append((logp - batch.start_logp)[dict(effect.token_groups(plain, batch))["rejected, marked"]])
     marked = next(one for one in found if one.name == "rejected, marked")
     assert marked.tokens == len(torch.cat(moved))
     assert marked.plain == pytest.approx(torch.cat(moved).mean().item(), rel=1e-4)
@@ -396,7 +396,7 @@ def test_spans_score_their_tokens():
 
 def test_shares_of_the_gradient_add_up(examples):
     chosen, _, _, _, last = run_masked(examples, scores="spans", pivots="threshold")
-    sorts = effect.sorts_of(chosen, last.batch)
+    sorts = effect.token_groups(chosen, last.batch)
     assert torch.equal(sum(of.int() for _, of in sorts), last.batch.mask.int())
     for s, answer in enumerate(last.batch.answers):
         side = "chosen" if s < len(last.batch.pairs) else "rejected"
@@ -406,7 +406,8 @@ def test_shares_of_the_gradient_add_up(examples):
     read = last.batch.mask[0]
     kept = [reason[0].startswith("kept: segment") for reason in reasons]
     assert (
-        kept == last.batch.why.token_weight[0][read].bool().tolist() and starts == last.batch.pivots[0][read].tolist()
+        kept == last.batch.adaptive.token_weight[0][read].bool().tolist()
+        and starts == last.batch.pivots[0][read].tolist()
     )
 
 
@@ -422,21 +423,21 @@ def test_bad_options(capsys, tmp_path):
     assert "--steps must be at least 1, got 0" in complaint(capsys, "--steps", "0")
     assert "--beta must be a finite number above 0, got -1.0" in complaint(capsys, "--beta", "-1")
     assert "--span-weight must be a finite number above 0, got nan" in complaint(capsys, "--span-weight", "nan")
-    assert "--report must lie in a directory that exists" in complaint(capsys, "--report", str(tmp_path / "no" / "r"))
+    assert "--report must be in an existing directory" in complaint(capsys, "--report", str(tmp_path / "no" / "r"))
     assert '--model must be a directory or "tiny"' in complaint(capsys, "--model", str(tmp_path / "none"))
     assert "config.json or a .gguf file" in complaint(capsys, "--model", str(tmp_path))
 
 
 def test_bad_options_of_masks(capsys, examples, tmp_path):
     for arguments, message in (
-        (["--threshold", "1"], "--threshold is read with --pivots threshold alone, got --pivots None"),
-        (["--pivots", "sign", "--percent", "9"], "--percent is read with --pivots salience alone, got --pivots sign"),
+        (["--threshold", "1"], "--threshold needs --pivots threshold, got --pivots None"),
+        (["--pivots", "sign", "--percent", "9"], "--percent needs --pivots salience, got --pivots sign"),
         (["--pivots", "salience", "--percent", "101"], "--percent must be at most 100, got 101.0"),
         (["--pivots", "threshold", "--threshold", "0"], "--threshold must be a finite number above 0, got 0.0"),
-        (["--baseline", "0"], "--baseline is read with --pivots or --scores alone, got 0"),
+        (["--baseline", "0"], "--baseline needs --pivots or --scores, got 0"),
         (["--pivots", "sign", "--baseline", "mean"], "--baseline must be a finite number, batch, row, or quantile:P"),
         (["--pivots", "sign", "--baseline", "quantile:2"], "got quantile:2"),
-        (["--keep", "pivots"], "--keep must be segments or pivots, and is read with --pivots alone, got pivots"),
+        (["--keep", "pivots"], "--keep must be segments or pivots, and needs --pivots, got pivots"),
         (["--pivots", "sign", "--steps", "1"], "--steps must be at least 2 with implicit scores"),
         (["--scores", str(tmp_path / "none.jsonl")], "--scores must be implicit, spans or a feedback file"),
     ):

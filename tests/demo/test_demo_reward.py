@@ -30,7 +30,7 @@ def tiny():
 
 
 def learnable(count, draw, planted=0):
-    """Pairs of answers of two segments whose truth is the first feature; the first `planted` labels are turned."""
+    """Pairs of answers of two segments whose truth is the first feature; the first `planted` labels are flipped."""
     example = feedback.sample()[0]
     pairs, answers = [], []
     for side in range(2):
@@ -47,10 +47,10 @@ def test_end_to_end(tmp_path, capsys):
     path = tmp_path / "report.html"
     assert main([*TINY, "--reward", "12", "--report", str(path)]) == 0
     output, page = capsys.readouterr().out, path.read_text(encoding="utf-8")
-    assert str(path) in output and "strongest" in output and "had their labels turned over" in output
+    assert str(path) in output and "strongest" in output and "had flipped labels" in output
     for name in reward.ARMS:
         assert name in output and f">{name}</th>" in page
-    for text in ("Reward models on tiny, 12 pairs", "labels turned over, %", "by segment score", "Preference strength"):
+    for text in ("Reward models on tiny, 12 pairs", "flipped labels, %", "by segment score", "Preference strength"):
         assert text in page
     assert "Ranked right, %, by votes" not in page
 
@@ -62,7 +62,7 @@ def test_judgements_of_a_file_stay_as_they_are(tmp_path, capsys):
     page = path.read_text(encoding="utf-8")
     assert "right labels" not in page and "Ranked right, %, by votes" in page and "not known" in page
     output = capsys.readouterr().out
-    assert "had their labels turned over" not in output and "last 3 of a prompt, first 80 of an answer" in page
+    assert "had flipped labels" not in output and "last 3 of a prompt, first 80 of an answer" in page
     assert "The prompt is cut to its last 3 tokens (--max-prompt)" in output
     train, held = reward_data.read_judgements(options(data=str(data)), feedback.sample()[:9])
     assert not any(pair.planted for pair in [*train, *held])
@@ -148,16 +148,16 @@ def test_arms_learn_what_can_be_learned_and_flips_undo_planted_labels():
     result = reward.train_all(options(noise=0.3), train, held)
     accuracy = {name: each.mean().item() for name, each in reward_summary.accuracies(result).items()}
     assert accuracy["right labels"] > 0.95 and set(accuracy) == set(reward.ARMS)
-    assert reward_summary.found(result) > 0.9 and int(result.weakest.sum()) == 36
+    assert reward_summary.flip_precision(result) > 0.9 and int(result.weakest.sum()) == 36
     assert all(right.shape == (reward.SEEDS, 60) for right in result.right.values())
     mean = result.strength.mean
     assert mean[~result.train.planted].mean() > 0 > mean[result.train.planted].mean()
     # a flip of the right pairs is training on right labels: the same head, whatever order the pairs come in
-    turned = train._replace(
+    flipped = train._replace(
         answers=train.answers[120:156] + train.answers[36:120] + train.answers[:36] + train.answers[156:]
     )
     one = reward.train_head(train, 7, reward.Arm("flip"), flip=train.planted)
-    other = reward.train_head(turned, 7, reward.Arm())
+    other = reward.train_head(flipped, 7, reward.Arm())
     torch.testing.assert_close(reward.differences(one, held), reward.differences(other, held), rtol=1e-4, atol=1e-5)
 
 

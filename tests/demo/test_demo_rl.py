@@ -147,7 +147,7 @@ def test_without_marks_there_is_no_mask():
     chosen = options(batch=1, pairs=1, steps=2)
     model, rollouts = prepared(chosen, [example])
     updates, last = rl.train(chosen, model, rollouts)
-    assert last.unmasked is None and last.batch.why is None and last.batch.token_weight.eq(1).all()
+    assert last.unmasked is None and last.batch.adaptive is None and last.batch.token_weight.eq(1).all()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Two hundred optimiser steps: what a bound per step cannot see, a small error that always points the same way."""
+"""Two hundred optimizer steps: what a bound per step cannot see, a small error that always points the same way."""
 
 from typing import NamedTuple
 
@@ -60,7 +60,7 @@ def train(logp_of, loss_of, lr, dtype, seed=0):
         for scale, size in ((1.0, (V, D)), (D**-0.5, (D, D)), (D**-0.5, (V, D)))
     )
     first = [p.detach().clone() for p in (embedding, inner, head)]
-    optimiser = torch.optim.SGD([embedding, inner, head], lr=lr, momentum=0.9)
+    optimizer = torch.optim.SGD([embedding, inner, head], lr=lr, momentum=0.9)
 
     def hidden_of(tokens, embedding, inner):
         x = embedding[tokens[:, :-1]]
@@ -74,9 +74,9 @@ def train(logp_of, loss_of, lr, dtype, seed=0):
         loss = loss_of(logp_of(hidden, head.to(dtype), labels), ref_logp, mask)
         with torch.no_grad():
             truth = loss_of(logp_exact(hidden, head.to(dtype), labels), ref_logp.double(), mask)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.detach().double())
         residuals.append(loss.detach().double() - truth)
     parameters = torch.cat([p.detach().flatten() for p in (embedding, inner, head)])

@@ -225,7 +225,7 @@ def _runs(backend, device, dtype):
 
 
 def _segment_backends(device):
-    missing = _native.cuda() if device == "cuda" else _native.reason
+    missing = _native.missing(torch.device(device))
     return ["reference"] if missing else ["reference", "native"]
 
 

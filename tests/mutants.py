@@ -270,6 +270,8 @@ MUTANTS = [
     Mutant("ops of another build are taken", "ops/_native.py", "filecmp.cmp(loaded, file, shallow=False)", "True", "tests/house/test_two_copies.py"),
     Mutant("code for one GPU taken for its family's", "ops/_native.py", 'if suffix == "a" else', 'if suffix == "x" else', "tests/house/test_release.py"),
     Mutant("PTX for a later GPU taken", "ops/_native.py", "version <= (major, minor))", "version)", "tests/house/test_release.py"),
+    Mutant("a GPU without code for it is taken", "ops/_native.py", "if serves(architectures(), properties.major, properties.minor):", "if True:", "tests/house/test_release.py"),
+    Mutant("a trace cannot ask for a GPU", "ops/_native.py", "cuda._dynamo_marked_constant = True", "cuda = torch.compiler.disable(cuda)", "tests/house/test_release.py"),
     # the native row kernels
     Mutant("C++: sum includes the maximum", ROWS, "from = side ? first + 1 : 0", "from = side ? first : 0", LOGPROBS),
     Mutant("C++: maximum starts at 0", ROWS, "float m = -kInf;\n  *max_block", "float m = 0;\n  *max_block", LOGPROBS),

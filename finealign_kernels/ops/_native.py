@@ -6,6 +6,7 @@ not, that copy runs without the extension, and says why.
 """
 
 import filecmp
+import functools
 import importlib
 import importlib.util
 import os
@@ -64,13 +65,32 @@ def available() -> bool:
     return reason is None
 
 
-def cuda() -> str | None:
-    """None where the extension's CUDA ops can run under this torch, else the reason why not."""
-    if reason:
-        return reason
-    return ("the extension was built without CUDA", "this torch is a CPU build", None)[
-        torch.ops.finealign._cuda_state()
-    ]
+def cuda(device: torch.device | None = None) -> str | None:
+    """None where the extension's CUDA ops can run under this torch, and on this GPU, else the reason why not."""
+    return _without_cuda or (_unserved(device.index) if device is not None else None)
+
+
+# torch.compiler.assume_constant_result, which would import the compiler with this package: a trace asks here
+cuda._dynamo_marked_constant = True
+
+
+@functools.cache
+def _unserved(index: int | None) -> str | None:
+    """Why the code that the extension holds does not run on a GPU; None where there is none to ask, as in a trace."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
+    if serves(architectures(), properties.major, properties.minor):
+        return None
+    found = f"sm_{properties.major}{properties.minor}"
+    return f"the extension is compiled for {', '.join(architectures())}, which {found} does not run"
+
+
+def missing(device: torch.device) -> str | None:
+    """Why the extension's ops cannot run on a device; None where they can."""
+    if device.type == "cuda":
+        return cuda(device)
+    return reason if device.type == "cpu" else f"it has no kernel for {device.type}"
 
 
 def file() -> str | None:
@@ -112,3 +132,9 @@ def fake(name: str):
 
 if reason is None and os.environ.get("FINEALIGN_CPU"):
     _warn_of_narrower(os.environ["FINEALIGN_CPU"])
+
+# asked once, because a graph being traced cannot ask
+_without_cuda = (
+    reason
+    or (("the extension was built without CUDA", "this torch is a CPU build", None)[torch.ops.finealign._cuda_state()])
+)

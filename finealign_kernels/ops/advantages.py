@@ -13,8 +13,6 @@ from . import _native
 from ._check import fail
 from ._layout import Tokens
 
-_no_cuda = _native.cuda()  # why there are no CUDA kernels; asked once, because a graph being traced cannot ask
-
 MODES = {"std": 0, "clamp": 1, "compat": 2}  # Scale in csrc/launch.h
 ESTIMATORS = {"k1": 0, "k2": 1, "k3": 2}  # Estimator
 
@@ -55,7 +53,7 @@ class Results(NamedTuple):
 
 def runs(backend: str, device: torch.device) -> bool:
     """Whether the native ops run on a device: True, False for the reference; one asked for by name runs or raises."""
-    missing = {"cpu": _native.reason, "cuda": _no_cuda}.get(device.type, f"it has no kernels for {device.type}")
+    missing = _native.missing(device)
     if backend == "auto":
         return missing is None
     if backend not in ("reference", "native"):

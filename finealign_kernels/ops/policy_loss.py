@@ -19,8 +19,6 @@ from ._check import check_plain, check_tensor
 from ._layout import Tokens, TokenTensor, whole_like
 from ._once import once, refuse_transforms
 
-_no_cuda = _native.cuda()  # why there are no CUDA kernels; asked once, because a graph being traced cannot ask
-
 RATIOS = {"token": 0, "mean": 1, "sum": 2}  # RatioOf in csrc/launch.h
 SHARES = {"token": 0, "token_global": 0, "sequence": 1, "sequence_sum": 2, "constant": 2}  # ShareOf
 ESTIMATORS = {"k1": 0, "k2": 1, "k3": 2, "k3_k2grad": 3, "k3_is": 4}  # Estimator
@@ -65,7 +63,7 @@ def missing(psi: Callable, kl: str, device: torch.device) -> str | None:
         return f"it has no kernel for {getattr(psi, '__name__', psi)!r}"
     if kl not in ESTIMATORS:
         return f"it has no kernel for {kl!r}"
-    return {"cpu": _native.reason, "cuda": _no_cuda}.get(device.type, f"it has no kernel for {device.type}")
+    return _native.missing(device)
 
 
 def policy_loss(

@@ -15,8 +15,6 @@ from ._layout import Tokens, check_cu_seqlens, flatten, padded_cu_seqlens, unfla
 
 SUM, MEAN, LAST = 0, 1, 2  # Over in csrc/launch.h
 
-_no_cuda = _native.cuda()  # why there are no CUDA kernels; asked once, because a graph being traced cannot ask
-
 
 def segment_sum(
     x: Tensor, cu_seqlens: Tensor | None = None, *, mask: Tensor | None = None, backend: str = "auto"
@@ -74,7 +72,7 @@ def segment_put_last(
 
 
 def _reduce(tokens: Tokens, over: int, backend: str) -> Tensor:
-    if _backend(backend, tokens.x.device.type) == "native":
+    if _backend(backend, tokens.x.device) == "native":
         return _Reduce.apply(tokens.x, tokens.mask, tokens.cu_seqlens, over)
     reference = formula.segment_sum if over == SUM else formula.segment_mean
     return reference(tokens.x, tokens.cu_seqlens, tokens.mask)
@@ -98,7 +96,7 @@ def _spread(v: Tensor, cu_seqlens: Tensor | None, total: int | None, mask: Tenso
     if mask is not None:
         check_tensor("mask", mask, dtypes=(torch.bool,), shape=shape)
         mask = mask.reshape(-1)
-    if _backend(backend, v.device.type) == "native":
+    if _backend(backend, v.device) == "native":
         flat = _Spread.apply(v, mask, cu_seqlens, over, shape.numel(), v.dtype)
     else:
         reference = formula.segment_broadcast if over == SUM else formula.segment_put_last
@@ -116,9 +114,9 @@ def _total(cu_seqlens: Tensor, total: int | None, mask: Tensor | None) -> int:
     return int(cu_seqlens[-1])
 
 
-def _backend(backend: str, device: str) -> str:
-    """The backend that runs on a device type. One asked for by name runs, or raises with its reason."""
-    missing = {"cpu": _native.reason, "cuda": _no_cuda}.get(device, f"it has no kernels for {device}")
+def _backend(backend: str, device: torch.device) -> str:
+    """The backend that runs on a device. One asked for by name runs, or raises with its reason."""
+    missing = _native.missing(device)
     if backend == "auto":
         return "reference" if missing else "native"
     if backend not in ("reference", "native"):

@@ -21,8 +21,6 @@ from ._check import check_one_of, check_tensor, fail
 from ._layout import Tokens, TokenTensor, whole_like
 from ._once import once
 
-_no_cuda = _native.cuda()  # why there are no CUDA kernels; asked once, because a graph being traced cannot ask
-
 AVERAGES = {False: 0, "kept": 1, "all": 2}  # Average in csrc/launch.h
 PAIRS = {None: 0, "halves": 1, "interleaved": 2}  # Pairs
 MARGIN, BESIDE, SIDES = 0, 1, 2  # Form
@@ -89,8 +87,7 @@ def missing(phi: Callable, device: torch.device) -> str | None:
     """Why sequence_loss cannot run phi on a device; None where it can."""
     if phi not in CODES:
         return f"it has no kernel for {getattr(phi, '__name__', phi)!r}"
-    kind = device.type
-    return _native.reason if kind == "cpu" else _no_cuda if kind == "cuda" else f"it has no kernel for {kind}"
+    return _native.missing(device)
 
 
 def sequence_loss(

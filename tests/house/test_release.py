@@ -6,10 +6,13 @@ import struct
 import subprocess
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from finealign_kernels.ops import _native
+from finealign_kernels.formulas import margin, surrogate
+from finealign_kernels.ops import _native, advantages, policy_loss, segments, sequence_loss
 
 ROOT = Path(__file__).resolve().parents[2]
 RELEASE = runpy.run_path(str(ROOT / "tools/release.py"))
@@ -148,3 +151,38 @@ def test_a_wrong_environment_is_refused(capsys):
 )
 def test_which_code_serves_a_gpu(archs, gpu, served):
     assert _native.serves(archs, *gpu) == served
+
+
+DEVICE = torch.device("cuda", 0)
+ASKED = {
+    "sequence": lambda: sequence_loss.missing(margin.logistic, DEVICE),
+    "policy": lambda: policy_loss.missing(surrogate.clipped, "k3", DEVICE),
+    "advantages": lambda: advantages.runs("auto", DEVICE),
+    "segments": lambda: segments._backend("auto", DEVICE),
+}
+
+
+def test_ops_leave_a_gpu_alone_that_the_extension_holds_no_code_for(monkeypatch):
+    """Its first launch would raise "no kernel image is available"; the torch path serves it."""
+    properties = SimpleNamespace(major=7, minor=5)
+    monkeypatch.setattr(_native, "_without_cuda", None)
+    monkeypatch.setattr(_native, "_unserved", _native._unserved.__wrapped__)
+    monkeypatch.setattr(_native, "architectures", lambda: ["80", "90a"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    why = "the extension is compiled for 80, 90a, which sm_75 does not run"
+    assert [asked() for asked in ASKED.values()] == [why, why, False, "reference"]
+    properties.major, properties.minor = 9, 0
+    assert [asked() for asked in ASKED.values()] == [None, None, True, "native"]
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_a_traced_graph_can_ask_for_a_gpu(name, monkeypatch):
+    monkeypatch.setattr(_native, "_without_cuda", None)
+    answers = []
+    for why in ("no code", None):
+        monkeypatch.setattr(_native, "_unserved", lambda index, why=why: why)
+        torch._dynamo.reset()
+        asked = torch.compile(lambda x: (x + 1, ASKED[name]()), fullgraph=True, backend="eager")
+        answers.append(asked(torch.ones(1))[1])
+    assert answers == {"advantages": [False, True], "segments": ["reference", "native"]}.get(name, ["no code", None])

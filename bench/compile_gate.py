@@ -44,6 +44,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,7 +89,6 @@ class Case(NamedTuple):
     options: dict[str, Any]  # num_warps and so on
     aligned: tuple[str, ...] = ()  # arguments divisible by 16: pointers always are
     spill: int = 0  # bytes allowed outside of loops of products
-    loop_spill: int = 0  # and in them
     same: str = ""  # cases whose sums have the same layouts
     pace: Pace | None = None
     wide: bool = False  # rows are aligned: rules widths, pipelined and wgmma hold
@@ -215,58 +215,41 @@ def _row_bwd(rows, launch, dtype: str, from_e: bool, full=True, aligned=True, e_
 REST = 256
 
 
-class Spill(NamedTuple):
-    """Bytes that one tile may spill."""
-
-    rest: int = REST  # outside of its loop of products
-    products: int = 0  # in it
-
-
-# An odd head, whose width 16 does not divide or which is transposed, takes a pointer an element; on sm_90 those do not
-# fit beside 128 x 256 sums: such a head is slow there, and right. Others of sm_90 are copied by descriptors.
-ALLOWED = {
-    ("linear_fwd bf16 plain odd", "sm_90"): Spill(640, products=512),
-    ("linear_fwd_tma bf16 plain", "sm_120"): Spill(products=32),  # under Triton 3.6
-    ("linear_fwd_tma bf16 full", "sm_120"): Spill(products=32),
-}
-
-
 def head_cases(full: bool) -> list[Case]:
-    """The tiles of every GPU: with all options on, and the plain head; the rest with full=True."""
+    """The tiles of every GPU: with all options on, and the plain head; the rest with full=True. The rows of an odd
+    head do not lie at multiples of 16 bytes: it takes pointers where others take descriptors."""
     from finealign_kernels.kernels import linear_logprobs as head
 
-    found = [_combine(tiles, want) for tiles, want in ((16, 7), (512, 7), (2048, 0))]
+    found = []
     for target in TARGETS:
-        found += [_head_fwd(head, target.name, dtype, capped=True) for dtype in ("bf16", "fp32")]
-        plain = _head_fwd(head, target.name, "bf16", capped=False)._replace(same="plain head")
-        found += [plain]
-        if target.name == "sm_90":
-            found += [_by_tma(head, _every_row(_head_fwd(head, "sm_90", "bf16", capped=False, e=False)))]
-        if target.name in head.TMA:
-            found += [_by_tma(head, plain), _by_tma(head, _head_fwd(head, target.name, "bf16", capped=True))]
-        backward = [_head_bwd(head, target.name, "bf16", capped) for capped in (False, True)]
-        found += [*backward, *(_by_tma(head, case) for case in backward if target.name in head.TMA)]
-        found += [_bounded(head, target.name, "bf16", across) for across in (False, True)]
+        forward, backward = partial(_head_fwd, head, target.name), partial(_head_bwd, head, target.name)
+        found += [forward(dtype, capped=True) for dtype in ("bf16", "fp32")]
+        plain, bare = (forward("bf16", capped=False, e=e) for e in (True, False))
+        alike = [plain]
+        if full or target.name == "sm_90":
+            alike += [_every_row(bare)]
         if full:
-            found += [_head_bwd(head, target.name, dtype, capped=True) for dtype in ("fp16", "fp32")]
+            alike += [bare, _every_row(plain)]
+        found += [case._replace(same="plain head") for case in alike]
+        found += [backward("bf16", capped) for capped in (False, True)]
+        found += [_bounded(head, target.name, "bf16", across) for across in (False, True)]
+        if full or target.name in head.TMA:
+            found += [way("bf16", capped, aligned=False) for way in (forward, backward) for capped in (False, True)]
+        if full:
+            found += [forward("fp16", capped) for capped in (False, True)]
+            found += [forward("bf16", capped=False, whole=False)]
+            found += [backward(dtype, capped=True) for dtype in ("fp16", "fp32")]
+            found += [way("fp32", capped=True, aligned=False) for way in (forward, backward)]
             found += [
                 _bounded(head, target.name, dtype, across) for dtype in ("fp16", "fp32") for across in (False, True)
             ]
-            found += [_head_fwd(head, target.name, "fp16", capped) for capped in (False, True)]
-            odd = _head_fwd(head, target.name, "bf16", capped=False, aligned=False)
-            bare = _head_fwd(head, target.name, "bf16", capped=False, e=False)
-            found += [odd, *(case._replace(same=plain.same) for case in (bare, _every_row(bare), _every_row(plain)))]
-    return [_allowed(case) for case in found]
+    combined = [_combine(tiles, want) for tiles, want in ((16, 7), (512, 7), (2048, 0))]
+    return combined + [case._replace(spill=REST) for case in found]
 
 
-def _allowed(case: Case) -> Case:
-    without_tile, target = re.sub(r" \d+ x .*", "", case.name), case.targets[0]
-    spill = ALLOWED.get((without_tile, target), Spill())
-    return case._replace(spill=spill.rest, loop_spill=spill.products)
-
-
-def _head_fwd(head, target: str, dtype: str, capped: bool, aligned=True, e=True) -> Case:
+def _head_fwd(head, target: str, dtype: str, capped: bool, aligned=True, e=True, whole=True) -> Case:
     tile = head.config(target, _torch_dtype(dtype), capped)
+    tile = tile if aligned else head.slim(tile)
     signature = dict.fromkeys(("x_ptr", "w_ptr", "e_ptr"), f"*{dtype}")
     signature |= dict.fromkeys(("target_ptr", "index_ptr", "count_ptr", "first_ptr"), "*i64")
     signature |= dict.fromkeys(("bias_ptr", "part_ptr", "label_ptr"), "*fp32")
@@ -283,19 +266,20 @@ def _head_fwd(head, target: str, dtype: str, capped: bool, aligned=True, e=True)
     }
     constexprs |= {} if capped else {"bias_ptr": None}
     constexprs |= {} if e else {"e_ptr": None}
-    return Case(
+    case = Case(
         f"linear_fwd {dtype} {'full' if capped else 'plain'}{'' if e else ' without e'}{'' if aligned else ' odd'}"
-        f" {tile.rows} x {tile.columns} x {tile.depth}",
+        f"{'' if whole else ' of any vocabulary'} {tile.rows} x {tile.columns} x {tile.depth}",
         head.linear_fwd_kernel,
         signature,
         constexprs,
         {"num_warps": tile.warps, "num_stages": tile.stages, **head.OPTIONS},
-        # the V of every real head is a multiple of 16
-        aligned=("x_stride_n", "w_stride_v", "depth", "chunk", "vocab") if aligned else (),
+        # the V of most heads is a multiple of 16
+        aligned=("x_stride_n", "w_stride_v", "depth", "chunk", *["vocab"] * whole) if aligned else (),
         targets=(target,),
-        pace=Pace(22 if e else 18) if aligned and not capped else None,
-        wide=aligned,
+        pace=Pace(22 if e else 18) if aligned and not capped and whole else None,
+        wide=aligned and whole,
     )
+    return _by_blocks(head, case, tile) if aligned and dtype != "fp32" and target in head.TMA else case
 
 
 def _every_row(case: Case) -> Case:
@@ -304,14 +288,12 @@ def _every_row(case: Case) -> Case:
     return case._replace(name=case.name.replace(" plain", " plain, every row,"), constexprs=constexprs)
 
 
-def _by_tma(head, case: Case) -> Case:
+def _by_blocks(head, case: Case, tile) -> Case:
     """The same tile by descriptors of hidden and weight."""
     c = case.constexprs
     strides = ("x_stride_n", "x_stride_d", "w_stride_v", "w_stride_d")
     constexprs = {name: value for name, value in c.items() if name not in strides}
-    dtype = case.signature["x_ptr"][1:]
-    tile = head.config(case.targets[0], _torch_dtype(dtype), c["CAPPED"])
-    backward = case.kernel is head.linear_bwd_kernel
+    dtype, backward = case.signature["x_ptr"][1:], case.kernel is head.linear_bwd_kernel
     constexprs |= {} if backward else {"FLATTEN": tile.flatten, "SPECIALIZE": tile.specialize}
     gone = (*strides, "x_ptr", "w_ptr", *(["index_ptr"] if backward else []))
     signature = {name: kind for name, kind in case.signature.items() if name not in gone}
@@ -323,9 +305,10 @@ def _by_tma(head, case: Case) -> Case:
     return case._replace(name=name, kernel=kernel, signature=signature, constexprs=constexprs, aligned=aligned)
 
 
-def _head_bwd(head, target: str, dtype: str, capped: bool) -> Case:
+def _head_bwd(head, target: str, dtype: str, capped: bool, aligned=True) -> Case:
     """With a softcap and counts on the device also from E."""
     tile = head.config(target, _torch_dtype(dtype), capped)
+    tile = tile if aligned else head.slim(tile)
     signature = dict.fromkeys(("out_ptr", "x_ptr", "w_ptr", "e_ptr"), f"*{dtype}")
     signature |= dict.fromkeys(("target_ptr", "index_ptr", "place_ptr", "counts_ptr"), "*i64")
     signature |= dict.fromkeys(("bias_ptr", "coef_ptr", "e_max_ptr"), "*fp32")
@@ -335,18 +318,20 @@ def _head_bwd(head, target: str, dtype: str, capped: bool) -> Case:
         ("scale", "softcap", "inv_temperature"), "fp32"
     )
     constexprs = {"x_stride_d": 1, "w_stride_d": 1, "CAPPED": capped, "SCALED": capped, "SPREAD": capped}
-    constexprs |= _blocks(tile, True)
+    constexprs |= _blocks(tile, aligned)
     constexprs |= {} if capped else dict.fromkeys(("bias_ptr", "e_ptr", "place_ptr", "e_max_ptr", "counts_ptr"))
-    return Case(
-        f"linear_bwd {dtype} {'full' if capped else 'plain'} {tile.rows} x {tile.columns} x {tile.depth}",
+    case = Case(
+        f"linear_bwd {dtype} {'full' if capped else 'plain'}{'' if aligned else ' odd'}"
+        f" {tile.rows} x {tile.columns} x {tile.depth}",
         head.linear_bwd_kernel,
         signature,
         constexprs,
         {"num_warps": tile.warps, "num_stages": tile.stages, **head.OPTIONS},
-        aligned=("out_stride", "x_stride_n", "w_stride_v", "columns", "depth"),
+        aligned=("out_stride", "x_stride_n", "w_stride_v", "columns", "depth") if aligned else (),
         targets=(target,),
-        wide=True,
+        wide=aligned,
     )
+    return _by_blocks(head, case, tile) if aligned and dtype != "fp32" and target in head.TMA else case
 
 
 def _bounded(head, target: str, dtype: str, across: bool) -> Case:
@@ -634,6 +619,10 @@ class Instruction(NamedTuple):
         """Bytes that a thread loads or stores by it."""
         return WIDTHS[next(iter(re.findall(r"\.[US]?(8|16|64|128)\b", self.opcode)), "")]
 
+    def hands_over(self) -> bool:
+        """Whether it stores zero to local memory."""
+        return self.kind() == "STL" and bool(re.search(r", *RZ\b", self.operands))
+
     def target(self) -> int | None:
         to = re.search(r"\b0x([0-9a-f]+)", self.operands)
         return int(to[1], 16) if self.kind() == "BRA" and to else None
@@ -664,9 +653,13 @@ def product_loops(code: list[Instruction]) -> list[Loop]:
 
 
 def spills(listing: str) -> tuple[int, int]:
-    """Bytes that NVIDIA's machine code stores to and loads from local memory: all, and those in loops of products."""
+    """Bytes that NVIDIA's machine code stores to and loads from local memory: all, and those in loops of products.
+
+    A zero that is stored there was in no register: it is the argument of a call. Triton 3.6 copies by descriptors to an
+    address in a cluster, and ptxas for sm_120 adds a call for those of another block, of which there are none.
+    """
     code = instructions(listing)
-    moved = [(i, one.width()) for i, one in enumerate(code) if one.kind() in LOCAL]
+    moved = [(i, one.width()) for i, one in enumerate(code) if one.kind() in LOCAL and not one.hands_over()]
     inner = product_loops(code)
     return sum(width for _, width in moved), sum(width for i, width in moved if any(a <= i <= b for a, b in inner))
 
@@ -815,7 +808,7 @@ def compile_case(case: Case, target: Target) -> Row:
     ir = compiled.asm["ttir"]
     rounded = sorted(set(re.findall(r"inputPrecision = (?!ieee)(\w+)", ir)))
     row = row._replace(broken=(*row.broken, f"precision: {', '.join(rounded)}")) if rounded else row
-    if in_products > case.loop_spill:
+    if in_products:
         row = row._replace(broken=(*row.broken, f"spills: {in_products} in a loop of products"))
     return judge(row, case.spill + in_products, target, atomics(ir + compiled.asm.get("ptx", "")), ttir_products(ir))
 

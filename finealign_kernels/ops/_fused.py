@@ -54,7 +54,9 @@ def fwd(hidden, weight, bias, target, head, want, workspace, on_device, _, stati
     label = torch.full((rows.n, 2), torch.nan, device=hidden.device)
     e = torch.empty(room * vocab, dtype=hidden.dtype, device=hidden.device)
     kept = e if room else None
-    launch = kernels.linear_fwd_tma if kernels.takes_tma(weight, _choose.arch(hidden)) else kernels.linear_fwd
+    launch = kernels.linear_fwd_tma
+    if not kernels.takes_tma(weight, _choose.arch(hidden)):
+        launch, tile = kernels.linear_fwd, kernels.by_pointers(weight, tile)
     launch(hidden, weight, bias, target, rows, head, want, part, first, label, kept, room, chunk, tile)
     e_max = part[:room, :, 0].contiguous()
     if rows.n < room:
@@ -76,7 +78,9 @@ def bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, on_de
     if on_device:
         return _bounded_bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, tile, shard)
 
-    launch = kernels.linear_bwd_tma if kernels.takes_tma(weight, _choose.arch(hidden)) else kernels.linear_bwd
+    launch = kernels.linear_bwd_tma
+    if not kernels.takes_tma(weight, _choose.arch(hidden)):
+        launch, tile = kernels.linear_bwd, kernels.by_pointers(weight, tile)
 
     def again(dz, x, at, coef, c0, c1):
         """By the forward's tiles: p = exp(z - lse) needs the very z that lse was computed from."""
@@ -115,6 +119,7 @@ def _bounded_bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, nee
     at, coef = target[index], coef.stacked()[:, index]
     by_blocks = kernels.takes_tma(weight, _choose.arch(hidden))
     x = hidden.index_select(0, index) if by_blocks else None
+    tile = tile if by_blocks else kernels.by_pointers(weight, tile)
 
     chunks, blocks = _chunked.spans(vocab, area.columns), _chunked.spans(n, area.rows)
     columns = min(vocab, area.columns)

@@ -61,8 +61,7 @@ class Config(NamedTuple):
 # What is launched, by GPU. Compiled only, for every line of bench/compile_gate.py: none has run on a GPU, and none was
 # chosen by a time (bench/sweep.py does that, and says how its answer gets here). 8 warps, as 4 spill; 256 columns where
 # they fit the registers, which a softcap fills; slices of 16 or 32 columns, whichever spills less.
-# Under Triton 3.7 odd heads spill, 104 to 1104 bytes a tile, and those that sm_100 takes by pointers, 40 bytes; in a
-# loop of products only an odd head on sm_90 does: bench/compile_gate.py says what is allowed.
+# No register is spilled in a loop of products; bench/compile_gate.py says what may be outside of one.
 HALF = {
     "sm_80": Config(128, 128, 64, 8, 3, 32, 8),
     "sm_90": Config(128, 256, 64, 8, 3, 32, 8),
@@ -90,6 +89,14 @@ TMA = ("sm_90", "sm_100", "sm_120")  # GPUs that copy whole blocks by a descript
 def config(arch: str, dtype: torch.dtype, capped: bool) -> Config:
     """Depends on the GPU, the dtype and whether there is a softcap. Raises KeyError for an arch that has no line."""
     return (FLOAT if dtype == torch.float32 else CAPPED if capped else HALF)[arch]
+
+
+def slim(tile: Config) -> Config:
+    """Of a head that cannot be read 16 bytes at a time: an address an element does not fit the registers beside more.
+
+    As wide as `tile`, since E has one maximum a tile, whose width forward and backward agree on by the GPU alone.
+    """
+    return tile._replace(rows=min(tile.rows, 64), depth=min(tile.depth, 32), slice=min(tile.slice, 16))
 
 
 def product_config(arch: str, dtype: torch.dtype) -> Config:
@@ -736,9 +743,21 @@ def linear_fwd(hidden, weight, bias, target, rows: Rows, head, want, part, first
 
 def takes_tma(weight: Tensor, arch: str) -> bool:
     """Whether whole blocks are copied: sm_90 and later, rows at multiples of 16 bytes. A matter of the head alone, so
-    that the number of rows decides nothing."""
-    aligned = weight.data_ptr() % 16 == 0 and weight.stride(0) * weight.element_size() % 16 == 0
-    return arch in TMA and weight.stride(1) == 1 and weight.stride(0) >= weight.shape[1] and aligned
+    that the number of rows decides nothing. Not float32: blocks from shared memory, whose sums no tensor core holds,
+    spill 700 bytes in the loop of products, where those by pointers spill none."""
+    by_blocks = arch in TMA and weight.dtype != torch.float32
+    return by_blocks and weight.stride(0) >= weight.shape[1] and _in_words(weight)
+
+
+def by_pointers(weight: Tensor, tile: Config) -> Config:
+    """The tile of linear_fwd and linear_bwd for a weight: slim where its rows do not lie at multiples of 16 bytes."""
+    return tile if _in_words(weight) else slim(tile)
+
+
+def _in_words(weight: Tensor) -> bool:
+    """Whether rows lie at multiples of 16 bytes."""
+    starts = weight.data_ptr(), weight.stride(0) * weight.element_size()
+    return weight.stride(1) == 1 and not any(start % 16 for start in starts)
 
 
 def _descriptors(x: Tensor, weight: Tensor, tile: Config) -> tuple[TensorDescriptor, TensorDescriptor]:

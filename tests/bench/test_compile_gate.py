@@ -302,6 +302,23 @@ def test_a_clean_file_passes(tmp_path):
     assert broken_rules("--kernels", tmp_path / "planted.py") == ({"clean": set()}, 0)
 
 
+LISTING = """
+        /*0000*/  MOV R2, c[0x0][0x28] ;
+        /*0010*/  HMMA.16816.F32.BF16 R8, R4, R6, R8 ;
+        /*0020*/  STL.64 [R1], {handed} ;
+        /*0030*/  @P0 BRA 0x10 ;
+        /*0040*/  LDL R9, [R1+0x8] ;
+        /*0050*/  EXIT ;
+"""
+
+
+def test_a_zero_that_a_call_is_handed_is_no_spill():
+    """ptxas adds such a call to each copy by a descriptor for sm_120, under Triton 3.6 alone."""
+    spills = runpy.run_path(str(GATE))["spills"]
+    assert spills(LISTING.format(handed="RZ")) == (4, 0)
+    assert spills(LISTING.format(handed="R2")) == spills(LISTING.format(handed="R12")) == (12, 8)
+
+
 def test_two_runs_side_by_side(tmp_path):
     before = [{"case": "row", "target": "sm_90", "registers": 105, "instructions": 44.8, "whole": None}]
     after = [before[0] | {"registers": 60, "instructions": 15.3}, {"case": "new", "target": "sm_90", "registers": 8}]

@@ -37,6 +37,9 @@ def load_causal(options, examples):
     transformers.utils.logging.disable_progress_bar()
     if options.model == "tiny":
         causal, tokenizer = _tiny(transformers, examples)
+        print(
+            "the tiny model has random weights: its results show that the code runs, not how well it trains", flush=True
+        )
     else:
         causal, tokenizer = _from_directory(transformers, *_locate(options.model))
     return causal.eval(), tokenizer  # no dropout: the reference is the same network

@@ -32,12 +32,17 @@ def table(result):
     parts = parts_by(result.sure, PARTS)
     rows = []
     for name, each in accuracies(result).items():
-        by_part = [100 * result.right[name][:, part].float().mean().item() for part in parts]
+        by_part = [_percent(result.right[name][:, part].float().mean()) for part in parts]
         spread = f"{100 * each.min():.1f} to {100 * each.max():.1f}"
-        rows.append([name, 100 * each.mean().item(), spread, *by_part])
+        rows.append([name, _percent(each.mean()), spread, *by_part])
     numbers = [str(1 + part) for part in range(len(parts))]  # with fewer than PARTS pairs, each part is one pair
     names = ["weakest fifth", *numbers[1:-1], "strongest"] if len(parts) == PARTS else numbers
     return ["loss", "accuracy, %", "seeds", *names], rows
+
+
+def _percent(share):
+    """With one decimal in every row, so that a column can be compared."""
+    return f"{100 * share.item():.1f}"
 
 
 def flip_precision(result):
@@ -188,7 +193,7 @@ def _votes_section(result):
         return None
     rows = []
     for name, right in result.right.items():
-        share = [100 * right[:, [v == vote for v in votes]].float().mean().item() for vote in known]
+        share = [_percent(right[:, [v == vote for v in votes]].float().mean()) for vote in known]
         rows.append([name, *share])
     counts = [f"{vote:g} ({sum(v == vote for v in votes)} pairs)" for vote in known]
     note = "Held-out pairs, by how many votes more the chosen answer had. More votes mean that people agreed more."

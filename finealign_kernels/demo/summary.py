@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__, report
-from .data import cut_facts, spans_of_tokens, texts_of_tokens
+from .data import cut_facts, spans_beyond, spans_of_tokens, texts_of_tokens
 from .effect import token_groups
 from .heads import LIMIT
 from .options import average_of, beta_of, lr_of, percent_of, scores_of, threshold_of, warmup_of
@@ -272,6 +272,8 @@ def _tokens_section(options, model, last):
         "in a chosen answer is pushed up less. Faults are underlined and listed below each answer. Hover over a token "
         "for its numbers."
     )
+    if hasattr(last.head.metrics, "chosen_rewards"):
+        note += " The reward of an answer is the implicit one: beta times its score."
     if masked:
         note += (
             " In the first colouring, blue is a good score and red a bad one. A line before a token marks a pivot, at "
@@ -322,9 +324,12 @@ def _shown_response(model, last, s, side):
 
 
 def faults_of(answer):
-    """One line for each span: its kind, the covered text and the annotator's comment."""
+    """One line for each span: its kind, the covered text, the annotator's comment, and whether it is cut off."""
+    beyond = spans_beyond(answer)
     return [
-        f"{span.kind}: “{answer.response.text[span.start : span.end]}”" + (f" ({span.label})" if span.label else "")
+        f"{span.kind}: “{answer.response.text[span.start : span.end]}”"
+        + (f" ({span.label})" if span.label else "")
+        + (", behind the last token that is kept" if span in beyond else "")
         for span in answer.response.spans
     ]
 

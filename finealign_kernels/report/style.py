@@ -103,7 +103,7 @@ svg .dot { fill: currentColor; stroke: var(--card); stroke-width: 1.5; }
   main { padding: 26px 16px 48px; }
   svg text { font-size: 15px; }
   th, td { padding: 8px 10px; }
-  tbody th { white-space: normal; }
+  thead th, tbody th { white-space: normal; }
   dl.facts { grid-template-columns: 1fr 1fr; }
 }
 """

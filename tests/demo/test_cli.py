@@ -140,6 +140,12 @@ def test_what_is_cut_is_said():
         chosen = options(**cuts)
         (pair,) = data.read_pairs(chosen, tokenizer, [example])
         assert data.cut_sentence(chosen, [pair.chosen, pair.rejected]) == said
+        kept, lost = summary.faults_of(pair.rejected)
+        assert (
+            kept == "a: “One”"
+            and lost.startswith("b: “bad part”")
+            and ("last token" in lost) == bool(chosen.max_response == 1)
+        )
 
 
 def test_faults_weigh_more_in_the_rejected_answer_and_less_in_the_chosen(examples):

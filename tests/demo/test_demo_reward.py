@@ -166,7 +166,7 @@ def test_parts_are_numbered_from_the_weakest(pairs, names):
     right = torch.tensor([[True] * (pairs - 1) + [False]])  # of the strongest pair alone a head is wrong
     result = reward.Result(None, None, None, torch.arange(pairs), None, {"flip": right}, None)
     columns, (row,) = reward_summary.table(result)
-    assert columns[3:] == names and row[3] == 100 and row[-1] == 0
+    assert columns[3:] == names and row[3] == "100.0" and row[-1] == "0.0"
 
 
 def test_contrast_adds_to_the_loss_of_both_views():

@@ -98,7 +98,10 @@ def main(argv: list[str] | None = None) -> int:
             print(f"nothing timed: {line} needs more memory: {full}", file=sys.stderr)
             status = 1
             continue
-        print(table(line.suite, found, times, absent), flush=True)
+        if found:
+            print(table(line.suite, found, times, absent), flush=True)
+        else:
+            print(*(f"{name} skipped: {reason}" for name, reason in absent.items()), sep="\n", flush=True)
         for reason in filter(None, (absent.wrong(name) for name in absent)):
             print(reason, file=sys.stderr)
             status = 1
@@ -172,10 +175,12 @@ def race(
 
     start = time.perf_counter()
     checks, absent = checked(line, able, x, answered if save else None, mark)
+    absent.update(reasons)
     mark("")
+    if not checks:
+        return [], {}, absent
     if at_most is not None:
         rounds = min(rounds, max(1, int(at_most / (time.perf_counter() - start))))
-    absent.update(reasons)
     calls = {rival.name: lambda call=rival.call: call(x) for rival in able if rival.name in checks}
     times = interleaved(calls, rounds, warmup=0, least=line.suite.least, device=line.device)
     middle, on_device = medians(times), medians(queued(calls, rounds, line.device))
@@ -186,7 +191,7 @@ def race(
             x,
             name,
             middle[name],
-            ratio(times, name, "ours"),
+            ratio(times, name, "ours") if "ours" in times else None,
             on_device.get(name),
             peaks.get(name),
             checks[name],
@@ -315,13 +320,13 @@ def peak_of(line: Line, name: str) -> float | None:
 
 
 def table(suite: Suite, rows: list[dict], times: dict[str, list[float]], absent: Absent) -> str:
-    rounds, on_gpu = len(times["ours"]), rows[0]["queued_s"] is not None
+    rounds, on_gpu = rows[0]["rounds"], rows[0]["queued_s"] is not None
     title = f"{rows[0]['pass']}, {rounds} round{'s' * (rounds > 1)}"
     text = [f"{title:26}{'median':>10}{'/ ours':>9}{'extra MiB':>11}{'GEMMs':>7}{'RMS error':>11}{'gradients':>11}"]
     text[0] += f"{'queued':>10}{'rate':>14}" if on_gpu else ""
     for row in rows:
         text.append(
-            f"{row['impl']:26}{seconds(row['median_s']):>10}{row['ratio_to_ours']:9.2f}"
+            f"{row['impl']:26}{seconds(row['median_s']):>10}{cell(row['ratio_to_ours'], '.2f'):>9}"
             f"{cell(row['peak_extra_mib'], '.1f'):>11}{cell(row['gemm_count'], '.2f'):>7}"
             f"{cell(row['rms_error'], '.1e'):>11}{cell(row['gradient_error'], '.1e'):>11}"
         )

@@ -306,6 +306,19 @@ def test_a_rival_that_is_not_installed_is_skipped_with_its_reason(monkeypatch, c
     assert f"skipped: needs torch >= 99.0, found {version('torch')}" in printed
 
 
+@pytest.mark.parametrize("others", [("eager",), ()], ids=["others", "nobody"])
+def test_a_race_that_ours_cannot_run_times_the_others(others, monkeypatch, tmp_path, capsys):
+    """Without the extension some ops have no kernel of ours."""
+    away = rivals.Rival("ours", rivals.head_ours("full"), lambda dtype, device: "no kernel here")
+    kept = [rival for rival in rivals.HEAD if rival.name in others]
+    monkeypatch.setitem(cases.SUITES, "head", dataclasses.replace(cases.SUITES["head"], rivals=(*kept, away)))
+    given = ["head", "--size", "small", "--dtype", "float32", "--case", "dense", "--no-memory", "--rounds", "1"]
+    assert run.main([*given, "--json", str(tmp_path / "rows.json")]) == 0
+    assert "no kernel here" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "rows.json").read_text()) if others else []
+    assert [(row["impl"], row["ratio_to_ours"]) for row in rows] == [(name, None) for name in others]
+
+
 def test_four_fifths_of_the_rows_have_an_upstream_gradient_of_exactly_zero():
     x = small("head", "active20").sample()
     assert int((x.upstream == 0).sum()) == 96 - 19

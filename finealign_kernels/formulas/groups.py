@@ -19,15 +19,20 @@ KINDS = ("group_mean", "group_std", "batch_std", "leave_one_out")
 
 def group_advantages(reward: Tensor, key: Tensor, *, kind: str, eps: float) -> Tensor:
     """Rewards (S,) to advantages (S,); kind is one of KINDS, and eps is added to a standard deviation."""
-    above, n = from_group_mean(reward, key), group_sizes(reward, key)
+    unit, n = _unit(reward, key), group_sizes(reward, key)
+    above = from_group_mean(reward / unit, key)
     if kind == "leave_one_out":
-        return above * leave_one_out(n)
+        return above * leave_one_out(n) * unit
     if kind == "group_mean":
-        return above
-    squares = _sums(above.square(), key) if kind == "group_std" else _squares(reward)
-    n = n if kind == "group_std" else reward.isnan().logical_not().sum()
-    std = (squares / (n - 1).clamp(min=1)).sqrt()
-    return torch.where(above == 0, 0, above / (std + eps))  # 0 / 0 where eps is 0
+        return above * unit
+    if kind == "group_std":
+        std = (_sums(above.square(), key) / (n - 1).clamp(min=1)).sqrt()
+        return torch.where(above == 0, 0, above / (std + eps / unit))  # 0 / 0 where eps is 0
+    whole = _unit(reward, torch.zeros_like(key))
+    count = reward.isnan().logical_not().sum()
+    std = (_squares(reward / whole) / (count - 1).clamp(min=1)).sqrt() * whole
+    above = above * unit
+    return torch.where(above == 0, 0, above / (std + eps))
 
 
 def decoupled_advantages(rewards: Tensor, key: Tensor, weights: list[float], *, eps: float) -> Tensor:
@@ -81,6 +86,15 @@ def from_group_mean(x: Tensor, key: Tensor, size: Tensor | None = None) -> Tenso
 def group_sizes(x: Tensor, key: Tensor) -> Tensor:
     """(S,): how many rows with the same key have an x that is not NaN. Its dtype is that of x, so quotients keep it."""
     return _sums((~x.isnan()).to(x.dtype), key)
+
+
+def _unit(x: Tensor, key: Tensor) -> Tensor:
+    """(S,): a power of two that float64 rewards of a group are divided by before their squares overflow, mostly 1."""
+    if not len(x):
+        return torch.ones_like(x)
+    row = _group_start(key)
+    top = torch.zeros_like(x).scatter_reduce(0, row, x.abs().nan_to_num(0, posinf=0), "amax")[row]
+    return torch.ldexp(torch.ones_like(x), torch.where(top > 2.0**480, torch.frexp(top).exponent - 400, 0))
 
 
 def _first_known(x: Tensor, key: Tensor) -> Tensor:

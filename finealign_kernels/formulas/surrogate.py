@@ -62,6 +62,6 @@ def clipped_square(value: Tensor, old_value: Tensor, target: Tensor, *, clip: fl
     The slope is V - R, or 0 where (V' - R)² is the larger one; the flag is True there.
     """
     near = torch.clamp(value, old_value - clip, old_value + clip)
-    free, held = (value - target).square(), (near - target).square()
+    free, held = ((x - target) * ((x - target) / 2) for x in (value, near))  # halved before it may overflow
     flat = held > free
-    return torch.maximum(free, held) / 2, torch.where(flat, 0, value - target), flat
+    return torch.maximum(free, held), torch.where(flat, 0, value - target), flat

@@ -64,14 +64,15 @@ def preference_strength(differences: Tensor | Iterable[Tensor]) -> Strength:
         dtype = torch.promote_types(dtype, d.dtype)
         d = d.detach().double()
         if first is None:
-            first, mean, square, vote, soft = d, *(torch.zeros_like(d) for _ in range(4))
+            first, mean, spread, vote, soft = d, *(torch.zeros_like(d) for _ in range(4))
         count += 1
-        delta = d - mean  # Welford's update: a sum of squares would lose a small σ beside a large μ
-        mean = mean + delta / count
-        square = square + delta * (d - mean)
+        # Welford's update of μ and σ: sums of squares would lose a small σ beside a large μ, and overflow
+        half = d / 2 - mean / 2
+        mean = mean + half / count * 2
+        spread = torch.hypot(spread * ((count - 1) / count) ** 0.5, half * (2 * (count - 1) ** 0.5 / count))
         vote = vote + (d > 0)
         soft = soft + d.sigmoid()
     if first is None:
         fail("differences", "hold those of at least one model", "none")
-    found = mean, (square / count).clamp(min=0).sqrt(), vote / count, soft / count
+    found = mean, spread, vote / count, soft / count
     return Strength(*(x.to(dtype) for x in found))

@@ -55,7 +55,7 @@ def value_loss(
     tokens = flatten(values, mask, cu_seqlens, name="values")
     value, target = read(tokens.x, tokens), read(flatten_like(returns, tokens, "returns"), tokens)
     if clip is None:
-        losses, slope, flat = (value - target).square() / 2, value - target, torch.zeros_like(value)
+        losses, slope, flat = (value - target) * ((value - target) / 2), value - target, torch.zeros_like(value)
     else:
         old = read(flatten_like(old_values, tokens, "old_values"), tokens)
         losses, slope, flat = surrogate.clipped_square(value, old, target, clip=clip)

@@ -30,6 +30,16 @@ def test_golden():
         assert_close(getattr(found, name), torch.tensor(values, dtype=F64), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("size", (1e-300, 1.0, 1e155, 1.5e308))
+def test_differences_of_any_size(size):
+    """Finite ones have a finite mean and deviation: neither a difference of two nor a square overflows in between."""
+    d = torch.tensor([[1, 1, -1, 0.5], [-1, 1, -1, 0.25], [0.5, 1, 1, -1]], dtype=F64)
+    found, expected = fk.preference_strength(d * size), fk.preference_strength(d)
+    for name in ("mean", "std"):
+        assert_close(getattr(found, name), getattr(expected, name) * size, rtol=1e-14, atol=1e-15 * size)
+    assert_close(expected.std, d.std(0, unbiased=False), rtol=1e-14, atol=1e-15)
+
+
 def test_models_are_let_go_one_by_one():
     """A generator sees each of its tensors freed before the one after the next is made."""
     import weakref

@@ -188,3 +188,11 @@ def test_refusal(case):
     call, kind, message = REFUSALS[case]
     with pytest.raises(kind, match=message):
         call()
+
+
+@pytest.mark.parametrize("clip", (None, 0.2))
+def test_an_error_whose_half_square_is_finite(clip):
+    """½ x² is 2.6e38 and fits into float32, x² does not."""
+    v = torch.tensor([[2.3e19]])
+    out = fk.value_loss(v, torch.zeros(1, 1), torch.zeros(1, 1), clip=clip)
+    assert_close(out.loss.double(), v.double().square().sum() / 2, rtol=1e-6, atol=0)

@@ -1,11 +1,12 @@
 """Feedback files: reads and writes the package's JSONL, and reads the released JSON of QA-Feedback."""
 
 import json
+import os
 from importlib import resources
 from pathlib import Path
 from reprlib import repr as brief
 
-from .records import Example, Preference, Response, Span, from_json, to_json
+from .records import Example, Preference, Response, Span, from_json, listed, to_json
 
 
 def read(path):
@@ -15,7 +16,7 @@ def read(path):
              which of the two it is. Blank lines are skipped
     Raises   ValueError that names the file, the line or entry, the field, what is expected and what was found
     """
-    text = _text(Path(path))
+    text = _text(_path(path))
     if text.lstrip().startswith("["):
         return _gather(path, "entry", enumerate(_json(text, path)), qa_feedback_example)
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -24,8 +25,16 @@ def read(path):
 
 def write(path, examples):
     """Writes the examples to `path` as JSONL in UTF-8. Raises ValueError if there are none, or if two share an id."""
+    path = _path(path)
+    examples = listed("examples", examples, "a sequence of Example")
     lines = [json.dumps(to_json(example), ensure_ascii=False) + "\n" for example in _distinct(path, examples)]
-    Path(path).write_text("".join(lines), encoding="utf-8", newline="\n")
+    path.write_text("".join(lines), encoding="utf-8", newline="\n")
+
+
+def _path(path):
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"path must be the name of a file, got {brief(path)}")
+    return Path(path)
 
 
 def sample():

@@ -36,6 +36,8 @@ class Span:
             _require_text("label", self.label)
         _require(self.score is None or _is_number(self.score), "score", "a finite number or null", self.score)
         _require(self.text is None or isinstance(self.text, str), "text", "a string or null", self.text)
+        if self.text is not None:
+            plain_text("text", self.text)
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def to_spans(text, spans, *, unit="code points"):
     """
     if unit not in UNITS:
         raise ValueError(f"unit must be one of {UNITS}, got {unit!r}")
-    _require(isinstance(text, str), "text", "a string", text)
+    plain_text("text", text)
     found = []
     for i, span in enumerate(listed("spans", spans, "a sequence of spans")):
         record = span if isinstance(span, Span) else _span_fields(span, f"spans[{i}]")
@@ -208,9 +210,16 @@ def _require(holds, field, expected, found):
 
 def _require_text(field, value):
     _require(isinstance(value, str) and value.strip(), field, "a string that is not blank", value)
+    plain_text(field, value)
+
+
+def plain_text(field, value):
+    """The text, which may be blank; refuses other types and half of a surrogate pair."""
+    _require(isinstance(value, str), field, "a string", value)
     halves = [i for i, char in enumerate(value) if "\ud800" <= char <= "\udfff"]  # no tokenizer and no file takes them
     if halves:
         raise ValueError(f"{field} must be valid Unicode, got half a surrogate pair at character {halves[0]}")
+    return value
 
 
 def listed(name, value, expected):

@@ -1,9 +1,10 @@
 """Sentences and sub-sentences of a response as character ranges, and the last token of each, which gets its reward."""
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from .records import Span, listed, range_of, whole
+from .records import Span, listed, plain_text, range_of, whole
 from .spans import token_ranges, trimmed
 
 Range = tuple[int, int]
@@ -28,8 +29,7 @@ def sentences(text: str) -> list[Range]:
     "in the U.S. Then" are not cut). Each line of wrapped text becomes a sentence. If this matters, give sub_sentences
     and segment_tokens a better splitter, for example spaCy: [(s.start_char, s.end_char) for s in nlp(text).sents].
     """
-    if not isinstance(text, str):
-        raise ValueError(f"text must be a string, got {type(text).__name__}")
+    plain_text("text", text)
     found, start = [], 0
     for match in _END.finditer(text):
         if _ends(text, start, match):
@@ -56,9 +56,8 @@ def sub_sentences(text: str, *, least: int = 5, splitter: Callable[[str], Iterab
     splitter  a function from text to the (start, end) of its sentences, in order
     Source    arXiv:2306.01693, fgrlhf/reward_utils.py of its code
     """
-    least = whole("least", least, 1)
-    parts = []
-    for start, end in _trimmed_ranges(text, splitter(text)):
+    least, parts = whole("least", least, 1), []
+    for start, end in _trimmed_ranges(text, _split(plain_text("text", text), splitter)):
         words = [(start + word.start(), start + word.end()) for word in re.finditer(r"\S+", text[start:end])]
         opens = _opens([text[first:stop] for first, stop in words], least)
         for low, high in zip(opens, [*opens[1:], len(words)], strict=True):
@@ -85,11 +84,10 @@ def segment_tokens(offsets: Sequence[Range], text: str, segments: Iterable[Range
     tokens = token_ranges(offsets, text)
     last, at, before = [], 0, 0
     for i, segment in enumerate(listed("segments", segments, "a sequence of (start, end)")):
-        segment = _bounds(segment)
-        if isinstance(segment, list | tuple) and (segment[0] < before or segment[1] > len(text)):
+        segment = range_of(f"segments[{i}]", _bounds(segment), sys.maxsize, "(start, end), whole numbers")
+        if segment[0] < before or segment[1] > len(text):
             expected = f"segments must be in order, without overlap, and end at most at {len(text)}"
             raise ValueError(f"{expected}, got {segment} after a segment that ends at {before}")
-        segment = range_of(f"segments[{i}]", segment, len(text), "(start, end), whole numbers")
         start, end = trimmed(text, *segment)
         before = segment[1]
         own = [t for t, (first, stop) in enumerate(tokens) if max(first, start) < min(stop, end)]
@@ -98,10 +96,22 @@ def segment_tokens(offsets: Sequence[Range], text: str, segments: Iterable[Range
     return last
 
 
-def _bounds(segment) -> Range:
+def _bounds(segment):
+    """(start, end) of a segment in any of its forms; another form as it is."""
     if isinstance(segment, Mapping):
-        return segment["start"], segment["end"]
-    return (segment.start, segment.end) if isinstance(segment, Span) else tuple(segment[:2])
+        return (segment["start"], segment["end"]) if {"start", "end"} <= segment.keys() else segment
+    if isinstance(segment, Span):
+        return segment.start, segment.end
+    return tuple(segment[:2]) if isinstance(segment, list | tuple) or hasattr(segment, "tolist") else segment
+
+
+def _split(text: str, splitter: Callable[[str], Iterable[Range]]) -> list[Range]:
+    """The ranges that a splitter finds, checked."""
+    if not callable(splitter):
+        raise ValueError(f"splitter must be a function from text to ranges, got {type(splitter).__name__}")
+    ranges = listed("what splitter returns", splitter(text), "a sequence of (start, end)")
+    expected = f"(start, end) with 0 <= start <= end <= {len(text)}, the length of the text"
+    return [range_of(f"splitter's range {i}", _bounds(one), len(text), expected) for i, one in enumerate(ranges)]
 
 
 def _ends(text: str, start: int, match: re.Match) -> bool:

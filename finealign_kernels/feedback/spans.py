@@ -1,11 +1,13 @@
 """From character spans to tokens, by means of the offsets that a fast tokenizer returns."""
 
+import difflib
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from reprlib import repr as brief
 from typing import NamedTuple
 
-from .records import Response, Span, finite, flag, listed, positive, range_of, to_spans
+from .records import Response, Span, finite, flag, listed, plain_text, positive, range_of, to_spans
 
 _OFFSETS = "a sequence of (start, end), one a token"
 # Spellings of U+FFFD in vocabularies: the character, its UTF-8 bytes in the byte-level alphabet, and as fallback bytes
@@ -33,14 +35,15 @@ def encode(tokenizer, prompt: str | Sequence[int], response: Response | str, *, 
     response   text, or a Response, whose text is taken
     eos        True appends the tokenizer's end-of-sequence token, if it has one
     Returns    Encoded: input_ids, response_start and offsets
-    Raises     ValueError if the tokenizer is not a fast one, or if the prompt is neither text nor token ids
+    Raises     ValueError if the tokenizer is not a fast one, if the prompt is neither text nor token ids, or if a text
+               holds half of a surrogate pair
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"tokenizer must be a fast one, which gives offsets, got {type(tokenizer).__name__}")
     prompt_ids = _prompt_ids(tokenizer, prompt)
     if not isinstance(response, str | Response):
         raise ValueError(f"response must be text or a Response, got {type(response).__name__}")
-    text = response if isinstance(response, str) else response.text
+    text = plain_text("response", response) if isinstance(response, str) else response.text
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     response_ids, offsets = list(tokens["input_ids"]), [tuple(offset) for offset in tokens["offset_mapping"]]
     if flag("eos", eos) and tokenizer.eos_token_id is not None:
@@ -113,6 +116,7 @@ def token_spans(offsets, text: str, spans: Sequence[Span]) -> list[tuple[int, in
 def token_ranges(offsets, text):
     """The character range of each token without white space; refuses offsets that are not ranges of the text."""
     ranges = []
+    plain_text("text", text)
     for i, offset in enumerate(listed("offsets", offsets, _OFFSETS)):
         expected = f"(start, end) with 0 <= start <= end <= {len(text)}, the length of the text"
         ranges.append(trimmed(text, *range_of(f"offsets[{i}]", offset, len(text), expected)))
@@ -137,9 +141,16 @@ def token_weights(
     offsets, text, spans  as in token_spans
     Returns  one weight for each token
     Raises   ValueError if a weight is not finite, or where token_spans does
+    Warns    where no span is of a kind in by_kind, but some are of a kind that is spelled almost the same
     """
     by_kind, spans, offsets = _by_kind(by_kind, finite), to_spans(text, spans), listed("offsets", offsets, _OFFSETS)
-    inside, outside = float(finite("inside", inside)), float(finite("outside", outside))
+    _warn_of_misspelled(by_kind, spans)
+    return _weights(offsets, text, spans, finite("inside", inside), finite("outside", outside), by_kind)
+
+
+def _weights(offsets, text, spans, inside, outside, by_kind) -> list[float]:
+    """token_weights of arguments that are checked."""
+    inside, outside = float(inside), float(outside)
     weights = [outside] * len(offsets)
     for span, (first, stop) in zip(spans, token_spans(offsets, text, spans), strict=True):
         weight = float(by_kind.get(span.kind, inside))
@@ -197,12 +208,13 @@ def response_weights(
     span_weight, by_kind = positive("span_weight", span_weight), _by_kind(by_kind, positive)
     spans, side = to_spans(text, spans), 1.0 if flag("raised", raised) else -1.0
     offsets = listed("offsets", offsets, _OFFSETS)
+    _warn_of_misspelled(by_kind, spans)
     praise = [span for span in spans if (span.score or 0.0) > 0]
     faults = [span for span in spans if span not in praise]
     found = []
     for marked, power in ((faults, -side), (praise, side)):
         powers = {kind: weight**power for kind, weight in by_kind.items()}
-        found.append(token_weights(offsets, text, marked, inside=span_weight**power, by_kind=powers))
+        found.append(_weights(offsets, text, marked, span_weight**power, 1.0, powers))
     return [a * b for a, b in zip(*found, strict=True)]
 
 
@@ -219,7 +231,20 @@ def token_segments(offsets, text: str, spans: Sequence[Span]) -> list[int]:
 def _by_kind(by_kind, check):
     if not isinstance(by_kind, Mapping | type(None)):
         raise ValueError(f"by_kind must be a mapping from kinds to numbers, got {brief(by_kind)}")
+    for kind in by_kind or {}:
+        if not isinstance(kind, str):
+            raise ValueError(f"by_kind must name kinds, which are text, got {brief(kind)}")
     return {kind: check(f"by_kind[{kind!r}]", weight) for kind, weight in (by_kind or {}).items()}
+
+
+def _warn_of_misspelled(by_kind, spans):
+    """A response need not have a span of each kind; where one kind is almost another, a span gets another weight."""
+    kinds = {span.kind for span in spans}
+    others = {kind.casefold(): kind for kind in kinds - by_kind.keys()}
+    for kind in by_kind.keys() - kinds:
+        for near in difflib.get_close_matches(kind.casefold(), others, n=1, cutoff=0.85):
+            said = f"by_kind has {kind!r}, which is the kind of no span; there are spans of {others[near]!r}"
+            warnings.warn(f"{said}, which get the weight of other kinds", UserWarning, stacklevel=3)
 
 
 def _token_range(tokens, text, span):
@@ -249,7 +274,7 @@ def _prompt_ids(tokenizer, prompt):
     if not isinstance(prompt, str):  # a BatchEncoding, for example, iterates over its keys
         hint = "messages go through tokenizer.apply_chat_template(messages, return_dict=False) first"
         return _ids("prompt", prompt, f"text or a sequence of token ids ({hint})")
-    tokens = tokenizer(prompt, return_special_tokens_mask=True)
+    tokens = tokenizer(plain_text("prompt", prompt), return_special_tokens_mask=True)
     ids, added = list(tokens["input_ids"]), list(tokens["special_tokens_mask"])
     while added and added[-1]:  # special tokens at the end, such as the end of sequence, would separate the response
         ids.pop()

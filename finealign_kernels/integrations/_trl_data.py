@@ -8,6 +8,7 @@ from reprlib import repr as brief
 from typing import NamedTuple
 
 import torch
+from datasets import IterableDataset
 from torch import Tensor
 from trl.data_utils import is_conversational
 
@@ -130,6 +131,8 @@ def add_token_weights(dataset, ours: Columns, tokenizer, span_options: Mapping, 
         wanted = f"have the columns prompt, {' and '.join(ours.sides)}, beside spans"
         fail(f"the {name} dataset", wanted, ", ".join(columns))
     shared = {"ours": ours}
+    if name == "train" and span_options.get("by_kind"):
+        _warn_of_absent_kinds(dataset, spans, span_options["by_kind"])
     if spans:
         options = {"tokenizer": tokenizer, "options": span_options, **shared}
         dataset = dataset.map(_weigh, fn_kwargs=options, **map_options)
@@ -152,6 +155,24 @@ def _warn_of_unread(columns, ours: Columns, name: str) -> None:
         if near or column.endswith(ENDINGS):
             hint = f"did you mean {near[0]!r}?" if near else f"the columns that are read are {', '.join(ours.all)}"
             warn_once(f"trl unread {column}", f"the column {column!r} of the {name} dataset is not read; {hint}")
+
+
+def _warn_of_absent_kinds(dataset, columns: Sequence[str], by_kind: Mapping) -> None:
+    """Weights of a kind that no span of the dataset is of: they change nothing, without a word."""
+    if isinstance(dataset, IterableDataset):
+        return
+    spans = [span for column in columns for row in dataset[column] for span in row or []]
+    kinds = {str(_kind(span)) for span in spans}
+    for kind in sorted(set(map(str, by_kind)) - kinds):
+        there = f"the kinds there are {', '.join(sorted(kinds))}" if kinds else "it has no spans"
+        warn_once(
+            f"trl kind {kind}", f"by_kind has {kind!r}, which is the kind of no span of the train dataset; {there}"
+        )
+
+
+def _kind(span) -> str:
+    kind = span.get("kind") if isinstance(span, Mapping) else span[2] if len(span) > 2 else None
+    return "fault" if kind is None else kind
 
 
 def _weigh(row: Mapping, tokenizer, options: Mapping, ours: Columns) -> dict:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..feedback.records import plain_text
 from ..feedback.segments import Range, segment_tokens, sub_sentences
 from ..feedback.spans import encode
 from ..formulas.rewards import SegmentRewards
@@ -196,6 +197,9 @@ def check_as_many(**lists) -> None:
     for name, value in lists.items():
         if isinstance(value, str):
             fail(name, "be a list, one a response", "a str", TypeError)
+        if name == "texts":
+            for i, text in enumerate(value):
+                plain_text(f"texts[{i}]", text)
     counts = [len(value) for value in lists.values()]
     if len(set(counts)) > 1:
         fail(" and ".join(lists), "be as many", " and ".join(map(str, counts)))

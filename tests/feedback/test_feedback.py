@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -607,15 +608,59 @@ def test_lists_arrays_and_tensors_are_the_same(kind):
         (lambda: fb.response_weights(SUN_TOKENS, SUN, [], raised=True, span_weight=10**400), "span_weight must be"),
         (lambda: fb.Span(0, 3, "a", score=10**400), "score must be a finite number"),
         (lambda: fb.sub_sentences(SUN, least=0), "least must be a whole number of at least 1"),
-        (lambda: fb.sentences(None), "text must be a string, got NoneType"),
+        (lambda: fb.sentences(None), "text must be a string, got None"),
         (lambda: fb.decode(None, [-100, 5]), "ids must be a sequence of the token ids of one response"),
         (lambda: fb.decode(None, torch.tensor([[5, 6]])), "ids must be a sequence of the token ids of one response"),
         (lambda: fb.write("none.jsonl", [dict(id="a")]), "none.jsonl: examples must be Example"),
+        (lambda: fb.write("none.jsonl", 3), "examples must be a sequence of Example, got 3"),
+        (lambda: fb.write(3, fb.sample()), "path must be the name of a file, got 3"),
+        (lambda: fb.read(None), "path must be the name of a file, got None"),
+        (lambda: fb.token_weights(SUN_TOKENS, SUN, [], inside=1, by_kind={1: 2.0}), "by_kind must name kinds"),
+        (lambda: fb.segment_tokens(SUN_TOKENS, SUN, [dict(begin=0, end=3)]), r"segments\[0\] must be \(start, end\)"),
+        (lambda: fb.segment_tokens(SUN_TOKENS, SUN, [3]), r"segments\[0\] must be \(start, end\)"),
+        (lambda: fb.segment_tokens(SUN_TOKENS, SUN, [("0", 3)]), r"segments\[0\] must be \(start, end\)"),
+        (lambda: fb.segment_tokens(SUN_TOKENS, None, []), "text must be a string, got None"),
+        (lambda: fb.sub_sentences(SUN, splitter=3), "splitter must be a function from text to ranges, got int"),
+        (lambda: fb.sub_sentences(SUN, splitter=lambda text: None), "what splitter returns must be a sequence"),
+        (lambda: fb.sub_sentences(SUN, splitter=lambda text: [(0, 99)]), "splitter's range 0 must be .* <= 15"),
     ],
 )
 def test_what_is_of_another_form_is_refused_by_name(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+HALF = "The sun \ud83d is hot."  # of an emoji, as JSON may hold it
+
+
+@pytest.mark.parametrize(
+    "name, call",
+    [
+        ("prompt", lambda tokenizer: fb.encode(tokenizer, HALF, "a")),
+        ("response", lambda tokenizer: fb.encode(tokenizer, "a", HALF)),
+        ("text", lambda _: fb.sentences(HALF)),
+        ("text", lambda _: fb.sub_sentences(HALF, splitter=lambda text: [])),
+        ("text", lambda _: fb.to_spans(HALF, [])),
+        ("text", lambda _: fb.to_spans(HALF, [(0, 3)], unit="utf-16")),
+        ("text", lambda _: fb.token_weights(SUN_TOKENS, HALF, [], inside=2)),
+        ("text", lambda _: fb.segment_tokens(SUN_TOKENS, HALF, [])),
+        ("text", lambda _: fb.Span(0, 3, "fault", text=HALF)),
+    ],
+)
+def test_half_a_surrogate_pair_is_refused_by_name(tokenizer, name, call):
+    with pytest.raises(ValueError, match=f"^{name} must be valid Unicode, got half a surrogate pair at character 8"):
+        call(tokenizer)
+
+
+def test_a_kind_that_is_almost_that_of_a_span_is_warned_of(recwarn):
+    weigh = partial(fb.token_weights, SUN_TOKENS, SUN, inside=2.0)
+    assert weigh([(4, 7, "factual")], by_kind={"factual": 3.0, "repetition": 5.0, "Factual": 7.0})[1] == 3
+    assert weigh([], by_kind={"factual": 3.0})[1] == 1 and not recwarn.list
+    for kind in ("Factual", "factaul", "factual "):
+        with pytest.warns(UserWarning, match=f"by_kind has '{kind}', .*; there are spans of 'factual', which get"):
+            assert weigh([(4, 7, "factual")], by_kind={kind: 3.0})[1] == 2
+    with pytest.warns(UserWarning, match="by_kind has 'Factual'"):
+        fb.pair_weights((SUN_TOKENS, SUN, [(4, 7, "factual")]), (SUN_TOKENS, SUN, []), by_kind={"Factual": 3.0})
 
 
 def test_a_file_that_is_nested_too_deeply_is_refused(tmp_path):

@@ -573,12 +573,17 @@ def test_what_does_not_go_together_is_refused(rows, options, message, folder):
             "rejected_token_weight: max_length = 12 cuts off every token of a row whose number is not 1",
         ),
         (
+            [marked(row) for row in ROWS],
+            dict(by_kind={"Fault": 3.0}),
+            "by_kind has 'Fault', which is the kind of no span of the train dataset; the kinds there are ",
+        ),
+        (
             ROWS,
             dict(pivots={"baseline": 0.0}, pivot_start=1.0),
             "pivots are used from step 2 on, and the training has 1",
         ),
     ],
-    ids=["span", "spans", "weights", "cut", "pivots"],
+    ids=["span", "spans", "weights", "cut", "kind", "pivots"],
 )
 def test_feedback_that_is_lost_is_warned_of(rows, options, message, folder, monkeypatch):
     monkeypatch.setattr(_warn, "_given", set())

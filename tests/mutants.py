@@ -398,7 +398,7 @@ MUTANTS = [
     # policy losses
     Mutant("gradient beyond the clamp", "formulas/surrogate.py", "(held > free) | is_beyond(log_ratio)", "held > free", POLICY),
     Mutant("dual clip on both sides", "formulas/surrogate.py", "flat | ((advantage < 0) & (ratio > dual))", "flat | (ratio > dual)", POLICY),
-    Mutant("no half in the value loss", "formulas/surrogate.py", "torch.maximum(free, held) / 2", "torch.maximum(free, held)", VALUE),
+    Mutant("no half in the value loss", "formulas/surrogate.py", "((x - target) * ((x - target) / 2) for x in (value, near))", "((x - target) * (x - target) for x in (value, near))", VALUE),
     Mutant("what a clamp holds moves", "formulas/divergence.py", "held = (is_beyond(d) | is_beyond(log_ratio))", "held = is_beyond(log_ratio)", DIVERGENCE),
     Mutant("a product's gradient of one token", "losses/policy.py", "slope = slope * _lengths(tokens)", "slope = slope * 1", POLICY),
     Mutant("an advantage of 0 hides a NaN", "losses/policy.py", "none = (advantage == 0) & (log_ratio == log_ratio)", "none = advantage == 0", POLICY),

@@ -63,6 +63,8 @@ class KeepColumns(griffe.Extension):
     def on_instance(self, *, obj, **_):
         if obj.docstring is None and obj.is_attribute:
             self._comment(obj)
+        if obj.is_attribute and "class-attribute" not in obj.labels:
+            obj.value = None  # an expression of __init__, which is no default
         if obj.docstring is None:
             return
         first, _, rest = obj.docstring.value.partition("\n\n")

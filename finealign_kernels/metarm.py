@@ -80,7 +80,7 @@ class MetaRM:
         if other is not None:
             fail("parameters", "hold tensors", f"a {type(other).__name__}", TypeError)
         each = {id(p): p for p in parameters if p.requires_grad}  # one that is shared moves once
-        self.parameters = list(each.values())
+        self.parameters = list(each.values())  # those that move, each once
         check_number("eta", eta, positive=True)
         if not self.parameters:
             fail("parameters", "hold one that requires a gradient", "none")

@@ -466,7 +466,7 @@ MUTANTS = [
     Mutant("ties kept as pairs", "losses/pairs.py", "kept = up | down", "kept = up | ~up", REWARD),
     Mutant("the last token of the padding", "losses/pairs.py", "last = torch.searchsorted(kept, kept[bounds[1:]]) - 1", "last = bounds[1:] - 1", REWARD),
     Mutant("the margin of a flipped pair turned with it", "losses/reward.py", "shift if sign is None else sign * shift", "shift", REWARD),
-    Mutant("the spread of a sample", "losses/strength.py", "(square / count)", "(square / max(1, count - 1))", STRENGTH),
+    Mutant("the spread of a sample", "losses/strength.py", "vote = vote + (d > 0)", "vote, spread = vote + (d > 0), spread * (count / max(1, count - 1)) ** 0.5", STRENGTH),
     Mutant("ties counted as votes", "losses/strength.py", "vote + (d > 0)", "vote + (d >= 0)", STRENGTH),
     Mutant("the strongest pairs taken for the weakest", "losses/strength.py", "self.mean.argsort(stable=True)", "self.mean.argsort(stable=True, descending=True)", STRENGTH),
     Mutant("the command's page over a file it reads", "strength.py", "        if place in taken:", "        if place in taken and flag == '--out':", STRENGTH),

@@ -84,7 +84,7 @@ class SegmentRewardModel:
         self.model, self.tokenizer, self.rewards, self.split = model, tokenizer, dict(rewards), split
         self.separator, self.placed, self.soft = separator, placed, soft
         self.weight, self.batch_size = check_number("weight", weight), batch_size
-        self.max_length = min(max_length, takes, tokenizer.model_max_length)
+        self.max_length = min(max_length, takes, tokenizer.model_max_length)  # tokens of prompt and response
 
     def encode(self, prompt: str, text: str, segments: Sequence[Range]) -> tuple[list[int], list[int]]:
         """Token ids of the input, and the place of each segment's separator; what is beyond max_length is cut off."""

@@ -119,6 +119,7 @@ class StepCountsMixin:
     or `label`; override `counted` for other batches.
     """
 
+    # Trainer is not to divide the loss by the number of batches
     loss_is_scaled_for_ga = True
     _step_counts: StepCounts | None = None
 

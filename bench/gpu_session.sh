@@ -101,7 +101,7 @@ export HF_HUB_OFFLINE=1 # nothing waits for a network
 export PYTHONUNBUFFERED=1 TORCHINDUCTOR_COMPILE_THREADS=1 # every test process would start a pool of its own
 if [ "$DEVICE" = cuda ]; then
   models=models first=(--shape "Llama-3-8B")
-  marked=(-m gpu) swept=bfloat16 hangs=45 # seconds after which one call of a race, or one test, is taken to hang
+  marked=(-m gpu) swept=bfloat16 hangs=45 # seconds after which one call of a race is taken to hang
   (nvidia-smi --query-gpu=timestamp,clocks.sm,power.draw --format=csv,noheader -lms 500 >"$STATE/clocks.csv" 2>/dev/null) &
   clocks=$!
   trap 'kill $clocks 2>/dev/null; finish' EXIT
@@ -142,8 +142,8 @@ fi
 tests() { # tests NAME SECONDS ARGUMENTS...
   local name=$1 limit=$2
   shift 2
-  # each with its name as it ends; one that hangs ends its process, and xdist goes on with another
-  step "tests_$name" "$limit" python3 -m pytest -v --tb=short -o faulthandler_timeout="$hangs" "$@"
+  # each with its name as it ends; one that hangs (or compiles for so long) ends its process, and xdist starts another
+  step "tests_$name" "$limit" python3 -m pytest -v --tb=short -o faulthandler_timeout=$((hangs + 15)) "$@"
 }
 
 bf16=(--dtype bfloat16 --size "$models" --no-memory)
@@ -164,7 +164,7 @@ steps() {
     --launch 128,256,64,8,3,64,8 --launch 128,128,64,8,4,32,8 --launch 256,128,64,8,3,32,8 --launch 128,128,64,4,3,16,8)
   size=("${first[@]}")
   [ "$DEVICE" = cuda ] || size=(--rows 2 --shape small) launches=(--launch 32,64,32,4,1,32,2 --launch 16,128,16,4,1,128,8)
-  step sweep_forward 90 python3 bench/sweep.py --kernel head_fwd_tma --dtype "$swept" "${size[@]}" "${launches[@]}" \
+  step sweep_forward 120 python3 bench/sweep.py --kernel head_fwd_tma --dtype "$swept" "${size[@]}" "${launches[@]}" \
     --json "$STATE/sweep_forward.json"
 
   tests gpu 120 "${many[@]}" tests/kernels/test_gpu.py "${marked[@]}" \

@@ -98,6 +98,7 @@ def machine(x: Tensor) -> dict[str, str | None]:
 
 
 AHEAD_PROCESSES = 6  # each holds a head of its own: more than these pass the memory of an 80 GB GPU
+AHEAD_SECONDS = 45  # a launch compiles in ten or less; one that hangs leaves time for the others
 AHEAD_ROWS = 64  # as divisible as any number of rows that is timed: the same code is compiled
 
 
@@ -111,9 +112,9 @@ def compiled_ahead(name: str, size, dtype: str, t, only: tuple | None = None) ->
         command = [sys.executable, __file__, f"--kernel={name}", f"--dtype={dtype}", here, f"--rows={AHEAD_ROWS}"]
         command += ["--rounds=1", f"--launch={','.join(map(str, launch))}"]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=AHEAD_SECONDS)
         except subprocess.TimeoutExpired:
-            return "more than 90 s to compile and answer"
+            return f"more than {AHEAD_SECONDS} s to compile and answer"
         return None if done.returncode == 0 else (done.stdout + done.stderr).strip().rpartition("\n")[2]
 
     with ThreadPoolExecutor(max(1, min(AHEAD_PROCESSES, (os.cpu_count() or 1) - 2))) as pool:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from finealign_kernels.testing import measure
 
@@ -554,11 +555,39 @@ def test_a_launch_that_fails_in_a_process_of_its_own_is_named(sweep, monkeypatch
     assert list(reasons) == [(1000, 4)] and "1000x4" in reasons[1000, 4]
 
 
+@swept_here
+def test_a_launch_that_hangs_costs_the_others_no_time(sweep, monkeypatch):
+    """Each compiles and answers in a process of its own, which is ended."""
+    monkeypatch.setattr(sweep, "AHEAD_SECONDS", 0.01)
+    found = sweep.compiled_ahead("row_fwd", 257, "float32", sample_of(sweep, "row_fwd", 2, 257), ((1024, 4),))
+    assert found == {(1024, 4): "more than 0.01 s to compile and answer"}
+
+
+@swept_here
+def test_a_process_of_a_sweep_holds_its_weight_in_the_weights_dtype(sweep, monkeypatch):
+    """Several at a time have to fit a GPU: no copy of the whole weight in float32 or float64."""
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for x in torch.utils._pytree.tree_leaves(out):
+                largest = max(largest, x.untyped_storage().nbytes() if isinstance(x, torch.Tensor) else 0)
+            return out
+
+    monkeypatch.setattr(sys.modules["swept_kernels"], "CHUNK", 256)
+    with Sizes():
+        t = sweep.products(2, shapes.Head("small", 2, 512, 4096), torch.bfloat16, torch.device("cpu"))
+    assert largest == t.weight.untyped_storage().nbytes() == 2 * 512 * 4096
+
+
 # the call on a machine with a GPU: its steps by a python that only says what it was asked for
 
 
 STUB = """#!/usr/bin/env bash
 echo "$*" >> "$CALLS"
+echo "$TORCHINDUCTOR_COMPILE_THREADS $HF_HUB_OFFLINE" >> "$CALLS.env"
 [[ -n "${HANGS:-}" && "$*" == *$HANGS* ]] && trap '' INT TERM && exec sleep 60
 [[ -n "${ABORTS:-}" && "$*" == *$ABORTS* ]] && kill -ABRT $$
 case "$*" in
@@ -611,6 +640,8 @@ def test_a_call_on_a_gpu_machine_is_whole_and_goes_on_where_it_was_cut(session):
     assert {"ceilings", "race_head_dense", "profile", "race_rest", "sweep_forward"} <= {row["step"] for row in rows}
     assert sorted(file.name for file in session.out.iterdir()) == ["results.json", "session.log", "state.tgz"]
     assert "===== ceilings.log" in (session.out / "session.log").read_text()
+    # one pool of compilers a test process would be 16 for each of eight; nothing asks a network
+    assert set((session.state.parent / "calls.env").read_text().splitlines()[3:]) == {"1 1"}
     status, told, calls = session()  # only the installation, which another machine may lack
     assert status == 0 and told.count("done before") == len(list(session.state.glob("*.done"))) - 1
     assert not any(call.startswith(("-m pytest", "bench/apart.py")) for call in calls)
@@ -846,6 +877,17 @@ def test_the_latency_model_counts_waves_and_rounds(latency):
     assert one_block.seconds() > 20 * latency.seconds("gae", 1, 1 << 20)
     row = {"suite": "rl", "case": "gae-large", "impl": "ours", "shape": [1024, 1024 * 4096], "queued_s": 3.1e-5}
     assert "| `gae` | 1024 × 4096 | 1 | 24 | 31 |" in latency.table([row]).splitlines()
+
+
+@pytest.mark.parametrize("count, length", [(32, 32768), (1, 1 << 20)])
+def test_few_long_sequences_fill_every_multiprocessor(count, length, latency):
+    """What walks tokens does; what combines their sums waits for few loads instead."""
+    for op, (kernels, _) in latency.OPS.items():
+        found = kernels(count, length)
+        walks = [kernel for kernel in found if kernel.blocks >= 0.95 * latency.MULTIPROCESSORS]
+        assert walks, f"{op}: {found} leaves multiprocessors idle"
+        combines = [kernel for kernel in found if kernel not in walks]
+        assert all(kernel.first + kernel.rounds * kernel.each <= 12 for kernel in combines), (op, combines)
 
 
 # goals as ratios to what the same run timed

@@ -341,3 +341,15 @@ def test_every_kernel_has_a_case():
         for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.M)
     }
     assert named == written
+
+
+def test_heads_are_compiled_as_real_ones_are():
+    """Triton compiles other code where V is a multiple of 16, which that of every model is."""
+    pytest.importorskip("triton")
+    real = runpy.run_path(str(ROOT / "bench/shapes.py"))["HEAD"]["models"]
+    assert all(shape.V % 16 == 0 for shape in real)
+    forward = [case for case in runpy.run_path(str(GATE))["cases"]() if case.name.startswith("linear_fwd")]
+    for target in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942"):
+        judged = {case.pace and case.pace.instructions for case in forward if target in case.targets and case.pace}
+        assert {"vocab" in case.aligned for case in forward if target in case.targets and case.pace} == {True}, target
+        assert 22 in judged, target

@@ -104,6 +104,18 @@ def test_every_name_that_is_imported_from_the_package_exists():
     assert not missing, missing
 
 
+def test_every_adapter_is_documented_and_has_a_planted_bug():
+    """An adapter is a module of integrations with VERSIONS: the versions of the trainer that it was written for."""
+    guides = "".join(path.read_text() for path in (ROOT / "docs/guides").glob("*.md"))
+    api, mutants = (ROOT / "docs/api.md").read_text(), (ROOT / "tests/mutants.py").read_text()
+    adapters = [path.stem for path in (PACKAGE / "integrations").glob("*.py") if "\nVERSIONS = " in path.read_text()]
+    assert "skyrl" in adapters
+    for name in sorted(adapters):
+        assert f"::: finealign_kernels.integrations.{name}." in api, f"integrations.{name} is not in docs/api.md"
+        assert re.search(rf"integrations\.{name}\b", guides), f"{name} has no guide"
+        assert f'"integrations/{name}.py"' in mutants, f"{name} has no planted bug in tests/mutants.py"
+
+
 def test_rivals_and_unsafe_loading_stay_out():
     for _, path in modules():
         source = path.read_text()

@@ -592,6 +592,7 @@ echo "$TORCHINDUCTOR_COMPILE_THREADS $HF_HUB_OFFLINE" >> "$CALLS.env"
 [[ -n "${ABORTS:-}" && "$*" == *$ABORTS* ]] && kill -ABRT $$
 case "$*" in
   *FAILS*) exit 3 ;;
+  *get_device_capability*) echo 90 ;;
   *"import _C"*) [ -n "${NO_EXTENSION:-}" ] && exit 1 ;;
   *test_row_logprobs_triton*)
     [ -n "${KILLED:-}" ] && kill -9 "$(ps -o ppid= -p "$PPID")"
@@ -626,7 +627,7 @@ def session(tmp_path, monkeypatch):
         done = subprocess.run(["bash", script], env=given, capture_output=True, text=True, timeout=100)
         return done.returncode, done.stdout + done.stderr, calls.read_text().splitlines()
 
-    call.out, call.state = tmp_path / "out", tmp_path / "state"
+    call.out, call.state, call.bin = tmp_path / "out", tmp_path / "state", folder
     return call
 
 
@@ -645,6 +646,42 @@ def test_a_call_on_a_gpu_machine_is_whole_and_goes_on_where_it_was_cut(session):
     status, told, calls = session()  # only the installation, which another machine may lack
     assert status == 0 and told.count("done before") == len(list(session.state.glob("*.done"))) - 1
     assert not any(call.startswith(("-m pytest", "bench/apart.py")) for call in calls)
+
+
+SMI = """#!/usr/bin/env bash
+echo "$*" >> "$CALLS"
+case "$*" in
+  *-lms*) echo $$ > "$CALLS.pid"; exec sleep 60 ;; # writes clocks until it is killed
+  *) echo 90000 ;; # MiB that a killed process has not given back
+esac
+"""
+SANITIZER = """#!/usr/bin/env bash
+while [ "$1" != python3 ]; do shift; done
+exec "$@"
+"""
+
+
+def test_the_same_call_on_a_gpu(session):
+    """Its branch, with stubs of the programs: real shapes, half precision, -m gpu, a clock log that ends with it."""
+    for name, text in (("nvidia-smi", SMI), ("compute-sanitizer", SANITIZER), ("sleep", "#!/usr/bin/env bash\n")):
+        (session.bin / name).write_text(text if name != "sleep" else text + '[ "$1" = 1 ] || exec /bin/sleep "$@"\n')
+        (session.bin / name).chmod(0o755)
+    status, told, calls = session(DEVICE="cuda", ABORTS="race_rest")
+    assert status == 1 and "== 90000 MiB of the GPU's memory are in use" in told, told
+    (rest,) = [call for call in calls if "race_rest" in call]
+    assert "rl sequence policy segments --size models" in rest and "--shape 1 of a million" in rest
+    (dense,) = [call for call in calls if "race_head_dense" in call]
+    assert "--dtype bfloat16 --size models --no-memory --shape Llama-3-8B" in dense and "--device cuda" in dense
+    assert all("-m gpu" in call for call in calls if "test_gpu.py" in call and "sanitizer" not in call)
+    assert any("sanitizer and cuda" in call for call in calls) and len(list(session.state.glob("*.done"))) == 13
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((session.state.parent / "calls.pid").read_text()), 0)
+
+
+def test_nothing_is_tried_where_torch_finds_no_gpu(session):
+    (session.bin / "python3").write_text("#!/usr/bin/env bash\nexit 1\n")
+    status, told, _ = session(DEVICE="cuda")
+    assert status == 100 and "after" not in told
 
 
 def test_a_failed_step_is_counted_and_repeated_when_asked(session):

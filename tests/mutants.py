@@ -46,6 +46,7 @@ FUSED_POLICY = "tests/ops/test_policy_loss.py"
 NUMBERS = "tests/mistakes/test_numbers_elsewhere.py"
 SILENT, LIMITS = "tests/mistakes/test_silent_faults.py", "tests/mistakes/test_limits.py"
 MISTAKES = "tests/mistakes/test_ordinary_mistakes.py"
+SURROUNDINGS = "tests/mistakes/test_surroundings.py"
 DIVERGENCE, RETURNS, SCAN = "tests/losses/test_divergence.py", "tests/rl/test_returns.py", "tests/ops/test_scan.py"
 ADVANTAGES, HEAD = "tests/rl/test_advantages.py", "tests/kernels/test_linear_logprobs_triton.py"
 HOUSE = "tests/house/test_house.py"
@@ -133,6 +134,9 @@ MUTANTS = [
     Mutant("half a surrogate pair", "feedback/spans.py", 'tokenizer(plain_text("prompt", prompt)', "tokenizer(prompt", FEEDBACK),
     Mutant("a kind that is almost a span's", "feedback/spans.py", "cutoff=0.85", "cutoff=1.0", FEEDBACK),
     Mutant("kinds that no span is of", "integrations/_trl_data.py", "for kind in sorted(set(map(str, by_kind)) - kinds):", "for kind in ():", TRL_DPO),
+    Mutant("autocast narrows similarities", "ops/contrast.py", "torch.autocast(keys.device.type, enabled=False)", "torch.autocast(keys.device.type, enabled=True)", SURROUNDINGS),
+    Mutant("autocast narrows prototypes", "losses/contrastive.py", "torch.autocast(first.device.type, enabled=False)", "torch.enable_grad()", SURROUNDINGS),
+    Mutant("signs in the default dtype", "losses/pivots.py", "torch.where(advantage < 0, -1.0, torch.nan)).float()", "torch.where(advantage < 0, -1.0, torch.nan))", SURROUNDINGS),
     Mutant("variance about 0", "formulas/returns.py", "away = _kept(kept - near, mask, 0)", "near, away = 0, kept", RETURNS),
     Mutant("variance about 0, native", "kernels/cuda/formulas.cuh", "{n, n * first + d, first * (n * first + 2 * d) + dd, first + d / n, away < 0 ? 0 : away}", "{n, n * first + d, first * (n * first + 2 * d) + dd, first + d / n, first * (n * first + 2 * d) + dd - (n * first + d) * (n * first + d) / n}", RETURNS),
     Mutant("parts whose means are apart", "kernels/cuda/formulas.cuh", "x.away + y.away + apart * apart * x.n * share", "x.away + y.away", RETURNS),

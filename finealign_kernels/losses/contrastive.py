@@ -131,7 +131,8 @@ def _differences(x: Tensor, pairs: str) -> Tensor:
 def _swav(first, second, prototypes, mirrored, over_ranks, *, temperature, epsilon, iterations):
     wide = torch.promote_types(first.dtype, torch.float32)
     centers = formula.unit(prototypes.to(wide))
-    views = [formula.unit(x.to(wide)) @ centers.T for x in (first, second)]
+    with torch.autocast(first.device.type, enabled=False):
+        views = [formula.unit(x.to(wide)) @ centers.T for x in (first, second)]
     if mirrored:
         views = [torch.cat([scores, -scores]) for scores in views]
     sinkhorn = dict(epsilon=epsilon, iterations=iterations, over_ranks=over_ranks)

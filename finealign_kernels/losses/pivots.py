@@ -208,7 +208,7 @@ def adaptive_mask(
         read, segment = read & inside, formula.ids(starts, inside, tokens.cu_seqlens)
         score = _segment_scores(q, read, starts, segment_score)
         advantage = _segment_scores(advantage, inside, starts, "mean")
-    signs = torch.where(advantage >= 0, 1.0, torch.where(advantage < 0, -1.0, torch.nan))
+    signs = torch.where(advantage >= 0, 1.0, torch.where(advantage < 0, -1.0, torch.nan)).float()
     kept = formula.keep(score, signs, level) if soft is None else formula.soft_keep(score, signs, level, soft)
     weight = torch.where(read, kept, 0).float()
     if reads_values(weight):
@@ -328,9 +328,9 @@ def _side(side: int | str | TokenTensor, tokens: Tokens) -> Tensor:
         if many % 2:
             fail("token_score", f"hold an even number of sequences with side={side!r}", many)
         place = torch.arange(many, device=tokens.x.device)
-        signs = torch.where(place < many // 2 if side == "halves" else place % 2 == 0, 1.0, -1.0)
+        signs = torch.where(place < many // 2 if side == "halves" else place % 2 == 0, 1, -1).float()
     elif number(side) in (1, -1):
-        signs = torch.full((many,), float(number(side)), device=tokens.x.device)
+        signs = torch.full((many,), float(number(side)), dtype=torch.float32, device=tokens.x.device)
     else:
         fail("side", "be 'halves', 'interleaved', 1, -1 or a tensor", repr(side))
     return signs[segment_ids(tokens.cu_seqlens, tokens.x.shape[0])]

@@ -49,5 +49,5 @@ def segment_class_loss(
     losses = -found.logp.reshape(-1)
     flat = judged.reshape(-1)
     loss = reduce(losses, reduction, denominator, flat)
-    right = (found.is_top1.reshape(-1) & flat).sum() / flat.sum().clamp(min=1)
+    right = (found.is_top1.reshape(-1) & flat).sum().to(losses.dtype) / flat.sum().clamp(min=1)
     return SegmentClassLoss(loss, losses.detach().view(labels.shape), right)

@@ -58,7 +58,7 @@ class _InfoNCE(torch.autograd.Function):
 def _blocks(queries, keys, temperature, start, mirrored, needs):
     """losses, hits, and the gradients of Σ losses that are needed, in the dtype of the sums."""
     wide = torch.promote_types(queries.dtype, torch.float32)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(keys.device.type, enabled=False):  # sums are those of `wide`
         keys = keys.detach().to(wide)
         queries = queries.detach()
         (n, width), m = queries.shape, keys.shape[0]

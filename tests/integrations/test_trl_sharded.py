@@ -84,10 +84,12 @@ def apart(ours, exact, *names):
 
 def test_dpo_under_fsdp2_with_a_trained_head_of_its_own_unit(tmp_path):
     exact, _ = trained(tmp_path, 1)
-    for found in ranks.fresh(2, both_ways, str(tmp_path)):
+    for rank, found in enumerate(ranks.fresh(2, both_ways, str(tmp_path))):
         for ours, truth, bound in zip(found["patched"], exact, (1e-6, 1e-5), strict=True):
             assert apart(ours, truth, "lm_head.weight") <= bound
             assert apart(ours, truth, *truth) <= bound  # of the second step: of models that rounding has set apart
         stock, truth = found["stock"][0], exact[0]
+        told = [f"{way} {apart(found[way][0], truth, 'lm_head.weight'):.1e}" for way in ("stock", "patched")]
+        print(f"rank {rank}, relative error of the head's gradient: {', '.join(told)}")
         assert apart(stock, truth, "lm_head.weight") > 0.5  # each rank keeps the gradient of its own rows
         assert apart(stock, truth, *(name for name in truth if name != "lm_head.weight")) <= 1e-6

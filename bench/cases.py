@@ -111,7 +111,8 @@ def truth(line: Line, x: Sample) -> dict[str, torch.Tensor]:
 
 
 def errors(line: Line, rival: Rival, answers: dict, exact: dict) -> dict[str, float | None]:
-    """RMS error of the output (nats, for log-probs) and the worst gradient's, relative, both against float64.
+    """RMS error of the output (nats, for log-probs) and the worst of gradients and other outputs, relative; against
+    float64.
 
     Raises WrongAnswer if any answer is off.
     """
@@ -230,6 +231,11 @@ def logits(shape: shapes.Logits, case: str, dtype: torch.dtype, device: torch.de
         logits=(2 * torch.randn(shape.N, shape.V, generator=random, device=device)).to(dtype).requires_grad_(),
         useful_bytes=3 * shape.N * shape.V * dtype.itemsize,  # read forward; read and written backward
     )
+
+
+def scores(shape: shapes.Logits, case: str, dtype: torch.dtype, device: torch.device) -> Sample:
+    x = logits(shape, case, dtype, device)
+    return x.replace(logits=x.logits.detach(), useful_bytes=shape.N * shape.V * dtype.itemsize)
 
 
 def segments(shape: shapes.Packed, case: str, dtype: torch.dtype, device: torch.device) -> Sample:
@@ -406,6 +412,17 @@ SUITES = {
             truth=rivals.logits_eager,
             compare=(("ours", "copy"),),
             rounds=9,
+        ),
+        Suite(
+            name="token_entropy",
+            shapes=shapes.LOGITS,
+            cases=tuple(product(BOTH, ["dense"])),
+            sample=scores,
+            rivals=rivals.SCORES,
+            truth=rivals.scores_eager,
+            compare=(("ours", "copy"),),
+            rounds=9,
+            passes="forward",
         ),
         Suite(
             name="segments",

@@ -155,14 +155,14 @@ steps() {
   race head_dense 120 head "${bf16[@]}" "${first[@]}" --case dense --rival gemm3 --rival gemm4 "${ours[@]}"
   step profile 30 "${ceilings[@]}" --profile ours fused trl gemm3 --json "$STATE/profile.json"
   race head_kinds 90 head "${bf16[@]}" "${first[@]}" --case frozen --case pivots20 --case grpo30 --rival trl --rival fused
-  race token_logprobs 40 token_logprobs "${bf16[@]}" "${first[@]}" --rival trl --rival copy
+  race token_logprobs 40 token_entropy token_logprobs "${bf16[@]}" "${first[@]}" --rival trl --rival copy
   batches=()
   [ "$DEVICE" = cuda ] && batches=(--shape "1024 of 4096" --shape "64 of 512" --shape "32 of 32768" --shape "1 of a million")
   race rest 60 rl sequence policy segments --size "$models" "${batches[@]}" --rounds 5 --no-memory
 
   launches=(--launch 128,256,64,8,3,32,8 --launch 128,256,64,8,4,32,8 --launch 128,256,64,8,3,32,16
     --launch 128,256,64,8,3,64,8 --launch 128,128,64,8,4,32,8 --launch 256,128,64,8,3,32,8 --launch 128,128,64,4,3,16,8)
-  size=("${first[@]}")
+  size=(--rows 8192 "${first[@]}") # as the races
   [ "$DEVICE" = cuda ] || size=(--rows 2 --shape small) launches=(--launch 32,64,32,4,1,32,2 --launch 16,128,16,4,1,128,8)
   step sweep_forward 120 python3 bench/sweep.py --kernel head_fwd_tma --dtype "$swept" "${size[@]}" "${launches[@]}" \
     --json "$STATE/sweep_forward.json"

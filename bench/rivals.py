@@ -302,6 +302,45 @@ LOGITS = (
 )
 
 
+# token_logprobs with the entropy, forward alone, as policies are logged and scored
+
+
+def scores_eager(x):
+    logp = x.logits.to(torch.promote_types(x.logits.dtype, torch.float32)).log_softmax(-1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    return {"logp": logp.gather(-1, x.labels[:, None])[:, 0], "entropy": entropy}
+
+
+def scores_trl(x):
+    """As logits_trl."""
+    if x.logits.device.type == "cuda":
+        from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
+
+        return dict(zip(("logp", "entropy"), selective_log_softmax_and_entropy(x.logits, x.labels), strict=True))
+    from trl.trainer.utils import entropy_from_logits, selective_log_softmax
+
+    return {"logp": selective_log_softmax(x.logits, x.labels), "entropy": entropy_from_logits(x.logits)}
+
+
+def scores_copy(x):
+    """As many bytes as the op must move: half of the logits are read and written."""
+    x.logits[: len(x.logits) // 2].clone()
+    return {}
+
+
+def scores_ours(x):
+    found = fk.token_logprobs(x.logits, x.labels, outputs=("entropy",))
+    return {"logp": found.logp, "entropy": found.entropy}
+
+
+SCORES = (
+    Rival("eager", scores_eager),
+    Rival("trl", scores_trl, package("trl", "1.16")),
+    Rival("copy", scores_copy, floor=True),
+    Rival("ours", scores_ours),
+)
+
+
 # segments: the torch baselines are given the segment of each token, which ours reads from cu_seqlens
 
 

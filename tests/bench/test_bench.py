@@ -139,12 +139,25 @@ def test_rows_have_the_fields_of_the_schema(tmp_path, capsys):
     assert "ours / gemm3" in printed
 
 
-@pytest.mark.parametrize("suite", ["loss", "token_logprobs", "segments", "policy", "reward", "contrast", "rl"])
+@pytest.mark.parametrize(
+    "suite", ["loss", "token_logprobs", "token_entropy", "segments", "policy", "reward", "contrast", "rl"]
+)
 def test_every_suite_runs(suite, capsys):
     assert run.main([suite, "--size", "small", "--no-memory", "--rounds", "1"]) == 0
     printed = capsys.readouterr().out
     for dtype, case in cases.SUITES[suite].cases:
         assert f"{suite}  {case}  {cases.dtype_name(dtype)}  small" in printed
+
+
+def test_an_entropy_that_is_off_is_no_answer():
+    line = small("token_entropy", "dense")
+    x = line.sample()
+    exact = cases.truth(line, x)
+    (ours,) = (rival for rival in line.suite.rivals if rival.name == "ours")
+    found = cases.errors(line, ours, ours.call(x), exact)
+    assert found["rms_error"] < 1e-5 and found["gradient_error"] < 1e-5 and not x.logits.requires_grad
+    with pytest.raises(cases.WrongAnswer, match="entropy of ours"):
+        cases.errors(line, ours, {**ours.call(x), "entropy": 1.001 * exact["entropy"]}, exact)
 
 
 @pytest.mark.parametrize(
@@ -272,6 +285,7 @@ def test_on_a_gpu_trls_own_kernel_is_raced(monkeypatch):
     there = cases.SimpleNamespace(logits=cases.SimpleNamespace(device=torch.device("cuda")), labels=None)
     there.answers = lambda out: out
     assert rivals.logits_trl(there) == "logp"
+    assert rivals.scores_trl(there) == {"logp": "logp", "entropy": "entropy"}
 
 
 def test_a_bound_of_its_own_is_for_that_rival_alone(monkeypatch):
@@ -881,6 +895,31 @@ def test_a_test_that_breaks_the_gpu_takes_no_other_along(processes, tmp_path):
     assert "FAILED test_them.py::test_one[1]" not in done.stdout
     assert "its context is broken" in done.stdout
     assert ("3 passed" in done.stdout) == bool(processes), done.stdout
+
+
+def test_the_session_sweeps_the_launch_that_ships():
+    """At the size of the races: the goal of the forward is that launch's."""
+    heads = pytest.importorskip("finealign_kernels.kernels.linear_logprobs")
+    script = (Path(__file__).parents[2] / "bench/gpu_session.sh").read_text()
+    launches = [tuple(map(int, launch.split(","))) for launch in re.findall(r"--launch ([\d,]+)", script)]
+    from swept_kernels import numbers
+
+    assert {numbers(heads.config("sm_90", torch.bfloat16, False))} <= set(launches)
+    (race,) = [shape for shape in shapes.HEAD["models"] if shape.model == "Llama-3-8B"]
+    assert f"--rows {race.N} " in script
+
+
+def test_every_word_that_the_session_chooses_tests_by_is_one_of_theirs():
+    """A test that gets another name would be left out without a word."""
+    root = Path(__file__).parents[2]
+    script = (root / "bench/gpu_session.sh").read_text().replace("\\\n", " ")
+    chosen = re.findall(r"(tests/kernels/test_\w+\.py)[^\n]*? -k (\"[^\"]+\"|\w+)", script)
+    assert len(chosen) == 4
+    for file, words in chosen:
+        text = (root / file).read_text()
+        names = re.findall(r"^def (test_\w+)|\"(\w[^\"]*)\"", text, re.M)  # and of what they are parametrized over
+        for word in set(re.findall(r"\w+", words)) - {"and", "or", "cuda"}:
+            assert any(word in test or parameter.startswith(word) for test, parameter in names), f"{word} in {file}"
 
 
 # latencies by arithmetic

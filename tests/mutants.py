@@ -147,7 +147,7 @@ MUTANTS = [
     Mutant("turns of this rank's responses alone", "rl/groups.py", "(wide,), own = rows_of_all(process_group, wide)", "own = slice(None); counts = cu_turns.diff()", "tests/ops/test_over_ranks.py"),
     Mutant("columns of sharded logits counted from 0", "ops/_parallel.py", "min(dist.get_rank(group) * step, vocab)", "0", "tests/ops/test_sharded_heads.py"),
     Mutant("a compiled shard begins at column 0", "ops/_parallel.py", "return group, shard.start, shard.columns,", "return group, 0, shard.columns,", PARALLEL),
-    Mutant("a compiled head forgets temperatures of rows", "ops/_parallel.py", "inv_temperature if heat is None else heat, support)", "inv_temperature, support)", PARALLEL),
+    Mutant("a compiled head forgets temperatures of rows", "ops/_parallel.py", "    inv_temperature = inv_temperature if row_inv_temperature is None else row_inv_temperature\n", "", PARALLEL),
     Mutant("the plan without what is kept for backward", "ops/_plan.py", "        kept * columns * item,\n", "        0,\n", "tests/ops/test_plan_memory.py"),
     # sequences over ranks
     Mutant("the label at a chunk's end by this rank's tokens", "ops/context.py", "torch.where(mine, here, slot[after] if self.total else here)", "here", CONTEXT),
@@ -216,7 +216,7 @@ MUTANTS = [
     Mutant("entropy gradient without H", FORMULA, "(logp_all + entropy)", "logp_all", LOGPROBS),
     Mutant("entropy gradient's sign", FORMULA, "dz = p * (k - g) - torch", "dz = p * (k - g) + torch", LOGPROBS),
     Mutant("lse gradient lost at the label", FORMULA, "+ k * p_label", "", LOGPROBS),
-    Mutant("temperature lost in backward", FORMULA, "dz * (head.scale * head.heat)", "dz * head.scale", LOGPROBS),
+    Mutant("temperature lost in backward", FORMULA, "dz * (head.scale * head.temperature_factor)", "dz * head.scale", LOGPROBS),
     Mutant("softcap's slope lost", FORMULA, "dz * torch.where(is_label, label_slope, curve)", "dz", LOGPROBS),
     Mutant("softcap turns -inf into -c", FORMULA, "torch.where(y == -torch.inf, y, capped)", "capped", LOGPROBS),
     Mutant("mean over banned tokens too", FORMULA, "mean = total / count", "mean = total / 203", LOGPROBS),

@@ -51,7 +51,7 @@ class Head(NamedTuple):
         return self._replace(inv_temperature=t[at] if isinstance(t, Tensor) else t, support=support)
 
     @property
-    def heat(self) -> float | Tensor:
+    def temperature_factor(self) -> float | Tensor:
         """1 / temperature, in a shape that multiplies logits (..., V)."""
         t = self.inv_temperature
         return t[:, None] if isinstance(t, Tensor) else t
@@ -87,9 +87,10 @@ def logits(x: Tensor, bias: Tensor | None, head: Head) -> Tensor:
     """Products of hidden state and head (..., V) to logits z."""
     y = x if bias is None else x + bias
     y = y * head.scale if head.scale != 1 else y
+    t = head.temperature_factor
     if not head.softcap:
-        return y * head.heat if isinstance(head.heat, Tensor) or head.heat != 1 else y
-    capped = head.softcap * torch.tanh(y / head.softcap) * head.heat
+        return y * t if isinstance(t, Tensor) or t != 1 else y
+    capped = head.softcap * torch.tanh(y / head.softcap) * t
     return torch.where(y == -torch.inf, y, capped)
 
 
@@ -285,7 +286,8 @@ def tile_gradient(
         shift = e_max[:, None] - m - l
         p = src * torch.where(e_max == -torch.inf, 0, shift.squeeze(1).exp())[:, None]
         logp_all = src.log() + shift
-        curve = 1 - ((src.log() + e_max[:, None]) / (head.heat * head.softcap)).square() if head.softcap else 1
+        bound = head.temperature_factor * head.softcap
+        curve = 1 - ((src.log() + e_max[:, None]) / bound).square() if head.softcap else 1
     live = p > 0
     dz = p * (k - g) - torch.where(live & (h != 0), h * p * (logp_all + entropy), 0)
     local = target - col0
@@ -299,5 +301,5 @@ def tile_gradient(
     dz = torch.where(is_label, dz_label, torch.where(live | p.isnan(), dz, 0) + spread)
     if head.softcap:
         dz = torch.where(dz == 0, 0, dz * torch.where(is_label, label_slope, curve))
-    dx = dz * (head.scale * head.heat)
+    dx = dz * (head.scale * head.temperature_factor)
     return torch.where(((target != SKIP) & coef.active())[:, None], dx, 0)

@@ -93,7 +93,7 @@ def _call(
 ) -> tuple[Tensor, dict]:
     """The policy loss by finealign_kernels; KL, positive examples and metrics are NeMo-RL's, of advantages 0."""
     base = super(sys.modules[__name__].PolicyLossFn, self)
-    rest, told = base.__call__(
+    rest, metrics = base.__call__(
         next_token_logprobs, data | {"advantages": 0 * data["advantages"]}, global_valid_seqs, global_valid_toks
     )
     weight = data["token_mask"][:, 1:] * data["sample_mask"][:, None]
@@ -115,7 +115,7 @@ def _call(
         **self.options,
     )
     loss = out.loss + rest
-    return loss, told | {"loss": loss.item()}
+    return loss, metrics | {"loss": loss.item()}
 
 
 def _correction(self, logp: Tensor, old: Tensor | None, data, mask: Tensor) -> Tensor | None:

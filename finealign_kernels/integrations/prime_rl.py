@@ -67,5 +67,5 @@ def loss(inputs, name: str = "ppo", kl_coef: float = 0.0, reference: str = "ref"
         kl_coef=kl_coef,
         **options,
     )
-    told = {"clip_low": out.clip_fraction_low, "clip_high": out.clip_fraction_high, "ratio": out.ratio}
-    return prime_rl.LossOutputs(loss=out.loss, metrics=told | {"sampler_kl": out.old_kl})
+    metrics = {"clip_low": out.clip_fraction_low, "clip_high": out.clip_fraction_high, "ratio": out.ratio}
+    return prime_rl.LossOutputs(loss=out.loss, metrics=metrics | {"sampler_kl": out.old_kl})

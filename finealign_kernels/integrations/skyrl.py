@@ -93,7 +93,7 @@ def _loss(
         options = {"low": 1 - config.cispo.cispo_eps_clip_low, "high": 1 + config.cispo.cispo_eps_clip_high}
         old = _anchor(config, old_log_probs, rollout_logprobs)
     correction = torch.ones_like(log_probs)  # SkyRL's is linear in the loss: of ones, its weights come back
-    correction, kept, told = utils.apply_off_policy_correction(
+    correction, kept, metrics = utils.apply_off_policy_correction(
         correction, old_log_probs, rollout_logprobs, mask, config.off_policy_correction
     )
     out = policy_loss(
@@ -109,7 +109,7 @@ def _loss(
         kl_coef=0.0,
         **options,
     )
-    return out.loss, {"clip_ratio": (out.clip_fraction_low + out.clip_fraction_high).item()} | told
+    return out.loss, {"clip_ratio": (out.clip_fraction_low + out.clip_fraction_high).item()} | metrics
 
 
 def _anchor(config, old: Tensor, rollout: Tensor | None) -> Tensor:

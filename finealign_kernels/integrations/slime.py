@@ -80,7 +80,9 @@ def policy_loss(args, batch: dict, logits: Tensor, sum_of_sample_mean: Callable)
     before = batch["rollout_log_probs"] if args.use_rollout_logprobs else batch.get("log_probs")
     old = torch.cat(before) if before else logp.detach()
 
-    correction, reduce, of_policy, told = _correction(slime, args, batch, found["log_probs"], sum_of_sample_mean)
+    correction, reduce, of_policy, of_correction = _correction(
+        slime, args, batch, found["log_probs"], sum_of_sample_mean
+    )
     out = _policy_loss(
         name,
         logp,
@@ -112,17 +114,17 @@ def policy_loss(args, batch: dict, logits: Tensor, sum_of_sample_mean: Callable)
         loss = loss + logits[:0].sum()
     if correction is not None:
         metrics["ois"] = sum_of_sample_mean(torch.exp(logp - old))
-    return loss, {key: value.detach() for key, value in ({"loss": loss} | metrics).items()} | told
+    return loss, {key: value.detach() for key, value in ({"loss": loss} | metrics).items()} | of_correction
 
 
 def _correction(slime, args, batch: dict, log_probs: list, reduce: Callable) -> tuple:
     """Sampler weights by slime's path, the reducers after it of the entropy and of the policy loss, and metrics."""
     masks, spans = batch["loss_masks"], (batch["total_lengths"], batch["response_lengths"])
-    weight, whole, told = None, reduce, {}
+    weight, whole, of_correction = None, reduce, {}
     if args.use_tis or args.get_mismatch_metrics:
         correct = slime.load_function(args.custom_tis_function_path) if args.custom_tis_function_path else tis
         trained = batch.get("log_probs") or [row.detach() for row in log_probs]
-        weight, masks, told = correct(  # it is linear in pg_loss: of ones, the weights come back
+        weight, masks, of_correction = correct(  # it is linear in pg_loss: of ones, the weights come back
             args=args,
             pg_loss=torch.ones_like(torch.cat(trained)),
             train_log_probs=trained,
@@ -134,7 +136,7 @@ def _correction(slime, args, batch: dict, log_probs: list, reduce: Callable) -> 
         reduce = slime.get_sum_of_sample_mean(*spans, masks, batch["rollout_mask_sums"], args.calculate_per_token_loss)
     path = getattr(args, "custom_pg_loss_reducer_function_path", None)
     of_policy = slime.load_function(path)(*spans, masks, args.calculate_per_token_loss) if path else reduce
-    return weight, reduce, of_policy, {key: whole(value).detach() for key, value in told.items()}
+    return weight, reduce, of_policy, {key: whole(value).detach() for key, value in of_correction.items()}
 
 
 def _shares(reduce: Callable, like: Tensor) -> Tensor:

@@ -241,5 +241,5 @@ def _warn_of_dropped(trainer) -> None:
     if new:
         instead = next((ours for stock, ours in INSTEAD.items() if stock in name), None)
         advice = f"; {__name__}.{instead} reads such columns" if instead else ""
-        told = f"{name} drops the column {' and '.join(new)} of its dataset: every token weighs 1{advice}"
-        warnings.warn(told, stacklevel=3)
+        message = f"{name} drops the column {' and '.join(new)} of its dataset: every token weighs 1{advice}"
+        warnings.warn(message, stacklevel=3)

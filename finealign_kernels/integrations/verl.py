@@ -167,9 +167,9 @@ def loss_of(name: str) -> Callable:
         loss = out.loss
         if mode == "seq-mean-token-sum-norm":
             loss = loss / (counts.get("loss_scale_factor") or response_mask.shape[-1])
-        told = torch.stack([out.clip_fraction_low + out.clip_fraction_high, out.old_kl, out.clip_fraction_dual])
+        metrics = torch.stack([out.clip_fraction_low + out.clip_fraction_high, out.old_kl, out.clip_fraction_dual])
         names = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower")
-        return loss, dict(zip(names, told.tolist(), strict=True))
+        return loss, dict(zip(names, metrics.tolist(), strict=True))
 
     policy_loss_fn.__name__ = f"finealign_{name}"
     return policy_loss_fn

@@ -296,9 +296,9 @@ class _Linear(torch.autograd.Function):
         else:
             found = _linear_fwd(hidden, weight, bias, target, head, *options, shard, **_low(u, b))
         logp, lse, entropy, squares, mean, top1, m, l, label_slope, allowed, local, e, e_max = found
-        *numbers, heat, support = _plain(shard.local_head(head))
+        *numbers, row_inv_temperature, support = _plain(shard.local_head(head))
         state = local, logp, entropy, m, l, label_slope, allowed, e, e_max
-        ctx.save_for_backward(hidden, weight, bias, u, b, *state, heat, support)
+        ctx.save_for_backward(hidden, weight, bias, u, b, *state, row_inv_temperature, support)
         ctx.options = numbers, on_device, rows, shard
         ctx.mark_non_differentiable(squares, top1)
         ctx.set_materialize_grads(False)
@@ -306,16 +306,16 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dlogp, dlse, dentropy, _, dmean, *__):
-        hidden, weight, bias, u, b, *state, heat, support = ctx.saved_tensors
+        hidden, weight, bias, u, b, *state, row_inv_temperature, support = ctx.saved_tensors
         numbers, on_device, rows, shard = ctx.options
         needs = tuple(bool(need) for need in ctx.needs_input_grad[: 3 if u is None else 5])
         with torch.no_grad():
             given = dlogp, dlse, dentropy, dmean, hidden, weight, bias, *state
             if torch.compiler.is_compiling():
-                options = *numbers, heat, support, on_device, rows
+                options = *numbers, row_inv_temperature, support, on_device, rows
                 grads = torch.ops.finealign.parallel_linear_bwd(*given, *options, *_named(shard), *needs)
             else:
-                head = _head(*numbers, heat, support)
+                head = _head(*numbers, row_inv_temperature, support)
                 grads = _linear_bwd(*given, head, on_device, rows, shard, needs, **_low(u, b))
             grads = tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
         sources = (dlogp, dlse, dentropy, dmean, hidden, weight, bias, u, b)
@@ -376,8 +376,8 @@ class _Token(torch.autograd.Function):
         else:
             found = _token_fwd(logits, target, head, want, rows, top, shard)
         logp, lse, entropy, squares, mean, top1, m, l, label_slope, allowed, local = found
-        *numbers, heat, support = _plain(shard.local_head(head))
-        ctx.save_for_backward(logits, local, logp, entropy, m, l, label_slope, allowed, heat, support)
+        *numbers, row_inv_temperature, support = _plain(shard.local_head(head))
+        ctx.save_for_backward(logits, local, logp, entropy, m, l, label_slope, allowed, row_inv_temperature, support)
         ctx.options = numbers, rows
         ctx.columns, ctx.inplace, ctx.spent = shard.columns, inplace, False
         ctx.mark_non_differentiable(squares, top1)
@@ -390,16 +390,18 @@ class _Token(torch.autograd.Function):
             raise RuntimeError(
                 "token_logprobs: inplace_backward=True wrote the gradient over the logits; backward runs once"
             )
-        logits, *state, heat, support = ctx.saved_tensors
+        logits, *state, row_inv_temperature, support = ctx.saved_tensors
         numbers, rows = ctx.options
         with torch.no_grad():
             grad = logits if ctx.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
             source = None if ctx.inplace else logits
             given = grad, source, dlogp, dlse, dentropy, dmean, *state
             if torch.compiler.is_compiling():
-                torch.ops.finealign.parallel_token_bwd(*given, *numbers, heat, support, rows, ctx.columns)
+                torch.ops.finealign.parallel_token_bwd(
+                    *given, *numbers, row_inv_temperature, support, rows, ctx.columns
+                )
             else:
-                _token_bwd(*given, _head(*numbers, heat, support), rows, ctx.columns)
+                _token_bwd(*given, _head(*numbers, row_inv_temperature, support), rows, ctx.columns)
             ctx.spent = ctx.inplace
         (grad,) = once("token_logprobs", (grad,), (dlogp, dlse, dentropy, dmean, logits))
         return grad, *[None] * 7
@@ -431,14 +433,15 @@ def _token_bwd(out, logits, dlogp, dlse, dentropy, dmean, local, *saved):
 
 def _plain(head: formula.Head) -> tuple[float, float, float, Tensor | None, Tensor | None]:
     """scale, softcap, the inverse temperature as a number or as (N,), and the support."""
-    heat = head.inv_temperature if isinstance(head.inv_temperature, Tensor) else None
-    return *head[:2], head.inv_temperature if heat is None else 1.0, heat, head.support
+    row_inv_temperature = head.inv_temperature if isinstance(head.inv_temperature, Tensor) else None
+    return *head[:2], head.inv_temperature if row_inv_temperature is None else 1.0, row_inv_temperature, head.support
 
 
 def _head(
-    scale: float, softcap: float, inv_temperature: float, heat: Tensor | None, support: Tensor | None
+    scale: float, softcap: float, inv_temperature: float, row_inv_temperature: Tensor | None, support: Tensor | None
 ) -> formula.Head:
-    return formula.Head(scale, softcap, inv_temperature if heat is None else heat, support)
+    inv_temperature = inv_temperature if row_inv_temperature is None else row_inv_temperature
+    return formula.Head(scale, softcap, inv_temperature, support)
 
 
 def _named(shard: Shard) -> tuple[str, int, int, int, str]:
@@ -476,7 +479,7 @@ def _linear_fwd_op(
     scale: float,
     softcap: float,
     inv_temperature: float,
-    heat: Tensor | None,
+    row_inv_temperature: Tensor | None,
     support: Tensor | None,
     want: int,
     workspace: int,
@@ -490,15 +493,30 @@ def _linear_fwd_op(
     hidden_grad: str,
 ) -> list[Tensor]:
     shard = _shard(group, start, columns, vocab, hidden_grad)
-    head = _head(scale, softcap, inv_temperature, heat, support)
+    head = _head(scale, softcap, inv_temperature, row_inv_temperature, support)
     options = want, workspace, on_device, rows, top
     return _apart(_linear_fwd(hidden, weight, bias, target, head, *options, shard, static=True))
 
 
 @_linear_fwd_op.register_fake
-def _(hidden, weight, bias, target, scale, softcap, inv_temperature, heat, support, want, workspace, _, rows, *__):
+def _(
+    hidden,
+    weight,
+    bias,
+    target,
+    scale,
+    softcap,
+    inv_temperature,
+    row_inv_temperature,
+    support,
+    want,
+    workspace,
+    _,
+    rows,
+    *__,
+):
     n, vocab, wide = target.shape[0], weight.shape[0], _chunked.wide(hidden.dtype)
-    head = _head(scale, softcap, inv_temperature, heat, support)
+    head = _head(scale, softcap, inv_temperature, row_inv_temperature, support)
     room = _chunked.kept_rows(n, vocab, hidden.dtype, workspace) if vocab else 0
     maxima = _choose.layer(rows).maxima(hidden, vocab, head) if vocab else 0
     e, e_max = hidden.new_empty(room * vocab), hidden.new_empty((room, maxima), dtype=wide)
@@ -526,7 +544,7 @@ def _linear_bwd_op(
     scale: float,
     softcap: float,
     inv_temperature: float,
-    heat: Tensor | None,
+    row_inv_temperature: Tensor | None,
     support: Tensor | None,
     on_device: bool,
     rows: str,
@@ -540,7 +558,7 @@ def _linear_bwd_op(
     need_bias: bool,
 ) -> list[Tensor]:
     shard = _shard(group, start, columns, vocab, hidden_grad)
-    head = _head(scale, softcap, inv_temperature, heat, support)
+    head = _head(scale, softcap, inv_temperature, row_inv_temperature, support)
     needs, saved = (need_hidden, need_weight, need_bias), (local, logp, entropy, m, l, label_slope, allowed, e, e_max)
     grads = _linear_bwd(dlogp, dlse, dentropy, dmean, hidden, weight, bias, *saved, head, on_device, rows, shard, needs)
     wanted = (grad if need else None for grad, need in zip(grads, needs, strict=True))
@@ -563,7 +581,7 @@ def _token_fwd_op(
     scale: float,
     softcap: float,
     inv_temperature: float,
-    heat: Tensor | None,
+    row_inv_temperature: Tensor | None,
     support: Tensor | None,
     want: int,
     rows: str,
@@ -575,7 +593,7 @@ def _token_fwd_op(
     hidden_grad: str,
 ) -> list[Tensor]:
     shard = _shard(group, start, columns, vocab, hidden_grad)
-    head = _head(scale, softcap, inv_temperature, heat, support)
+    head = _head(scale, softcap, inv_temperature, row_inv_temperature, support)
     return _apart(_token_fwd(logits, target, head, want, rows, top, shard))
 
 
@@ -602,14 +620,14 @@ def _token_bwd_op(
     scale: float,
     softcap: float,
     inv_temperature: float,
-    heat: Tensor | None,
+    row_inv_temperature: Tensor | None,
     support: Tensor | None,
     rows: str,
     columns: int,
 ) -> None:
     state, head = (
         (local, logp, entropy, m, l, label_slope, allowed),
-        _head(scale, softcap, inv_temperature, heat, support),
+        _head(scale, softcap, inv_temperature, row_inv_temperature, support),
     )
     _token_bwd(out, logits, dlogp, dlse, dentropy, dmean, *state, head, rows, columns)
 

@@ -142,10 +142,10 @@ def linear_logprobs(
     if compact not in ("auto", "host", "device"):
         fail("compact", "be 'auto', 'host' or 'device'", repr(compact))
     on_device = compact == "device" or (compact == "auto" and capturing(hidden))
-    heat = inverse_temperature(
+    inv_temperature = inverse_temperature(
         temperature, labels, _chunked.wide(hidden.dtype), _choose.FUSED if batch_invariant else backend
     )
-    by_torch = isinstance(heat, Tensor) and backend == "auto"
+    by_torch = isinstance(inv_temperature, Tensor) and backend == "auto"
     name = _choose.choose_head("torch" if by_torch else backend, hidden, batch_invariant)
     if support is not None and name == _choose.FUSED:
         if backend == "auto" and not batch_invariant:
@@ -156,7 +156,7 @@ def linear_logprobs(
     x = hidden.reshape(-1, hidden.shape[-1])
     target = targets(labels, mask, ignore_index, vocab, defer=compact == "device")
     support, target = check_support(support, labels, target, logit_scale, vocab, defer=compact == "device")
-    head = Head(float(logit_scale), float(softcap or 0.0), heat, support)
+    head = Head(float(logit_scale), float(softcap or 0.0), inv_temperature, support)
     with torch.autocast(device, enabled=False):  # the operands have their dtype by now
         if name == "reference":
             _parallel.refuse_reference(shard)
@@ -215,13 +215,13 @@ def token_logprobs(
     outputs = check_outputs(outputs)
     check_head_options(temperature, softcap, logit_scale)
     inplace_backward = check_bool("inplace_backward", inplace_backward)
-    heat = inverse_temperature(temperature, labels, _chunked.wide(logits.dtype), backend)
-    name = _choose.choose("torch" if isinstance(heat, Tensor) and backend == "auto" else backend, logits)
+    inv_temperature = inverse_temperature(temperature, labels, _chunked.wide(logits.dtype), backend)
+    name = _choose.choose("torch" if isinstance(inv_temperature, Tensor) and backend == "auto" else backend, logits)
     x = logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
     vocab = logits.shape[-1] if shard is None else shard.bound
     target = targets(labels, mask, ignore_index, vocab, defer=False)
     support, target = check_support(support, labels, target, logit_scale, vocab, defer=False)
-    head = Head(float(logit_scale), float(softcap or 0.0), heat, support)
+    head = Head(float(logit_scale), float(softcap or 0.0), inv_temperature, support)
     if name == "reference":
         _parallel.refuse_reference(shard)
         found = formula.reference(x.to(_chunked.wide(x.dtype)), None, target, head)

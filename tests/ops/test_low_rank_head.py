@@ -94,9 +94,9 @@ def test_several_adapters_are_one_of_more_columns():
 def test_one_temperature_a_row_and_a_padded_vocabulary():
     found, labels, upstream = inputs()
     labels = labels.clamp(max=V - 100)
-    heat = torch.linspace(0.5, 2, N)
-    want, grads = merged(found, labels, upstream, temperature=heat.double(), vocab_size=V - 50)
-    got, ours = low_rank(found, labels, upstream, temperature=heat, vocab_size=V - 50)
+    temperature = torch.linspace(0.5, 2, N)
+    want, grads = merged(found, labels, upstream, temperature=temperature.double(), vocab_size=V - 50)
+    got, ours = low_rank(found, labels, upstream, temperature=temperature, vocab_size=V - 50)
     torch.testing.assert_close(got.logp.double(), want.logp, rtol=1e-5, atol=1e-5)
     assert (ours["b"] - grads["b"]).norm() <= 1e-5 * grads["b"].norm() and not ours["b"][V - 50 :].any()
 

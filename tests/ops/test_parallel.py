@@ -571,14 +571,14 @@ def _compiled(group):
     """Whether outputs and gradients of the same functions, eager and as one graph, have the same bits."""
     c, rank = case(CUTS[2][1]), torch.distributed.get_rank(group)
     weight, bias = (x.requires_grad_() for x in piece(c, rank))
-    heat = torch.linspace(0.5, 2, N)
+    temperatures = torch.linspace(0.5, 2, N)
     kept = (c.labels.clamp(min=0)[:, None] + torch.arange(0, 100, 9)) % V  # by the sampler
     options = dict(group=group, vocab_start=c.shards[rank][0], vocab_size=V, mask=c.mask, outputs=ALL)
 
     def head(hidden_grad, temperature):
         def score(hidden, weight, bias):
             how = dict(bias=bias, hidden_grad=hidden_grad, temperature=temperature, softcap=9.0)
-            how["support"] = None if temperature is not heat else kept
+            how["support"] = None if temperature is not temperatures else kept
             out = fk.linear_logprobs(hidden * 2, weight, c.labels, **how, **options)
             return loss_of(out, c.upstream), *(x * 1 for x in out)
 
@@ -595,7 +595,12 @@ def _compiled(group):
         return score, (mine.requires_grad_(),)
 
     same = []
-    cases = head("reduce_scatter", 0.8), head("all_reduce", heat), logits(False, 0.8), logits(True, heat)
+    cases = (
+        head("reduce_scatter", 0.8),
+        head("all_reduce", temperatures),
+        logits(False, 0.8),
+        logits(True, temperatures),
+    )
     for function, inputs in cases:
         torch._dynamo.reset()
         found = []

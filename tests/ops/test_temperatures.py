@@ -21,13 +21,13 @@ def small_tiles(monkeypatch):
 
 def given(dtype=torch.float64):
     s = samples.linear(N, V, D, dtype, seed=4)
-    heat = torch.linspace(0.3, 2.0, N, dtype=torch.float64)
+    temperatures = torch.linspace(0.3, 2.0, N, dtype=torch.float64)
     bias = torch.linspace(-1, 1, V, dtype=torch.float64)
     mask = torch.ones(N, dtype=torch.bool)
     mask[3] = False
     upstream = s.upstream.double()
     upstream[:, 6] = 0  # dropped in backward
-    return s, heat, bias, mask, upstream
+    return s, temperatures, bias, mask, upstream
 
 
 def loss_of(out, upstream):
@@ -36,11 +36,11 @@ def loss_of(out, upstream):
 
 def one_by_one(options):
     """A call for each row, by the definition."""
-    s, heat, bias, mask, upstream = given()
+    s, temperatures, bias, mask, upstream = given()
     x, w, b = (t.clone().requires_grad_() for t in (s.hidden, s.weight, bias))
     rows = []
     for n in range(N):
-        call = dict(bias=b, mask=mask[n : n + 1], temperature=float(heat[n]), outputs=ALL, backend="reference")
+        call = dict(bias=b, mask=mask[n : n + 1], temperature=float(temperatures[n]), outputs=ALL, backend="reference")
         rows.append(fk.linear_logprobs(x[n : n + 1], w, s.labels[n : n + 1], **call, **options))
     out = fk.LogProbs(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
     return out, torch.autograd.grad(loss_of(out, upstream), (x, w, b))
@@ -58,9 +58,11 @@ def one_by_one(options):
     ],
 )
 def test_the_head(options, backend, workspace, compact):
-    s, heat, bias, mask, upstream = given()
+    s, temperatures, bias, mask, upstream = given()
     x, w, b = (t.clone().requires_grad_() for t in (s.hidden, s.weight, bias))
-    call = dict(bias=b, mask=mask, temperature=heat, outputs=ALL, backend=backend, workspace=workspace, compact=compact)
+    call = dict(
+        bias=b, mask=mask, temperature=temperatures, outputs=ALL, backend=backend, workspace=workspace, compact=compact
+    )
     out = fk.linear_logprobs(x, w, s.labels, **call, **options)
     grads = torch.autograd.grad(loss_of(out, upstream), (x, w, b))
     exact, exact_grads = one_by_one(options)
@@ -71,10 +73,14 @@ def test_the_head(options, backend, workspace, compact):
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("backend, inplace", [("reference", False), ("torch", False), ("auto", True)])
 def test_logits_that_exist(options, backend, inplace):
-    s, heat, bias, mask, upstream = given()
+    s, temperatures, bias, mask, upstream = given()
     x, w = (t.clone().requires_grad_() for t in (s.hidden, s.weight))
     call = dict(
-        mask=mask.view(2, 7), temperature=heat.view(2, 7), outputs=ALL, backend=backend, inplace_backward=inplace
+        mask=mask.view(2, 7),
+        temperature=temperatures.view(2, 7),
+        outputs=ALL,
+        backend=backend,
+        inplace_backward=inplace,
     )
     out = fk.token_logprobs((x @ w.t() + bias).view(2, 7, V), s.labels.view(2, 7), **call, **options)
     flat = fk.LogProbs(*(part.flatten() for part in out))
@@ -86,12 +92,12 @@ def test_logits_that_exist(options, backend, inplace):
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_over_ranks(options):
-    s, heat, bias, mask, upstream = given()
+    s, temperatures, bias, mask, upstream = given()
 
     def score(group):
         span = (slice(0, 60), slice(60, V))[torch.distributed.get_rank(group)]
         x, w, b = (t.clone().requires_grad_() for t in (s.hidden, s.weight[span], bias[span]))
-        call = dict(bias=b, mask=mask, temperature=heat, outputs=ALL, group=group, vocab_start=span.start)
+        call = dict(bias=b, mask=mask, temperature=temperatures, outputs=ALL, group=group, vocab_start=span.start)
         out = fk.linear_logprobs(x, w, s.labels, hidden_grad="all_reduce", **call, **options)
         return [part.detach() for part in out], torch.autograd.grad(loss_of(out, upstream), (x, w, b))
 
@@ -113,10 +119,10 @@ def test_bfloat16_and_equal_temperatures():
 
 
 def test_refusals():
-    s, heat, *_ = given()
+    s, temperatures, *_ = given()
     with pytest.raises(ValueError, match=r"temperature must have shape \(14,\)"):
-        fk.linear_logprobs(s.hidden, s.weight, s.labels, temperature=heat[:5])
+        fk.linear_logprobs(s.hidden, s.weight, s.labels, temperature=temperatures[:5])
     with pytest.raises(ValueError, match="temperature must be finite and > 0 in every row"):
-        fk.linear_logprobs(s.hidden, s.weight, s.labels, temperature=heat - 1)
+        fk.linear_logprobs(s.hidden, s.weight, s.labels, temperature=temperatures - 1)
     with pytest.raises(ValueError, match="temperature must be one number with backend 'native'"):
-        fk.linear_logprobs(s.hidden.float(), s.weight.float(), s.labels, temperature=heat, backend="native")
+        fk.linear_logprobs(s.hidden.float(), s.weight.float(), s.labels, temperature=temperatures, backend="native")

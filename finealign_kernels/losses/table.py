@@ -24,6 +24,10 @@ class Hyper(NamedTuple):
     expected: str  # completes "must ..."
 
 
+def _one(beta: float) -> float:
+    return 1.0
+
+
 class Row(NamedTuple):
     """One loss: a row of the table, or one of your own, passed in place of a name.
 
@@ -38,7 +42,7 @@ class Row(NamedTuple):
     shift: float = 0.0
     average: bool | str = False  # the length average it is defined with
     reference: bool = True  # reads ref_logp
-    scale: Callable[[float], float] = lambda beta: 1.0
+    scale: Callable[[float], float] = _one  # of beta; multiplies phi
     derived: str = "averaged form"  # what is not in the source
     pair: bool = True  # needs pairs; otherwise each response is a sample of its own
     hyper: dict[str, Hyper] = {}  # noqa: RUF012, read only
@@ -49,6 +53,15 @@ class Row(NamedTuple):
     chosen: Formula | None = None  # of the chosen response's u, added to phi
     match: str | None = None  # re-matched by rank across the batch: pairs' "reference", or the "rejected"
     least_shift: float | None = None  # a shift below it is refused, where it can be seen without a host sync
+
+    def __reduce__(self):
+        """A row of the table is pickled and copied by its name, since its lambdas have none."""
+        name = next((name for name, row in PREFERENCE.items() if row is self), None)
+        return (Row, tuple(self)) if name is None else (_named, (name,))
+
+
+def _named(name: str) -> Row:
+    return PREFERENCE[name]
 
 
 _square = partial(margin.squared, center=0.0)

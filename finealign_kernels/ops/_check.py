@@ -103,7 +103,7 @@ def check_number(name: str, value: object, positive: bool = False, *, above=None
     if not good or (most is not None and value > most):
         bounds = [f"{word} {bound}" for word, bound in ((">", above), (">=", least), ("<=", most)) if bound is not None]
         fail(name, " ".join(["be a finite number", " and ".join(bounds)]).strip(), _describe(given))
-    return value
+    return value if abs(value) < 2**63 else float(value)  # torch takes no larger integers
 
 
 def check_flags(name: str, x: object, *, shape=None, like: Tensor | None = None) -> Tensor:

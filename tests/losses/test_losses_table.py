@@ -1,6 +1,8 @@
 """What a row has beside its margin: hyper-parameters, NLL terms, segments; and where libraries differ."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import test_losses
@@ -12,6 +14,7 @@ from torch.testing import assert_close
 import finealign_kernels as fk
 from finealign_kernels.formulas import margin
 from finealign_kernels.losses.preference import PREFERENCE, preference_loss
+from finealign_kernels.losses.table import Row
 
 F64 = torch.float64
 pytestmark = pytest.mark.usefixtures("route")
@@ -500,3 +503,16 @@ def test_wrappers_pass_their_numbers_on():
     ):
         expected = preference_loss(name, logp, ref if PREFERENCE[name].reference else None, mask=mask, **options)
         assert torch.equal(wrapped.loss, expected.loss)
+
+
+def own_phi(m):
+    return -m, torch.full_like(m, -1)
+
+
+@pytest.mark.parametrize("travel", (copy.deepcopy, lambda row: pickle.loads(pickle.dumps(row))), ids=("copy", "pickle"))
+def test_rows_travel_to_other_processes(travel):
+    """Those of the table by name, so that they stay rows that fused kernels know; one's own with their functions."""
+    for name, row in PREFERENCE.items():
+        assert travel(row) is row, name
+    own = Row(own_phi, "-m", "", beta=0.5)
+    assert travel(own) == own and travel(own).scale(0.5) == 1

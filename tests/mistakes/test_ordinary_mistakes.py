@@ -4,6 +4,7 @@ CALLS holds one full call of each public function; the tests put other values in
 """
 
 import inspect
+import re
 
 import numpy as np
 import pytest
@@ -146,6 +147,17 @@ def test_numbers_of_numpy_are_numbers(name, key):
     for wrong in (np.bool_(True), np.array([value]), np.array("1"), True):
         with pytest.raises((TypeError, ValueError), match=f"^{key}\\b.* must "):
             call(name, **{key: wrong})
+
+
+@pytest.mark.parametrize("name,key", [(name, key) for name, key in NUMBERS if type(CALLS[name][key]) is float])
+def test_a_whole_number_that_int64_does_not_hold_is_a_number(name, key):
+    try:
+        wanted = call(name, **{key: 2.0**70})
+    except ValueError as error:
+        with pytest.raises(ValueError, match=f"^{re.escape(str(error).split(',')[0])}"):
+            call(name, **{key: 2**70})
+    else:
+        same(call(name, **{key: 2**70}), wanted)
 
 
 def test_numbers_of_numpy_inside_arguments():

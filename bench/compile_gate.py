@@ -238,6 +238,7 @@ def head_cases(full: bool) -> list[Case]:
         if full:
             found += [forward("fp16", capped) for capped in (False, True)]
             found += [forward("bf16", capped=False, whole=False)]
+            found += [way("bf16", capped=False, rich=True) for way in (forward, backward)]
             found += [backward(dtype, capped=True) for dtype in ("fp16", "fp32")]
             found += [way("fp32", capped=True, aligned=False) for way in (forward, backward)]
             found += [
@@ -247,8 +248,13 @@ def head_cases(full: bool) -> list[Case]:
     return combined + [case._replace(spill=REST) for case in found]
 
 
-def _head_fwd(head, target: str, dtype: str, capped: bool, aligned=True, e=True, whole=True) -> Case:
-    tile = head.config(target, _torch_dtype(dtype), capped)
+def _head_fwd(
+    head, target: str, dtype: str, capped: bool, aligned=True, e=True, whole=True, rich: bool | None = None
+) -> Case:
+    """rich: a scale, a bias, and every output; by default with a softcap."""
+    rich = capped if rich is None else rich
+    want = 7 if rich else 1
+    tile = head.forward_config(target, _torch_dtype(dtype), capped, want)
     tile = tile if aligned else head.slim(tile)
     signature = dict.fromkeys(("x_ptr", "w_ptr", "e_ptr"), f"*{dtype}")
     signature |= dict.fromkeys(("target_ptr", "index_ptr", "count_ptr", "first_ptr"), "*i64")
@@ -259,15 +265,15 @@ def _head_fwd(head, target: str, dtype: str, capped: bool, aligned=True, e=True,
         "x_stride_d": 1,
         "w_stride_d": 1,
         "CAPPED": capped,
-        "SCALED": capped,
-        "WANT": 7 if capped else 1,
-        "SUMS": head.sums_of(tile, _torch_dtype(dtype), target.startswith("gfx")),
+        "SCALED": rich,
+        "WANT": want,
+        "SUMS": head.sums_of(tile, _torch_dtype(dtype), target),
         **_blocks(tile, aligned),
     }
-    constexprs |= {} if capped else {"bias_ptr": None}
+    constexprs |= {} if rich else {"bias_ptr": None}
     constexprs |= {} if e else {"e_ptr": None}
     case = Case(
-        f"linear_fwd {dtype} {'full' if capped else 'plain'}{'' if e else ' without e'}{'' if aligned else ' odd'}"
+        f"linear_fwd {dtype} {_kind(capped, rich)}{'' if e else ' without e'}{'' if aligned else ' odd'}"
         f"{'' if whole else ' of any vocabulary'} {tile.rows} x {tile.columns} x {tile.depth}",
         head.linear_fwd_kernel,
         signature,
@@ -276,10 +282,14 @@ def _head_fwd(head, target: str, dtype: str, capped: bool, aligned=True, e=True,
         # the V of most heads is a multiple of 16
         aligned=("x_stride_n", "w_stride_v", "depth", "chunk", *["vocab"] * whole) if aligned else (),
         targets=(target,),
-        pace=Pace(22 if e else 18) if aligned and not capped and whole else None,
+        pace=Pace(22 if e else 18) if aligned and not rich and whole else None,
         wide=aligned and whole,
     )
     return _by_blocks(head, case, tile) if aligned and dtype != "fp32" and target in head.TMA else case
+
+
+def _kind(capped: bool, rich: bool) -> str:
+    return "full" if capped else "rich" if rich else "plain"
 
 
 def _every_row(case: Case) -> Case:
@@ -305,8 +315,9 @@ def _by_blocks(head, case: Case, tile) -> Case:
     return case._replace(name=name, kernel=kernel, signature=signature, constexprs=constexprs, aligned=aligned)
 
 
-def _head_bwd(head, target: str, dtype: str, capped: bool, aligned=True) -> Case:
-    """With a softcap and counts on the device also from E."""
+def _head_bwd(head, target: str, dtype: str, capped: bool, aligned=True, rich: bool | None = None) -> Case:
+    """rich: a scale, a bias, a gradient of every z, counts on the device, rows from E; by default with a softcap."""
+    rich = capped if rich is None else rich
     tile = head.config(target, _torch_dtype(dtype), capped)
     tile = tile if aligned else head.slim(tile)
     signature = dict.fromkeys(("out_ptr", "x_ptr", "w_ptr", "e_ptr"), f"*{dtype}")
@@ -317,11 +328,11 @@ def _head_bwd(head, target: str, dtype: str, capped: bool, aligned=True) -> Case
     signature |= dict.fromkeys((*strides, *sizes), "i32") | dict.fromkeys(
         ("scale", "softcap", "inv_temperature"), "fp32"
     )
-    constexprs = {"x_stride_d": 1, "w_stride_d": 1, "CAPPED": capped, "SCALED": capped, "SPREAD": capped}
+    constexprs = {"x_stride_d": 1, "w_stride_d": 1, "CAPPED": capped, "SCALED": rich, "SPREAD": rich}
     constexprs |= _blocks(tile, aligned)
-    constexprs |= {} if capped else dict.fromkeys(("bias_ptr", "e_ptr", "place_ptr", "e_max_ptr", "counts_ptr"))
+    constexprs |= {} if rich else dict.fromkeys(("bias_ptr", "e_ptr", "place_ptr", "e_max_ptr", "counts_ptr"))
     case = Case(
-        f"linear_bwd {dtype} {'full' if capped else 'plain'}{'' if aligned else ' odd'}"
+        f"linear_bwd {dtype} {_kind(capped, rich)}{'' if aligned else ' odd'}"
         f" {tile.rows} x {tile.columns} x {tile.depth}",
         head.linear_bwd_kernel,
         signature,

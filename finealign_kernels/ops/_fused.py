@@ -42,7 +42,7 @@ def maxima(x: Tensor, vocab: int, head: formula.Head) -> int:
 
 def fwd(hidden, weight, bias, target, head, want, workspace, on_device, _, static=False, shard=False):
     """Rows (N,) each, E (room·V,) and its maxima (room, tiles). Arguments as of _chunked.fwd."""
-    kernels, tile = _choose.fused(), tile_of(hidden, head)
+    kernels, arch = _choose.fused(), _choose.arch(hidden)
     n_all, vocab = hidden.shape[0], weight.shape[0]
     chunk = _chunked.tile_of(hidden.device.type).columns
     rows = order(target != formula.SKIP, on_device)
@@ -54,8 +54,8 @@ def fwd(hidden, weight, bias, target, head, want, workspace, on_device, _, stati
     label = torch.full((rows.n, 2), torch.nan, device=hidden.device)
     e = torch.empty(room * vocab, dtype=hidden.dtype, device=hidden.device)
     kept = e if room else None
-    launch = kernels.linear_fwd_tma
-    if not kernels.takes_tma(weight, _choose.arch(hidden)):
+    launch, tile = kernels.linear_fwd_tma, kernels.forward_config(arch, hidden.dtype, bool(head.softcap), want)
+    if not kernels.takes_tma(weight, arch):
         launch, tile = kernels.linear_fwd, kernels.by_pointers(weight, tile)
     launch(hidden, weight, bias, target, rows, head, want, part, first, label, kept, room, chunk, tile)
     e_max = part[:room, :, 0].contiguous()

@@ -91,6 +91,13 @@ def config(arch: str, dtype: torch.dtype, capped: bool) -> Config:
     return (FLOAT if dtype == torch.float32 else CAPPED if capped else HALF)[arch]
 
 
+def forward_config(arch: str, dtype: torch.dtype, capped: bool, want: int) -> Config:
+    """config's; where every output is asked for, whose sums fill registers, that of a softcap if it is as wide."""
+    tile, small = config(arch, dtype, capped), config(arch, dtype, True)
+    every = ENTROPY.value | SQUARES.value | MEAN.value
+    return small if want == every and small.columns == tile.columns else tile
+
+
 def slim(tile: Config) -> Config:
     """Of a head that cannot be read 16 bytes at a time: an address an element does not fit the registers beside more.
 
@@ -104,9 +111,11 @@ def product_config(arch: str, dtype: torch.dtype) -> Config:
     return (FLOAT_PRODUCT if dtype == torch.float32 else PRODUCT)[arch]
 
 
-def sums_of(tile: Config, dtype: torch.dtype, amd: bool) -> int:
-    """Columns of a slice's sums: those that stand so far apart are in one thread of NVIDIA's tensor cores."""
-    return tile.slice if amd or dtype == torch.float32 else min(tile.slice, 8)
+def sums_of(tile: Config, dtype: torch.dtype, arch: str) -> int:
+    """Columns of a slice's sums: those that stand so far apart are in one thread, of sm_100 any neighbours of a row."""
+    if dtype == torch.float32 or arch.startswith("gfx"):
+        return tile.slice
+    return min(tile.slice, 2 if arch == "sm_100" else 8)
 
 
 @triton.jit
@@ -867,7 +876,9 @@ def combine(part, first, label, target, rows: Rows, want, found) -> None:
 
 
 def _sums_here(tile: Config, x: Tensor) -> int:
-    return sums_of(tile, x.dtype, torch.version.hip is not None)
+    if torch.version.hip is not None:
+        return sums_of(tile, x.dtype, "gfx942")
+    return sums_of(tile, x.dtype, "sm_100" if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 10 else "")
 
 
 def _launch(tile: Config, depth: int) -> dict:

@@ -748,6 +748,9 @@ def test_every_shipped_tile_divides_a_chunk():
     tables = (kernels.HALF, kernels.CAPPED, kernels.FLOAT, kernels.PRODUCT, kernels.FLOAT_PRODUCT)
     for tile in (tile for table in tables for tile in table.values()):
         assert kernels.slim(tile).columns == tile.columns
+    for arch, capped, want in itertools.product((*_choose.ARCHS, "interpreter"), (False, True), range(8)):
+        tile = kernels.forward_config(arch, torch.bfloat16, capped, want)
+        assert tile.columns == kernels.config(arch, torch.bfloat16, capped).columns  # of E, for backward
         assert all(_chunked.tile_of(device).columns % tile.columns == 0 for device in ("cpu", "cuda"))
 
 

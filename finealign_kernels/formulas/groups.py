@@ -89,12 +89,16 @@ def group_sizes(x: Tensor, key: Tensor) -> Tensor:
 
 
 def _unit(x: Tensor, key: Tensor) -> Tensor:
-    """(S,): a power of two that float64 rewards of a group are divided by before their squares overflow, mostly 1."""
+    """(S,): a power of two that float64 rewards of a group are divided by, so that squares neither overflow nor vanish.
+
+    It is 1 where the largest of them is from 2^-480 to 2^480.
+    """
     if not len(x):
         return torch.ones_like(x)
     row = _group_start(key)
     top = torch.zeros_like(x).scatter_reduce(0, row, x.abs().nan_to_num(0, posinf=0), "amax")[row]
-    return torch.ldexp(torch.ones_like(x), torch.where(top > 2.0**480, torch.frexp(top).exponent - 400, 0))
+    size, small = torch.frexp(top).exponent, (top > 0) & (top < 2.0**-480)
+    return torch.ldexp(torch.ones_like(x), torch.where(top > 2.0**480, size - 400, torch.where(small, size + 400, 0)))
 
 
 def _first_known(x: Tensor, key: Tensor) -> Tensor:

@@ -252,16 +252,16 @@ def test_an_infinite_reward(name, dtype, bad, monkeypatch):
     assert found.isfinite().all() and torch.equal(found, as_nan)
 
 
-@pytest.mark.parametrize("size", (1e120, 1e155, 1e200, 8e307))
+@pytest.mark.parametrize("size", (1e-300, 1e-200, 1e-155, 1e120, 1e155, 1e200, 8e307))
 @pytest.mark.parametrize("kind", KINDS)
 def test_float64_rewards_of_any_size(kind, size):
-    """As of rewards times a smaller power of ten, eps apart; beside them a group of ordinary rewards, and a NaN."""
+    """As of rewards times another power of ten, eps apart; beside them a group of other rewards, and a NaN."""
     r = torch.tensor([1, -1, 0.5, NAN, 0.25, 1, 2, 4], dtype=F64)
-    groups = torch.tensor([5, 5, 5, 5, 5, 2, 2, 2])
-    large = torch.where(groups == 5, r * size, r)
-    found = fk.group_advantages(large, groups, kind=kind, eps=0.0)
-    expected = fk.group_advantages(torch.where(groups == 5, r * 1e100, r), groups, kind=kind, eps=0.0)
-    back = size / 1e100 if kind in ("group_mean", "leave_one_out") else 1.0
+    groups, other = torch.tensor([5, 5, 5, 5, 5, 2, 2, 2]), 1e-100 if size < 1 else 1e100
+    r = torch.where((groups == 2) & (size < 1), r * 1e-320, r)
+    found = fk.group_advantages(torch.where(groups == 5, r * size, r), groups, kind=kind, eps=0.0)
+    expected = fk.group_advantages(torch.where(groups == 5, r * other, r), groups, kind=kind, eps=0.0)
+    back = size / other if kind in ("group_mean", "leave_one_out") else 1.0
     assert_close(found[:5], expected[:5] * back, rtol=1e-12, atol=0)
     if kind != "batch_std":
         assert torch.equal(found[5:], expected[5:])

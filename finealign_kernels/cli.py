@@ -13,7 +13,7 @@ def main(argv=None):
         status = _main(argv)
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # "finealign doctor | head": the rest is not wanted, and Python's exit flushes once more
+    except BrokenPipeError:  # "finealign doctor | head" closes the pipe; Python would flush once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
@@ -25,8 +25,11 @@ def _main(argv):
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (help_line, add_options, _) in COMMANDS.items():
         command = commands.add_parser(name, help=help_line, description=help_line)
-        if name in argv[:1]:  # the losses that demo offers are a table that needs torch: not for `finealign --help`
+        if name in argv[:1]:  # the options of demo import torch, which `finealign --help` does not need
             add_options(command)
+    if not argv:
+        parser.print_help()
+        return 2
     options = vars(parser.parse_args(argv))
     return COMMANDS[options.pop("command")][2](options)
 
@@ -39,20 +42,24 @@ def _demo_options(parser):
     add("--model", metavar="DIR", help='directory of a model (may hold a .gguf), or "tiny"; default: SmolLM2-135M')
     add("--data", metavar="FILE", help="feedback as JSONL, or QA-Feedback's JSON; default: the shipped sample")
     add("--loss", choices=LOSSES, default=default.loss, help="default: %(default)s")
-    add("--average", choices=AVERAGES, default=default.average, help="of log-probs; default: the loss's own")
+    add("--average", choices=AVERAGES, default=default.average, help="average of log-probs; default: the loss's own")
     add("--beta", type=float, metavar="X", help="default: the loss's own")
     add("--span-weight", type=float, default=default.span_weight, metavar="W", help=_SPAN_WEIGHT)
-    add("--pivots", choices=PIVOTS, help="train the segments whose score agrees with the answer's side")
-    add("--keep", choices=KEEPS, default=default.keep, help="such segments, or such pivots only; default: %(default)s")
+    add(
+        "--pivots",
+        choices=PIVOTS,
+        help="find pivots; train only segments whose score agrees with the answer's side",
+    )
+    add("--keep", choices=KEEPS, default=default.keep, help="train whole segments or only pivots; default: %(default)s")
     add("--scores", metavar="implicit|spans|FILE", help=_SCORES)
-    add("--threshold", type=float, metavar="X", help="of --pivots threshold, in standard deviations; default: 1")
-    add("--percent", type=float, metavar="P", help="of --pivots salience, most salient tokens an answer; default: 20")
+    add("--threshold", type=float, metavar="X", help="with --pivots threshold, in standard deviations; default: 1")
+    add("--percent", type=float, metavar="P", help="with --pivots salience: share of an answer's tokens; default: 20")
     add("--baseline", metavar="B", help="a number, batch, row, or quantile:P; a score above it is good; default: batch")
     add("--steps", type=int, default=default.steps, metavar="N", help="optimizer steps; default: %(default)s")
     add("--batch", type=int, default=default.batch, metavar="N", help="pairs a step; default: %(default)s")
     add("--pairs", type=int, default=default.pairs, metavar="N", help="pairs to learn from; default: %(default)s")
-    add("--no-compare", dest="compare", action="store_false", help="leave out the second training with all weights 1")
-    add("--trainer", choices=TRAINERS, help="train with TRL's DPOTrainer, as it is against patched: whole steps")
+    add("--no-compare", dest="compare", action="store_false", help="skip the second training, with all weights 1")
+    add("--trainer", choices=TRAINERS, help="compare whole steps of TRL's DPOTrainer with and without the patch")
     add("--rl", choices=POLICIES, nargs="?", const="ppo", help=_RL)
     add("--reward", type=int, nargs="?", const=160, metavar="PAIRS", help=_REWARD)
     add("--noise", type=float, default=default.noise, metavar="X", help=_NOISE)
@@ -62,35 +69,39 @@ def _demo_options(parser):
     parser.set_defaults(lora=default.lora)
     add("--lr", type=float, metavar="X", help="learning rate; default: 5e-6, with --lora 2e-4")
     add(
-        "--max-prompt", type=int, default=default.max_prompt, metavar="N", help="last tokens kept; default: %(default)s"
+        "--max-prompt",
+        type=int,
+        default=default.max_prompt,
+        metavar="N",
+        help="keep the last N tokens of a prompt; default: %(default)s",
     )
     add(
         "--max-response",
         type=int,
         default=default.max_response,
         metavar="N",
-        help="first tokens kept; default: %(default)s",
+        help="keep the first N tokens of an answer; default: %(default)s",
     )
     add("--seed", type=int, default=default.seed, metavar="N", help="default: %(default)s")
-    add("--threads", type=int, metavar="N", help="default: as many as torch takes")
+    add("--threads", type=int, metavar="N", help="default: torch's own choice")
     add("--report", default=default.report, metavar="FILE", help="default: %(default)s")
 
 
 _SPAN_WEIGHT = (
-    "how much a marked fault counts in the rejected answer; in the chosen one it counts 1/W, praise the other way "
-    "round; 1 ignores spans; default: %(default)s"
+    "weight of a marked fault in the rejected answer; in the chosen answer it is 1/W, and praise is treated the other "
+    "way round. With 1, spans have no effect; default: %(default)s"
 )
 
 
 _RL = (
-    "a policy loss on the answers as if the model had sampled them: spans are rewards of segments, preferences of "
-    "whole answers; batch and pairs then count prompts; without a value: ppo"
+    "train with a policy loss, as if the model had sampled the answers: spans are rewards of segments, preferences are "
+    "rewards of whole answers; --batch and --pairs then count prompts; without a value: ppo"
 )
 
 
 _REWARD = (
-    "train small reward models by several losses, judged by held-out prompts: on pairs with planted faults and labels, "
-    "or on the judgements of --data; without a value: 160 pairs"
+    "train small reward models by several losses, and test them on held-out prompts. The pairs have planted faults and "
+    "partly flipped labels, or are the preferences of --data; without a value: 160 pairs"
 )
 
 
@@ -98,9 +109,9 @@ _NOISE = "with --reward: share of the planted pairs whose label is flipped; defa
 
 
 _SCORES = (
-    "token scores that decide which tokens are trained: implicit (the policy's own, after half of the steps), spans "
-    "(those of the data's spans), or a feedback file with the same answers; default: implicit with --pivots, else all "
-    "tokens are trained"
+    "token scores that decide which tokens are trained: implicit (from the policy itself, after half of the steps), "
+    "spans (the scores of the data's spans), or a feedback file with the same answers; default: implicit with "
+    "--pivots, otherwise all tokens are trained"
 )
 
 
@@ -137,13 +148,13 @@ def _strength_options(parser):
     add("--flip", type=float, metavar="P", help="flip the P %% of lowest strength; default: those below 0")
     add("--drop", type=float, metavar="P", help="weight 0 for the P %% of lowest strength; default: none")
     add("--scale", type=float, default=1.0, metavar="X", help="margin = scale * strength; default: %(default)s")
-    add("--clamp", type=float, metavar="X", help="margins are held in [-X, X]")
+    add("--clamp", type=float, metavar="X", help="clamp margins to [-X, X]")
 
 
 _SCORE_FILES = (
-    "JSON Lines, or Parquet or Arrow where the package datasets is installed; a row is a pair with the scores of its "
-    "chosen and rejected response, or their difference: a number, or a list of one a model. Several files: each holds "
-    "other models' scores of the same pairs"
+    "JSON Lines, or Parquet or Arrow if the package datasets is installed. A row is a pair with the scores of its "
+    "chosen and rejected response, or their difference: a number, or a list with one number for each model. Several "
+    "files have the scores of other models for the same pairs"
 )
 
 
@@ -164,14 +175,14 @@ def _complain(command, error, status):
 
 COMMANDS = {
     "demo": (
-        "align a small model with a preference or policy loss, each step beside eager PyTorch",
+        "train a small model with a preference or policy loss, and compare each step with eager PyTorch",
         _demo_options,
         _demo,
     ),
     "strength": (
-        "from the scores of several reward models to strengths, labels and margins of preference pairs",
+        "compute strengths, labels and margins of preference pairs from the scores of several reward models",
         _strength_options,
         _strength,
     ),
-    "doctor": ("say what works on this machine and test it against float64", _doctor_options, _doctor),
+    "doctor": ("list the backends of this machine and compare them with float64", _doctor_options, _doctor),
 }

@@ -589,6 +589,10 @@ def test_doctor_goes_on_after_an_exception(capsys, monkeypatch):
 # ---- the command itself --------------------------------------------------------------------------------------------
 
 
+def test_without_a_command_the_help_is_printed(capsys):
+    assert main([]) == 2 and "doctor" in capsys.readouterr().out
+
+
 def test_the_version_is_told(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--version"])

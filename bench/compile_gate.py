@@ -23,6 +23,8 @@ Rules, for each kernel and GPU:
     widths      no load or store of global memory below 4 bytes in a loop; in a loop of products none below 8
     pipelined   a loop of products copies while it multiplies (cp.async or a descriptor), or waits for every load
     wgmma       on sm_90 bfloat16 is multiplied by warp groups
+    fences      where a loop copies blocks by descriptors into shared memory that it also writes itself, a proxy fence
+                orders the two. Read from PTX
     addresses   no product of two 32-bit integers that may leave 32 bits reaches an address. Read from Triton's IR,
                 where nothing is optimised away yet, and from PTX for .cu files. What has a bound: constants, thread
                 ids, tl.arange, and what is made of them. An index that a loop counts up is no product.
@@ -598,6 +600,20 @@ def atomics(assembly: str) -> list[str]:
     return sorted(set(re.findall(r"(?<![\w.])(?:atom|red)\.[\w.:]+|\btt\.atomic_\w+", assembly)))
 
 
+def unfenced(ptx: str) -> bool:
+    """Whether a loop copies by a descriptor into shared memory and stores there itself, and no proxy fence is in it."""
+    lines = ptx.splitlines()
+    labels = {line.partition(":")[0].strip(): i for i, line in enumerate(lines) if re.match(r"\s*\$\w+:", line)}
+    for end, line in enumerate(lines):
+        to = re.search(r"\bbra(?:\.uni)?\s+(\$\w+)", line)
+        start = labels.get(to[1], end) if to else end
+        body = "\n".join(lines[start:end])
+        stores = re.search(r"\bst(matrix\S*|\S*)\.shared", body)
+        if stores and "cp.async.bulk.tensor" in body and "fence.proxy.async" not in body:
+            return True
+    return False
+
+
 def layouts(text: str) -> tuple[str, ...]:
     """Types of what is summed in Triton's GPU IR, names of layouts replaced by what they stand for."""
     names = dict(re.findall(r"^(#\w+) = (.*)$", text, re.M))
@@ -819,6 +835,8 @@ def compile_case(case: Case, target: Target) -> Row:
     ir = compiled.asm["ttir"]
     rounded = sorted(set(re.findall(r"inputPrecision = (?!ieee)(\w+)", ir)))
     row = row._replace(broken=(*row.broken, f"precision: {', '.join(rounded)}")) if rounded else row
+    if unfenced(compiled.asm.get("ptx", "")):
+        row = row._replace(broken=(*row.broken, "fences: none between copies by descriptors and stores"))
     if in_products:
         row = row._replace(broken=(*row.broken, f"spills: {in_products} in a loop of products"))
     return judge(row, case.spill + in_products, target, atomics(ir + compiled.asm.get("ptx", "")), ttir_products(ir))

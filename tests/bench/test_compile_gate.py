@@ -319,6 +319,33 @@ def test_a_zero_that_a_call_is_handed_is_no_spill():
     assert spills(LISTING.format(handed="R2")) == spills(LISTING.format(handed="R12")) == (12, 8)
 
 
+PTX = """
+$L__BB0_1:
+    {store}.b32 [%r1], %r2;
+$L__BB0_2:
+    {fence};
+    @%p1 cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r1], [%rd1, {{%r3, %r4}}], [%r5];
+    @%p2 bra 	$L__BB0_2;
+    @%p3 bra {back};
+    st.global.b32 [%rd2], %r2;
+    ret;
+"""
+
+
+@pytest.mark.parametrize(
+    "store, fence, back, breaks",
+    [
+        ("st.shared", "bar.sync 0", "$L__BB0_1", True),
+        ("stmatrix.sync.aligned.m8n8.x4.shared", "bar.sync 0", "$L__BB0_1", True),
+        ("st.shared", "fence.proxy.async.shared::cta", "$L__BB0_1", False),
+        ("st.shared", "bar.sync 0", "$L__BB0_2", False),  # written once, before a barrier
+        ("st.global", "bar.sync 0", "$L__BB0_1", False),
+    ],
+)
+def test_copies_by_descriptors_are_fenced_from_stores(store, fence, back, breaks):
+    assert runpy.run_path(str(GATE))["unfenced"](PTX.format(store=store, fence=fence, back=back)) == breaks
+
+
 def test_two_runs_side_by_side(tmp_path):
     before = [{"case": "row", "target": "sm_90", "registers": 105, "instructions": 44.8, "whole": None}]
     after = [before[0] | {"registers": 60, "instructions": 15.3}, {"case": "new", "target": "sm_90", "registers": 8}]

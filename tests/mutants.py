@@ -138,6 +138,7 @@ MUTANTS = [
     Mutant("autocast narrows similarities", "ops/contrast.py", "torch.autocast(keys.device.type, enabled=False)", "torch.autocast(keys.device.type, enabled=True)", SURROUNDINGS),
     Mutant("autocast narrows prototypes", "losses/contrastive.py", "torch.autocast(first.device.type, enabled=False)", "torch.enable_grad()", SURROUNDINGS),
     Mutant("signs in the default dtype", "losses/pivots.py", "torch.where(advantage < 0, -1.0, torch.nan)).float()", "torch.where(advantage < 0, -1.0, torch.nan))", SURROUNDINGS),
+    Mutant("options that no loss takes", "integrations/_trl_data.py", "if key not in known:", "if False:", TRL_REWARD),
     Mutant("variance about 0", "formulas/returns.py", "away = _kept(kept - near, mask, 0)", "near, away = 0, kept", RETURNS),
     Mutant("variance about 0, native", "kernels/cuda/formulas.cuh", "{n, n * first + d, first * (n * first + 2 * d) + dd, first + d / n, away < 0 ? 0 : away}", "{n, n * first + d, first * (n * first + 2 * d) + dd, first + d / n, first * (n * first + 2 * d) + dd - (n * first + d) * (n * first + d) / n}", RETURNS),
     Mutant("parts whose means are apart", "kernels/cuda/formulas.cuh", "x.away + y.away + apart * apart * x.n * share", "x.away + y.away", RETURNS),

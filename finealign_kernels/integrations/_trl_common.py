@@ -31,6 +31,7 @@ class FineGrained:
     """In front of TRL's DPOTrainer or KTOTrainer; `columns` names what a dataset may have beside TRL's columns."""
 
     columns: data.Columns
+    function: Callable  # the loss that takes loss_options
     reads_weights = True  # so patch_kernels does not warn of them
     gives = ("logp", "ref_logp", "mask", "cu_seqlens", "token_weight", "segment_ids", "pairs", "pair_weight")
 
@@ -40,6 +41,7 @@ class FineGrained:
         for name in self._loss_options:
             if name in self.gives:
                 fail("loss_options", "leave out what the trainer gives the loss", repr(name))
+        data.check_options("loss_options", self._loss_options, self.function, self._row.hyper)
         if self._loss_options.get("average") == "segments":
             fail("average", "be False, 'kept' or 'all': the trainer knows no segments", "'segments'")
         if by_kind is not None and not isinstance(by_kind, Mapping):

@@ -3,7 +3,8 @@
 import difflib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from inspect import signature
 from reprlib import repr as brief
 from typing import NamedTuple
 
@@ -217,6 +218,23 @@ def check_finite(column: str, value) -> None:
     """NaN would go through loss and gradient into the model; Trainer logs such a loss as 0."""
     if not isinstance(value, int | float) or not math.isfinite(value):
         fail(column, "hold finite numbers", repr(value))
+
+
+def check_options(name: str, given, function: Callable, others: Iterable[str] = (), without: tuple[str, ...] = ()):
+    """Keywords for a function are refused when the trainer is made, not at its first step."""
+    known = [p.name for p in signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    check_keys(name, given, (*others, *(one for one in known if one not in without)), function.__name__)
+
+
+def check_keys(name: str, given, known: Sequence[str], of: str) -> None:
+    """A mapping whose keys are arguments of a function."""
+    if not isinstance(given, Mapping):
+        fail(name, f"be a mapping from arguments of {of}", type(given).__name__, TypeError)
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            fail(name, f"name arguments of {of}, of {', '.join(known)}", f"{key!r}{hint}")
 
 
 class Collator:

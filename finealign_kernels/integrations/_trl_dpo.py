@@ -71,6 +71,7 @@ class FineGrainedDPOTrainer(FineGrained, DPOTrainer):
     """
 
     columns = Columns(("chosen", "rejected"), ("pair_weight",))
+    function = staticmethod(preference_loss)
 
     def __init__(
         self,

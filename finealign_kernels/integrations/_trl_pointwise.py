@@ -44,6 +44,7 @@ class PointwiseTrainer(FineGrained, StepCountsMixin, KTOTrainer):
     """
 
     columns = Columns(("completion",))
+    function = staticmethod(pointwise_loss)
     gives = (*FineGrained.gives, "target", "reduction", "denominator", "positive_weight", "other_weight")
 
     def __init__(

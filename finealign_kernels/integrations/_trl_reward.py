@@ -12,7 +12,9 @@ from ..losses.pairs import pick_scores
 from ..losses.reward import REWARD, RewardRow, reward_loss
 from ..metarm import MetaRM, difference_loss
 from ..ops._check import check_integer, check_number, check_one_of, fail
-from ._trl_data import check_finite
+from ._trl_data import check_finite, check_keys, check_options
+
+PER_PAIR = ("strength", "margin", "smoothing", "flip", "label", "weight")  # arguments of reward_loss
 
 
 class FineGrainedRewardTrainer(RewardTrainer):
@@ -65,6 +67,9 @@ class FineGrainedRewardTrainer(RewardTrainer):
         if (meta_eta is None) != (meta_batches is None):
             fail("meta_eta and meta_batches", "be given together", "one of them")
         row = loss if isinstance(loss, RewardRow) else REWARD[loss]
+        check_options("loss_options", loss_options or {}, reward_loss, row.hyper)
+        check_keys("columns", columns or {}, PER_PAIR, "reward_loss")
+        check_options("contrast_options", contrast_options or {}, contrastive_loss, without=("prototypes",))
         self.loss, self.loss_options = loss, dict(loss_options or {})
         self.columns = _columns_of(row) if columns is None else dict(columns)
         self.takes_margin = columns is None and row.margin != "strength"

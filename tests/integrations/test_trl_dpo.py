@@ -541,6 +541,8 @@ def test_evaluation_logs_the_same_figures(folder):
         (ROWS, dict(by_kind=["factual"]), "by_kind must be a mapping from kinds to weights, or None, got list"),
         (ROWS, dict(average="segments"), "average must be False, 'kept' or 'all': the trainer knows no segments"),
         (ROWS, dict(loss_options={"mask": 1}), "loss_options must leave out what the trainer gives .* 'mask'"),
+        (ROWS, dict(loss_options={"nll_wieght": 1.0}), r"loss_options must .* \(did you mean 'nll_weight'"),
+        (ROWS, dict(loss_options={"tau": 1.0}), "loss_options must name arguments of preference_loss, of .* got 'tau'"),
         (ROWS, dict(pivots={"kin": "sign"}), r"pivots: adaptive_mask\(\) got an unexpected keyword argument 'kin'"),
         (ROWS, dict(pivots={"kind": "sine"}), r"pivots: kind must be one of"),
         (ROWS, dict(pivots={"threshold": 1.0}), r"pivots: kind must be one of .*, got None"),

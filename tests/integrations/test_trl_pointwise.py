@@ -127,6 +127,10 @@ def test_a_fault_weighs_more_where_the_response_is_lowered(folder):
             dict(loss="ulma", rows=[row | {"label": [1.0, float("nan")][i > 3]} for i, row in enumerate(SINGLE)]),
             "label must hold finite numbers, got nan",
         ),
+        (
+            dict(loss="ulma", loss_options={"other_wieght": 1}),
+            "loss_options must name .* got 'other_w",
+        ),
         (dict(loss="ulma", loss_options={"target": 1}), "loss_options must leave out what the trainer gives the loss"),
     ],
 )

@@ -107,6 +107,22 @@ def test_columns_by_name(tmp_path):
         trained(FineGrainedRewardTrainer, tmp_path, columns={"strength": "missing"}, loss="flip")
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(loss_options={"sclae": 2.0}), r"loss_options must name arguments .* got 'sclae' \(did you mean 'scale'"),
+        (dict(loss_options=["scale"]), "loss_options must be a mapping from arguments of reward_loss, got list"),
+        (dict(columns={"marign": "margin"}), r"columns must name arguments .* got 'marign' \(did you mean 'margin'"),
+        (dict(columns={"mask": "margin"}), "columns must name arguments of reward_loss, of strength, .* got 'mask'"),
+        (dict(contrast="simcse", contrast_options={"temprature": 1.0}), r"contrast_options must name .* 'temperature'"),
+    ],
+)
+def test_options_that_no_loss_takes_are_refused_when_the_trainer_is_made(options, message, tmp_path):
+    args = RewardConfig(output_dir=str(tmp_path), **SHORT)
+    with pytest.raises((ValueError, TypeError), match=message):
+        FineGrainedRewardTrainer(model(), args=args, train_dataset=Dataset.from_list(ROWS), **options)
+
+
 @pytest.mark.parametrize("contrast", ["simcse", "swav"])
 def test_contrast_enters_and_its_prototypes_learn(contrast, tmp_path):
     options = dict(contrast=contrast, contrast_weight=0.5, prototypes=4, dropout=0.2)

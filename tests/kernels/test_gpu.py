@@ -393,6 +393,17 @@ def test_autocast_lowers_the_head_alone(name, device):
     assert equal(found, expected)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="run there as they are")
+def test_what_only_a_gpu_runs_holds_in_the_interpreter(monkeypatch):
+    """A test of the fused head that is wrong itself shows here, not on the first GPU."""
+    name = "linear_logprobs fused"
+    if reason := _choose.fused_reason(torch.bfloat16, "interpreter", _choose.backends()):
+        pytest.skip(reason)
+    monkeypatch.setitem(OPS, name, OPS[name]._replace(missing=lambda device: None))
+    test_autocast_lowers_the_head_alone(name, "cpu")
+    test_sanitizer_runs_every_op(name, "cpu")
+
+
 @pytest.mark.parametrize("device", REAL)
 @pytest.mark.parametrize("name", OPS)
 def test_sanitizer_runs_every_op(name, device):

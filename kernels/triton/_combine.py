@@ -1,4 +1,4 @@
-"""The states of a row's tiles to its statistics: formulas.logprobs.combine, one program a row."""
+"""Combines the states of a row's tiles to statistics, as formulas.logprobs.combine does: one program for each row."""
 
 import torch
 from torch import Tensor
@@ -9,8 +9,8 @@ import triton.language as tl
 from ._launch import OPTIONS, on_device_of
 from ._tiles import ENTROPY, MEAN, SQUARES, UNIT, log1p
 
-SKIP, BAD = tl.constexpr(-2), tl.constexpr(-1)  # targets of a row that is not read, of one whose label is out of range
-PARTS = tl.constexpr(6)  # of a row and a tile: m, R, T, Q, sum of z / UNIT, number of tokens that are not banned
+SKIP, BAD = tl.constexpr(-2), tl.constexpr(-1)  # target of a row that is left out, of one whose label is out of range
+PARTS = tl.constexpr(6)  # numbers of a row in a tile: m, R, T, Q, sum of z / UNIT, count of tokens that are not banned
 INT_MAX = tl.constexpr(2**31 - 1)
 
 
@@ -21,8 +21,8 @@ def combine_kernel(
     label_ptr,  # (n, 2)
     target_ptr,  # (N,)
     index_ptr,  # (n,) or None
-    count_ptr,  # or None: n
-    logp_ptr,  # (N,) each; written where a row is in the index
+    count_ptr,  # the number of rows, or None: n
+    logp_ptr,  # this and the next ones (N,); written at the rows of the index
     lse_ptr,
     entropy_ptr,
     squares_ptr,
@@ -53,13 +53,13 @@ def combine_kernel(
         m = tl.max(m_tile, axis=0)
         holds = m_tile == m
         owner = t == tl.min(tl.where(holds, t, BLOCK), axis=0)
-        # a tile of banned tokens adds nothing; one that holds a NaN is none
+        # a tile in which all tokens are banned adds nothing; this is not true of a tile with a NaN
         dead = (m_tile == float("-inf")) & (r_tile == 0)
         d = tl.where(dead | owner, 0.0, m_tile - m)
         w = tl.where(dead, 0.0, tl.exp(d))
         one = tl.where(owner, 0.0, 1.0 + r_tile)
         r = tl.sum(tl.where(owner, r_tile, one) * w, axis=0)
-        none = (m == float("-inf")) & (r == 0)  # not a token that is not banned
+        none = (m == float("-inf")) & (r == 0)  # all tokens are banned
         r = tl.where(tl.abs(m) == float("inf"), float("nan"), r)
         l = log1p(r)
         zero = tl.full((), 0, tl.float32)
@@ -91,16 +91,18 @@ def combine_kernel(
 
 @triton.jit
 def _settle(ptr, x, target):
-    """0 for a row that is not read, NaN for one whose label is out of range."""
+    """Stores x; 0 for a row with target SKIP, NaN for a row with target BAD."""
     tl.store(ptr, tl.where(target == SKIP, 0.0, tl.where(target == BAD, float("nan"), x)))
 
 
 def combine_into(
     found, part: Tensor, first: Tensor, label: Tensor, target: Tensor, want, index=None, count=None
 ) -> None:
-    """Statistics of rows, part (n, tiles, 6), first (n, tiles), label (n, 2), into found, formulas.Rows of (N,) each.
+    """Writes the statistics of rows into found, a formulas.Rows of (N,) tensors.
 
-    index  (n,) where among the N they stand, None: 0, 1, ...; count: how many of index count, on the device, None: n
+    part (n, tiles, 6), first (n, tiles), label (n, 2)  the states of the tiles
+    index  (n,) where the rows lie among the N; None: 0, 1, ...
+    count  on the device, how many entries of index are valid; None: n
     """
     n, tiles = first.shape
     if n == 0:

@@ -1,20 +1,20 @@
-"""How kernels are launched: on whose device, with which options."""
+"""How kernels are launched: on which device, and with which options."""
 
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-# A product and the sum after it round apart: the z of one pass is bit for bit that of the next, so e is 1 at a maximum.
+# No fused multiply-add: z then has the same bits in every pass over a row, and exp(z - m) is exactly 1 at the maximum.
 OPTIONS = {"enable_fp_fusion": False}
 
 
 def head_arguments(head) -> tuple:
-    """scale, softcap, inv_temperature, CAPPED and SCALED of formulas.Head."""
+    """The kernel arguments scale, softcap, inv_temperature, CAPPED and SCALED of a formulas.Head."""
     scale, softcap, inv_temperature = head.numbers
     return scale, softcap, inv_temperature, bool(softcap), scale != 1 or inv_temperature != 1
 
 
 def on_device_of(x: Tensor):
-    """Triton launches on the current device: make it that of the tensor."""
+    """Makes the tensor's device the current one, because Triton launches on the current device."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -1,8 +1,8 @@
 """Row kernels over a tile of logits: the state (m, R, T, Q) of each row forward, the gradient of the logits backward.
 
-z = softcap(scale * (x + bias)) / temperature. The mathematics is in formulas/logprobs.py. One program walks SPAN
-columns of a row, in blocks whose size depends on the number of columns alone: few rows fill a GPU too, and a row's bits
-depend on no other row, nor on how many there are.
+z = softcap(scale * (x + bias)) / temperature. The mathematics is in formulas/logprobs.py. A program computes SPAN
+columns of a row, so a few long rows fill a GPU too. It goes through them in blocks, whose size depends only on the
+number of columns. The bits of a row therefore depend on no other row and not on the number of rows.
 """
 
 import torch
@@ -35,19 +35,21 @@ from ._tiles import (
 )
 
 TILE = None  # logits of any size are one launch
-SPAN = 16384  # columns of a row that one program looks at; a whole number of blocks
-STAGES = 1  # loads go to registers, of which many are left, and not through shared memory
+SPAN = 16384  # columns of a row that one program computes; a whole number of blocks
+STAGES = 1  # loads go to registers, of which enough are free, not to shared memory
 
-# Columns up to: BLOCK, num_warps. Compiled for every target of bench/compile_gate.py, not yet run on a GPU.
+# (largest number of columns, BLOCK, num_warps). Compiled for every target of bench/compile_gate.py, not yet run on a
+# GPU.
 LAUNCH = ((1024, 1024, 4), (8192, 2048, 8), (float("inf"), 4096, 8))
-# Backward adds nothing up, and eight elements a thread keep more blocks at work; 16 and a softcap do not fit registers.
+# Backward computes no sums. With eight elements a thread more blocks run at once; 16 and a softcap do not fit
+# registers.
 BACKWARD = ((1024, 1024, 4), (float("inf"), 2048, 8))
 
 
 @triton.jit
 def _span_of(spans, columns, SPAN: tl.constexpr):
-    """Row of a program, its place among the row's spans, where that begins and how many columns it has."""
-    program = tl.program_id(0)  # divided in 32 bits: a GPU has no instruction for 64
+    """The row of a program, the index of its span in the row, the span's first column and its number of columns."""
+    program = tl.program_id(0)  # divided in 32 bits, because a GPU has no 64-bit division instruction
     place = (program % spans).to(tl.int64)
     begin = (place * SPAN).to(tl.int32)
     return (program // spans).to(tl.int64), place, begin, tl.minimum(columns - begin, SPAN)
@@ -55,14 +57,14 @@ def _span_of(spans, columns, SPAN: tl.constexpr):
 
 @triton.jit
 def _local_label(target, col0, columns):
-    """Column of the label in this span, -1 where it is not here: SKIP and BAD are below any col0."""
+    """The column of the label in this span, or -1 if it is elsewhere. SKIP and BAD are below any col0."""
     local = target - col0
     return tl.where((local >= 0) & (local < columns), local, -1).to(tl.int32)
 
 
 @triton.jit
 def _load_product(x_ptr, bias_ptr, cols, columns, scale, SCALED: tl.constexpr, WHOLE: tl.constexpr):
-    """y = scale * (x + bias); phantom columns, of which a WHOLE block has none, are -inf."""
+    """y = scale * (x + bias); -inf beyond the last column. A WHOLE block has no columns beyond."""
     bias = 0.0
     if WHOLE:
         x = tl.load(x_ptr + cols).to(tl.float32)
@@ -153,7 +155,7 @@ def row_fwd_kernel(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """The maximum first, then the sums under it, which read the span once more while it is in the cache."""
+    """Finds the maximum of a span first, then the sums, for which the span is read again from the cache."""
     row, place, begin, columns = _span_of(spans, columns, SPAN)
     col0 += begin
     target = tl.load(target_ptr + row)
@@ -191,7 +193,7 @@ def row_fwd_kernel(
     total, count = tl.zeros((BLOCK,), tl.float32), tl.zeros_like(below)
     base = base_of(m)
     if e_ptr is not None:
-        tl.debug_barrier()  # e may lie over x: every warp has read the label
+        tl.debug_barrier()  # e may overwrite x: all warps must have read the label before
         e_ptr += row * e_stride + begin
     whole = tl.multiple_of(stop - stop % BLOCK, BLOCK)
     for start in range(0, whole, BLOCK):
@@ -230,8 +232,9 @@ def _store_gradients(
     inv_temperature, CAPPED: tl.constexpr, SCALED: tl.constexpr, E_COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
     CURVED: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
-    """dL/dx of a span, as if no token were the label. Without CURVED no entropy has a gradient: h is 0. Without SPREAD
-    no mean of z has one.
+    """dL/dx of a span, as if no token were the label.
+
+    CURVED: the entropy has a gradient; otherwise h is 0. SPREAD: the mean of z has a gradient.
     """
     whole = tl.multiple_of(columns - columns % BLOCK, BLOCK)
     for start in range(0, whole, BLOCK):
@@ -266,7 +269,7 @@ def _store_gradient(
             e = tl.load(src_ptr + cols, mask=cols < columns, other=0.0).to(tl.float32)
         if E_COLUMNS >= BLOCK:
             top = tl.load(e_max_ptr + start // E_COLUMNS)
-        elif E_COLUMNS:  # a row of the block under each maximum
+        elif E_COLUMNS:  # several maxima a block: one row of the reshaped block for each
             tiles = start // E_COLUMNS + tl.arange(0, BLOCK // E_COLUMNS)
             if WHOLE:
                 top = tl.load(e_max_ptr + tiles)
@@ -312,7 +315,7 @@ def row_bwd_kernel(
     e_max_stride,
     bias_ptr,  # (columns,) or None
     target_ptr,  # (n,)
-    coef_ptr,  # (8, n), or (9, n) with SPREAD: a gradient of every z that is not banned; rows with one have no e_max
+    coef_ptr,  # (8, n), or (9, n) with SPREAD: the gradient of the mean of z for each token; these rows have no e_max
     coef_stride,
     col0,
     columns,
@@ -323,7 +326,7 @@ def row_bwd_kernel(
     CAPPED: tl.constexpr,
     SCALED: tl.constexpr,
     SPREAD: tl.constexpr,
-    E_COLUMNS: tl.constexpr,  # columns under one maximum of e; 0: a span, or all of them
+    E_COLUMNS: tl.constexpr,  # number of columns that share one maximum of e; 0: a span, or all columns
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -357,7 +360,7 @@ def row_bwd_kernel(
                 e_max_ptr += begin // E_COLUMNS
             else:
                 top = tl.load(e_max_ptr)
-        if h != 0:  # a NaN is a gradient
+        if h != 0:  # also true for NaN
             _store_gradients(
                 out_ptr, src_ptr, e_max_ptr, bias_ptr, columns, g, k, h, m, l, entropy, spread, top, scale,
                 softcap, inv_temperature, CAPPED, SCALED, E_COLUMNS, BLOCK, True, SPREAD,
@@ -367,7 +370,7 @@ def row_bwd_kernel(
                 out_ptr, src_ptr, e_max_ptr, bias_ptr, columns, g, k, 0.0, m, l, entropy, spread, top, scale,
                 softcap, inv_temperature, CAPPED, SCALED, E_COLUMNS, BLOCK, False, SPREAD,
             )  # fmt: skip
-        # the label's comes neither from e nor from its slope: a rounded one would weigh on the largest gradient
+        # The label has the largest gradient. It is computed from logp, not from e and its slope, which are rounded.
         dx = label_gradient(g, k, h, logp, entropy)
         if SPREAD:
             dx = tl.where(logp == float("-inf"), dx, dx + spread)
@@ -375,17 +378,20 @@ def row_bwd_kernel(
             dx = tl.where(dx == 0, 0.0, dx * tl.load(coef_ptr + 7 * step))
         if SCALED:
             dx = dx * scale * inv_temperature
-        tl.debug_barrier()  # what another thread has stored there is under it
+        tl.debug_barrier()  # another thread has stored a value there before
         tl.store(out_ptr + label, dx.to(out_ptr.dtype.element_ty), mask=label >= 0)
 
 
 def tile_fwd(x, bias, target, col0, head, want, part, first, label, e=None, in_place=False) -> None:
-    """States of a tile of products x (n, C): part (n, spans, 6), first (n, spans), label (n, 2); exp(z - m) in e or x.
+    """Computes the states of a tile of products x (n, C).
 
-    first is the label's column where it is the first maximum of its span, -1 where it is there and is not, and the
-    span's first column where the label is elsewhere. A tile of one span may have part (n, 6) and first (n,). Rows of
-    x, part, first, label and e may be strided. Raises ValueError for any other stride, for another number of spans, and
-    for in_place=True unless x is float32.
+    part    (n, spans, 6) states of spans; (n, 6) if there is one span
+    first   (n, spans), or (n,): the label's column if it is the first maximum of the span, -1 if the label is in the
+            span but is not its first maximum, and the span's first column if the label is elsewhere
+    label   (n, 2) logit and slope of the label
+    e       (n, C) exp(z - m), or None; with in_place it is written over x, which must be float32
+    Rows of x, part, first, label and e may be strided.
+    Raises  ValueError for any other stride, for another number of spans, and for in_place=True unless x is float32
     """
     if in_place and x.dtype != torch.float32:
         raise ValueError(f"in_place=True needs x in torch.float32, got {x.dtype}")
@@ -405,10 +411,10 @@ def tile_fwd(x, bias, target, col0, head, want, part, first, label, e=None, in_p
 
 
 def tile_bwd(out, src, index, e_max, bias, target, coef: Tensor, col0, head, e_columns=0) -> None:
-    """dL/dx of one tile into out (n, C), from raw products src (None: out itself) or exp(z - e_max).
+    """Writes dL/dx of a tile into out (n, C). src holds the products (None: out itself), or exp(z - e_max).
 
-    e_max is (n,), or (n, maxima), one for each e_columns columns. Rows of out, src, coef and e_max may be strided.
-    Raises ValueError for any other stride, and for an index with src=None.
+    e_max is (n,), or (n, maxima) with one for each e_columns columns. Rows of out, src, coef and e_max may be strided.
+    Raises  ValueError for any other stride, and for an index with src=None
     """
     if e_columns and SPAN % e_columns:
         raise ValueError(f"e_columns must divide {SPAN}, got {e_columns}")
@@ -429,7 +435,7 @@ def tile_bwd(out, src, index, e_max, bias, target, coef: Tensor, col0, head, e_c
 
 
 def combine(part, first, label, target, want) -> formula.Rows:
-    """formula.combine of float32 states on a GPU, in one launch."""
+    """formulas.logprobs.combine of float32 states on a GPU, in one launch."""
     floats = [part.new_empty(len(part)) for _ in range(9)]
     top1 = torch.empty(len(part), dtype=torch.bool, device=part.device)
     found = formula.Rows(*floats[:5], top1, *floats[5:])
@@ -447,7 +453,7 @@ def _launch(table: tuple, columns: int) -> dict:
 
 
 def _neighbours(x: Tensor) -> int:
-    """How many elements of a row one thread loads at once, which it then adds up alone."""
+    """How many adjacent elements of a row one thread loads at once. It adds them up before threads are combined."""
     aligned = x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
     return 16 // x.element_size() if aligned else 1
 

@@ -1010,6 +1010,15 @@ def test_goals_are_ratios_of_one_run(goals):
     assert goals.table([]).count("not yet run on a GPU") == len(goals.GOALS)
 
 
+def test_of_several_tries_the_one_with_most_rounds_counts(goals):
+    """A retry stands beside what it repeats; a race that broke has single rounds."""
+    row = {"suite": "head", "case": "dense", "impl": "ours", "shape": [8, 4, 16]}
+    tries = [(9.0, 3), (5.0, 3), (1.0, 1)]
+    rows = [{**row, "queued_s": seconds, "rounds": rounds} for seconds, rounds in tries]
+    assert goals.time_of(rows, "head", "dense", "ours") == 5.0
+    assert goals.time_of([*rows, {**row, "impl": "fused", "queued_s": 4.0}], "head", "dense", "ours", "fused") == 4.0
+
+
 def test_one_command_takes_results_into_the_pages(goals, tmp_path, capsys):
     (tmp_path / "docs").mkdir()
     (tmp_path / "bench/results").mkdir(parents=True)

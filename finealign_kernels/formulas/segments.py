@@ -6,6 +6,7 @@
 
 Tokens with a false mask (N,) are left out: they may hold NaN, they do not count in n_s, and none of them is the last
 token. Sum, mean and last of an empty segment are 0. Results are float32 for half-precision tokens.
+Sums are float64: one of float64 tokens whose partial sums pass 1.8e308 is infinite, and so is its mean.
 """
 
 import torch

@@ -105,7 +105,7 @@ if [ "$DEVICE" = cuda ]; then
   (nvidia-smi --query-gpu=timestamp,clocks.sm,power.draw --format=csv,noheader -lms 500 >"$STATE/clocks.csv" 2>/dev/null) &
   clocks=$!
   trap 'kill $clocks 2>/dev/null; finish' EXIT
-  arch=$(timeout 60 python3 -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') || exit 100
+  arch=$(timeout 150 python3 -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') || exit 100
   case $arch in 90) arch=90a ;; 10?) arch=100f ;; esac
   export FINEALIGN_ARCHS=$arch
 else

@@ -150,7 +150,6 @@ bf16=(--dtype bfloat16 --size "$models" --no-memory)
 ceilings=(python3 bench/ceilings.py --device "$DEVICE")
 steps() {
   step ceilings 40 "${ceilings[@]}" --json "$STATE/ceilings.json"
-  step doctor 40 bash -c "cd / && python3 -m finealign_kernels doctor"
   ours=(--rival trl --rival ours-default --rival ours-no-workspace --rival fused --rival fused-no-workspace)
   race head_dense 120 head "${bf16[@]}" "${first[@]}" --case dense --rival gemm3 --rival gemm4 "${ours[@]}"
   step profile 30 "${ceilings[@]}" --profile ours fused trl gemm3 --json "$STATE/profile.json"
@@ -159,6 +158,7 @@ steps() {
   batches=()
   [ "$DEVICE" = cuda ] && batches=(--shape "1024 of 4096" --shape "64 of 512" --shape "32 of 32768" --shape "1 of a million")
   race rest 60 rl sequence policy segments --size "$models" "${batches[@]}" --rounds 5 --no-memory
+  step doctor 60 bash -c "cd / && python3 -m finealign_kernels doctor" # compiles a dozen kernels of small shapes
 
   launches=(--launch 128,256,64,8,3,32,8 --launch 128,256,64,8,4,32,8 --launch 128,256,64,8,3,32,16
     --launch 128,256,64,8,3,64,8 --launch 128,128,64,8,4,32,8 --launch 256,128,64,8,3,32,8 --launch 128,128,64,4,3,16,8)

@@ -230,12 +230,12 @@ def head_capped(t: Products, launch) -> None:
 
 
 def shipped_forward(t: Products) -> Callable:
-    by_tma = heads.takes_tma(t.weight, _choose.arch(t.hidden))
+    by_tma = heads.supports_tma(t.weight, _choose.arch(t.hidden))
     return heads.linear_fwd_tma if by_tma else heads.linear_fwd
 
 
 def head_bwd(t: Products, launch) -> None:
-    run = heads.linear_bwd_tma if heads.takes_tma(t.weight, _choose.arch(t.hidden)) else heads.linear_bwd
+    run = heads.linear_bwd_tma if heads.supports_tma(t.weight, _choose.arch(t.hidden)) else heads.linear_bwd
     run(t.dz, t.hidden, t.chunk, None, t.block, None, None, 0, PLAIN, heads.Config(*launch))
 
 

@@ -55,7 +55,7 @@ def fwd(hidden, weight, bias, target, head, want, workspace, on_device, _, stati
     e = torch.empty(room * vocab, dtype=hidden.dtype, device=hidden.device)
     kept = e if room else None
     launch, tile = kernels.linear_fwd_tma, kernels.forward_config(arch, hidden.dtype, bool(head.softcap), want)
-    if not kernels.takes_tma(weight, arch):
+    if not kernels.supports_tma(weight, arch):
         launch, tile = kernels.linear_fwd, kernels.by_pointers(weight, tile)
     launch(hidden, weight, bias, target, rows, head, want, part, first, label, kept, room, chunk, tile)
     e_max = part[:room, :, 0].contiguous()
@@ -79,7 +79,7 @@ def bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, on_de
         return _bounded_bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, tile, shard)
 
     launch = kernels.linear_bwd_tma
-    if not kernels.takes_tma(weight, _choose.arch(hidden)):
+    if not kernels.supports_tma(weight, _choose.arch(hidden)):
         launch, tile = kernels.linear_bwd, kernels.by_pointers(weight, tile)
 
     def again(dz, x, at, coef, c0, c1):
@@ -117,7 +117,7 @@ def _bounded_bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, nee
     place = _chunked.places(read, rank, index)
     counts = torch.stack([from_e.sum(), active.sum()])
     at, coef = target[index], coef.stacked()[:, index]
-    by_blocks = kernels.takes_tma(weight, _choose.arch(hidden))
+    by_blocks = kernels.supports_tma(weight, _choose.arch(hidden))
     x = hidden.index_select(0, index) if by_blocks else None
     tile = tile if by_blocks else kernels.by_pointers(weight, tile)
 

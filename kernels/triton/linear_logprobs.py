@@ -1,14 +1,15 @@
-"""The fused head: a tile of the product hidden @ weightᵀ never leaves the registers, its state (m, R, T, Q) does.
+"""The fused head: tiles of the product hidden @ weightᵀ stay in registers; only their states (m, R, T, Q) are stored.
 
-Forward, one program a tile: float32 accumulators, then the logits z, then what a row kernel would keep of that tile;
-one more program a row combines the tiles in fixed order. The mathematics is in formulas/logprobs.py.
+Forward: a program computes a tile of products in float32, then the logits z, then the state of each row in that tile.
+One more program for each row combines its tiles in a fixed order. The mathematics is in formulas/logprobs.py.
 
-Backward, the same tiles again: the product has the bits it had, so that p is exp(z - lse) of one and the same z, then
-the gradient of the products; or that gradient from the exponentials that were kept. Then products of the gradient that
-stop at a count which only the device knows.
+Backward: the same tiles are computed again, with the same bits, so that p = exp(z - lse) belongs to the same z. Their
+gradient is computed from z, or from the exponentials saved in forward. Then the gradient is multiplied with hidden and
+weight; these products stop at a row count that is known only on the device.
 
-Every tile has the same size, no sum is split over programs, and a row's tiles are combined by a tree that the number of
-tiles alone decides: a row's outputs depend on no other row, on no row count and on no place among the rows.
+All tiles have the same size, no sum is split over programs, and the tree that combines the tiles of a row depends only
+on the number of tiles. The outputs of a row therefore do not depend on other rows, their number, or its place among
+them.
 """
 
 from typing import NamedTuple
@@ -48,20 +49,20 @@ class Config(NamedTuple):
 
     rows: int
     columns: int
-    depth: int  # of hidden's width, a step
+    depth: int  # columns of hidden that one step of the product takes
     warps: int
     stages: int
-    slice: int  # columns of the tile that are looked at together: registers
-    group: int  # row tiles that share the columns of weight in the cache
-    # of the persistent TMA kernel alone:
-    flatten: bool = False  # loops over tiles and depth are one, so copies begin under the sums of the tile before
-    specialize: bool = False  # some warps copy, the others multiply; few tiles compile, and not under every Triton
+    slice: int  # columns of the tile whose statistics are computed together; limits registers
+    group: int  # row tiles that use the same columns of weight, so that they come from the cache
+    # only for the persistent TMA kernel:
+    flatten: bool = False  # one loop over tiles and depth, so that copies overlap with the sums of the tile before
+    specialize: bool = False  # some warps copy and the others multiply; compiles for few tiles and not in every Triton
 
 
-# What is launched, by GPU. Compiled only, for every line of bench/compile_gate.py: none has run on a GPU, and none was
-# chosen by a time (bench/sweep.py does that, and says how its answer gets here). 8 warps, as 4 spill; 256 columns where
-# they fit the registers, which a softcap fills; slices of 16 or 32 columns, whichever spills less.
-# No register is spilled in a loop of products; bench/compile_gate.py says what may be outside of one.
+# The tile for each GPU. They were only compiled (bench/compile_gate.py). None has run on a GPU, and none was chosen by
+# measured times; bench/sweep.py does that, and says how its result gets here. 8 warps, because 4 spill; 256 columns if
+# they fit the registers, which they do not with a softcap; slices of 16 or 32 columns, whichever spills less. No
+# register is spilled in a loop of products; bench/compile_gate.py says how much may be spilled outside of it.
 HALF = {
     "sm_80": Config(128, 128, 64, 8, 3, 32, 8),
     "sm_90": Config(128, 256, 64, 8, 3, 32, 8),
@@ -74,45 +75,52 @@ CAPPED = HALF | {
     "sm_80": Config(64, 128, 64, 8, 3, 16, 8),  # 128 rows spill 592 bytes, or 112 with 16 warps
     "sm_90": Config(128, 128, 64, 8, 3, 32, 8),
 }
-PRODUCT = CAPPED | {  # of the products of a gradient: they have no slices
+PRODUCT = CAPPED | {  # for the products of a gradient, which have no slices
     "sm_80": Config(128, 128, 64, 8, 3, 16, 8),
     "sm_120": Config(128, 128, 32, 8, 3, 16, 8),
     "gfx942": Config(128, 128, 32, 8, 2, 16, 8),
 }
 FLOAT = dict.fromkeys(HALF, Config(64, 64, 32, 4, 2, 32, 8)) | {"interpreter": Config(64, 128, 64, 4, 1, 128, 8)}
-# of the products of a float32 gradient: half as deep, since 32 do not fit the registers of sm_80 under Triton 3.9
+# for the products of a float32 gradient: half the depth, because 32 does not fit the registers of sm_80 in Triton 3.9
 FLOAT_PRODUCT = {arch: tile if arch == "interpreter" else tile._replace(depth=16) for arch, tile in FLOAT.items()}
 
-TMA = ("sm_90", "sm_100", "sm_120")  # GPUs that copy whole blocks by a descriptor
+TMA = ("sm_90", "sm_100", "sm_120")  # GPUs that copy whole blocks by means of a tensor descriptor
 
 
 def config(arch: str, dtype: torch.dtype, capped: bool) -> Config:
-    """Depends on the GPU, the dtype and whether there is a softcap. Raises KeyError for an arch that has no line."""
+    """The tile for a GPU, a dtype, and with or without a softcap. Raises KeyError for an unknown arch."""
     return (FLOAT if dtype == torch.float32 else CAPPED if capped else HALF)[arch]
 
 
 def forward_config(arch: str, dtype: torch.dtype, capped: bool, want: int) -> Config:
-    """config's; where every output is asked for, whose sums fill registers, that of a softcap if it is as wide."""
+    """The tile for the forward pass. With all outputs, whose sums need registers, it is the one for a softcap.
+
+    The two must have the same columns, because forward and backward agree on them.
+    """
     tile, small = config(arch, dtype, capped), config(arch, dtype, True)
     every = ENTROPY.value | SQUARES.value | MEAN.value
     return small if want == every and small.columns == tile.columns else tile
 
 
 def slim(tile: Config) -> Config:
-    """Of a head that cannot be read 16 bytes at a time: an address an element does not fit the registers beside more.
+    """A smaller tile for a head that cannot be loaded 16 bytes at a time: each element then needs a register.
 
-    As wide as `tile`, since E has one maximum a tile, whose width forward and backward agree on by the GPU alone.
+    It has the columns of `tile`: E has one maximum for each tile, and forward and backward must agree on its width.
     """
     return tile._replace(rows=min(tile.rows, 64), depth=min(tile.depth, 32), slice=min(tile.slice, 16))
 
 
 def product_config(arch: str, dtype: torch.dtype) -> Config:
-    """Of the products of a gradient, alike."""
+    """The tile for the products of a gradient, for a GPU and a dtype."""
     return (FLOAT_PRODUCT if dtype == torch.float32 else PRODUCT)[arch]
 
 
 def sums_of(tile: Config, dtype: torch.dtype, arch: str) -> int:
-    """Columns of a slice's sums: those that stand so far apart are in one thread, of sm_100 any neighbours of a row."""
+    """Number of columns in which the sums of a slice are kept.
+
+    Columns with this distance are in the same thread (on sm_100, adjacent columns of a row are), so that adding them
+    needs no exchange between threads.
+    """
     if dtype == torch.float32 or arch.startswith("gfx"):
         return tile.slice
     return min(tile.slice, 2 if arch == "sm_100" else 8)
@@ -120,7 +128,7 @@ def sums_of(tile: Config, dtype: torch.dtype, arch: str) -> int:
 
 @triton.jit
 def _place(program, row_tiles, column_tiles, GROUP: tl.constexpr):
-    """Row tile and column tile of a program, int64."""
+    """The row tile and the column tile of a program, int64."""
     group_size = GROUP * column_tiles
     first = program // group_size * GROUP
     height = tl.minimum(row_tiles - first, GROUP)
@@ -130,7 +138,7 @@ def _place(program, row_tiles, column_tiles, GROUP: tl.constexpr):
 
 @triton.jit
 def _rows_at(index_ptr, rows, live):
-    """Where the rows of a tile stand among all rows; past the last live row, that row again."""
+    """The index of each row of a tile among all rows. Rows beyond the last live row repeat that row."""
     rows = tl.minimum(rows, live - 1)
     if index_ptr is not None:
         return tl.load(index_ptr + rows)
@@ -142,7 +150,10 @@ def _product(
     x_ptr, x_stride_n, x_stride_d, at, w_ptr, w_stride_v, w_stride_d, cols, depth,
     EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """x[at] @ w[cols]ᵀ over the first `depth` of the width; at, cols int64, in range. EVEN: depth has whole steps."""
+    """x[at] @ w[cols]ᵀ over the first `depth` columns; at and cols are valid int64 indices.
+
+    EVEN: depth is a multiple of BLOCK_K.
+    """
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     x_rows = x_ptr + at[:, None] * x_stride_n
     w_rows = w_ptr + cols[:, None] * w_stride_v
@@ -162,7 +173,7 @@ def _product(
 def _product_of_blocks(
     x, w, row_tile, tile, depth, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """The same of a row tile and a column tile by descriptors, whose outside is 0."""
+    """The same for a row tile and a column tile by descriptors; what lies outside of a matrix is loaded as 0."""
     row_start, column_start = (row_tile * BLOCK_M).to(tl.int32), (tile * BLOCK_N).to(tl.int32)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, depth, BLOCK_K):
@@ -173,13 +184,13 @@ def _product_of_blocks(
 
 @triton.jit
 def _halves(x):
-    """Left and right half of a tile's columns."""
+    """The left and the right half of a tile's columns."""
     return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
 
 
 @triton.jit
 def _products(acc, bias_ptr, cols, vocab, scale, SCALED: tl.constexpr):
-    """y = scale (x + bias) of a tile of products; of phantom columns anything."""
+    """y = scale (x + bias) of a tile of products. Values beyond the last column are arbitrary."""
     bias = 0.0
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + cols, mask=cols < vocab, other=0.0).to(tl.float32)[None, :]
@@ -188,14 +199,14 @@ def _products(acc, bias_ptr, cols, vocab, scale, SCALED: tl.constexpr):
 
 @triton.jit
 def _top(y, softcap, inv_temperature, CAPPED: tl.constexpr, SCALED: tl.constexpr):
-    """The largest z of each row of y; -inf where there is no number."""
+    """The largest z of each row of y, ignoring NaN; -inf if all are NaN."""
     top = tl.max(y, axis=1)
     return logit(tl.where(top == top, top, float("-inf")), softcap, inv_temperature, CAPPED, SCALED)
 
 
 @triton.jit
 def _fold(x, SUMS: tl.constexpr):
-    """Sums of every SUMSth column, (BLOCK_M, SUMS)."""
+    """Sums over columns with distance SUMS, (BLOCK_M, SUMS)."""
     if x.shape[1] > SUMS:
         x = tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // SUMS, SUMS)), axis=1)
     return x
@@ -206,8 +217,9 @@ def _sums(
     y, base, below, every, t, q, total, count, e_rows, kept, columns, softcap, inv_temperature, CAPPED: tl.constexpr,
     SCALED: tl.constexpr, WANT: tl.constexpr, SLICE: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Adds a tile's tokens to sums (BLOCK_M, SUMS); stores e, where kept, behind e_rows, the first `columns` of it.
-    Halved down to SLICE columns: registers.
+    """Adds the tokens of a tile to sums (BLOCK_M, SUMS), and stores e of the kept rows at e_rows, `columns` of it.
+
+    The tile is halved until it has SLICE columns, to limit registers.
     """
     if y.shape[1] > SLICE:
         left, right = _halves(y)
@@ -246,21 +258,21 @@ def _store_tile(
     softcap, inv_temperature, CAPPED: tl.constexpr, SCALED: tl.constexpr, WANT: tl.constexpr, BLOCK_N: tl.constexpr,
     SLICE: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """What is kept of a tile of products: the state of each row, the label's logit and slope, exp(z - m)."""
+    """Stores the results of a tile of products: the state of each row, the label's logit and slope, exp(z - m)."""
     start = tile * BLOCK_N
     cols = start.to(tl.int32) + tl.arange(0, BLOCK_N)
     is_live = rows < live
     here = is_live & (target >= start) & (target < tl.minimum(start + BLOCK_N, vocab))
 
     y = _products(acc, bias_ptr, cols, vocab, scale, SCALED)
-    if start + BLOCK_N > vocab:  # the last tile alone
+    if start + BLOCK_N > vocab:  # only the last tile
         y = tl.where((cols < vocab)[None, :], y, float("-inf"))
     m = _top(y, softcap, inv_temperature, CAPPED, SCALED)
 
     first = tl.zeros_like(target) + start
     if tl.max(here.to(tl.int32), axis=0) > 0:  # few tiles hold a label
         label = target.to(tl.int32)[:, None]
-        # taken from the tile, so that the label's z is bitwise the maximum where it is the maximum
+        # taken from the tile, so that it has the bits of the maximum if the label is the maximum
         y_label = tl.sum(tl.where(cols[None, :] == label, y, 0.0), axis=1)
         z = logit(y_label, softcap, inv_temperature, CAPPED, SCALED)
         above = _top(
@@ -277,7 +289,7 @@ def _store_tile(
 
     e_rows = None
     if e_ptr is not None:
-        # (room, width) of each chunk of columns, one chunk behind the other
+        # e has (room, width) for each chunk of columns, one chunk after the other
         c0 = start // chunk * chunk
         width = tl.minimum(chunk, vocab - c0)
         e_rows = e_ptr + room * c0 + rows * width + (start - c0)
@@ -314,8 +326,8 @@ def linear_fwd_kernel(
     w_stride_d,
     bias_ptr,  # (V,) or None
     target_ptr,  # (N,)
-    index_ptr,  # (n,) rows that are read, or None: the first n
-    count_ptr,  # how many of index are rows that are read, or None: n
+    index_ptr,  # (n,) rows that are computed, or None: the first n
+    count_ptr,  # how many entries of index are valid, or None: n
     part_ptr,  # (n, tiles, 6)
     first_ptr,  # (n, tiles)
     label_ptr,  # (n, 2)
@@ -374,7 +386,7 @@ def linear_fwd_kernel(
 
 @triton.jit(do_not_specialize=["n", "room"])
 def linear_fwd_tma_kernel(
-    x,  # descriptor of (rows, D), blocks of (BLOCK_M, BLOCK_K): row i is the i-th that is read
+    x,  # descriptor of (rows, D), blocks of (BLOCK_M, BLOCK_K): row i is the i-th row that is computed
     w,  # descriptor of (V, D), blocks of (BLOCK_N, BLOCK_K)
     bias_ptr,
     target_ptr,
@@ -395,7 +407,7 @@ def linear_fwd_tma_kernel(
     CAPPED: tl.constexpr,
     SCALED: tl.constexpr,
     WANT: tl.constexpr,
-    EVEN: tl.constexpr,  # not looked at: what is outside of a descriptor is 0
+    EVEN: tl.constexpr,  # unused: a descriptor loads 0 outside of its matrix
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -405,7 +417,7 @@ def linear_fwd_tma_kernel(
     FLATTEN: tl.constexpr,
     SPECIALIZE: tl.constexpr,
 ):
-    """linear_fwd_kernel by copies of whole blocks; persistent: a program takes every num_programs-th tile."""
+    """linear_fwd_kernel with copies of whole blocks. It is persistent: a program takes every num_programs-th tile."""
     live = tl.cast(n, tl.int64)
     if count_ptr is not None:
         live = tl.load(count_ptr)
@@ -430,8 +442,10 @@ def _store_gradient(
     acc, start, columns, out_rows, e_rows, top, is_live, from_e, a, b, curved, spread, m, bias_ptr, scale, softcap,
     inv_temperature, CAPPED: tl.constexpr, SCALED: tl.constexpr, SPREAD: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
-    """dL/dx of a tile, behind out_rows, as if no token were the label, from its products, or from exp(z - top) behind
-    e_rows where from_e."""
+    """Stores dL/dx of a tile at out_rows, as if no token were the label.
+
+    It is computed from the products, or, for rows with from_e, from exp(z - top) at e_rows.
+    """
     if acc.shape[1] > SLICE:
         left, right = _halves(acc)
         half: tl.constexpr = acc.shape[1] // 2
@@ -465,7 +479,7 @@ def _store_gradient(
             if e_rows is not None and not CAPPED:
                 log_e = tl.where(by_e, log_of_e(e), log_e)
             dx = sloped(e, log_e, a[:, None], b[:, None], True)
-        if SPREAD:  # 0 in rows that come from e
+        if SPREAD:  # the spread is 0 in rows that come from e
             dx += tl.where(y == float("-inf"), 0.0, spread[:, None])
         if CAPPED:
             dx = tl.where(dx == 0, 0.0, dx * slope)
@@ -474,7 +488,7 @@ def _store_gradient(
 
 @triton.jit
 def _count(count_ptr, at: tl.constexpr, known, start, height):
-    """How many of the `height` rows from `start` on are below a count: one on the device, or a known one."""
+    """How many of the `height` rows from `start` on are below a count, which is on the device or given as `known`."""
     count = tl.cast(known, tl.int64)
     if count_ptr is not None:
         count = tl.load(count_ptr + at)
@@ -483,7 +497,7 @@ def _count(count_ptr, at: tl.constexpr, known, start, height):
 
 @triton.jit
 def _kept(e_ptr, counts_ptr, stored, start, height):
-    """How many of the `height` rows from `start` on come from their exponentials."""
+    """How many of the `height` rows from `start` on are computed from saved exponentials."""
     kept = tl.zeros((), tl.int64)
     if e_ptr is not None:
         kept = _count(counts_ptr, 0, stored, start, height)
@@ -496,7 +510,7 @@ def _write_gradient(
     e_max_ptr, e_max_stride, col0, columns, scale, softcap, inv_temperature, CAPPED: tl.constexpr,
     SCALED: tl.constexpr, SPREAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
-    """dL/dx of a tile of products; the first `kept` rows from their exponentials."""
+    """Stores dL/dx of a tile of products; the first `kept` rows are computed from saved exponentials."""
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     is_live = rows < live
     rows = tl.minimum(rows, live - 1)
@@ -527,7 +541,7 @@ def _write_gradient(
         acc, (tile * BLOCK_N).to(tl.int32), columns, out_rows, e_rows, top, is_live, from_e, a, b, curved,
         spread * factor, m, bias_ptr, scale, softcap, inv_temperature, CAPPED, SCALED, SPREAD, SLICE,
     )  # fmt: skip
-    # the label's comes neither from e nor from its slope: a rounded one would weigh on the largest gradient
+    # The label has the largest gradient. It is computed from logp, not from e and its slope, which are rounded.
     dx = label_gradient(g, k, h, logp, entropy)
     if SPREAD:
         dx = tl.where(logp == float("-inf"), dx, dx + spread)
@@ -537,7 +551,7 @@ def _write_gradient(
         dx = dx * scale * inv_temperature
     label = tl.load(target_ptr + rows) - col0
     end = tl.minimum((tile + 1) * BLOCK_N, columns)
-    tl.debug_barrier()  # what another thread has stored there is under it
+    tl.debug_barrier()  # another thread has stored a value there before
     here = is_live & (label >= tile * BLOCK_N) & (label < end)
     tl.store(out_rows + label, dx.to(out_ptr.dtype.element_ty), mask=here)
 
@@ -553,15 +567,15 @@ def linear_bwd_kernel(
     w_stride_v,
     w_stride_d,
     bias_ptr,  # (columns,) or None
-    index_ptr,  # (height,) where a row's x is, or None: 0, 1, ...
+    index_ptr,  # (height,) index of each row in x, or None: 0, 1, ...
     target_ptr,  # (height,)
-    coef_ptr,  # (8, height), or (9, height) with SPREAD: a gradient of every z that is not banned, 0 in rows from e
+    coef_ptr,  # (8, height), or (9, height) with SPREAD: the gradient of the mean of z for each token, 0 in rows from e
     coef_stride,
     e_ptr,  # (room, columns) or None
-    place_ptr,  # (height,) where a row's e is
-    e_max_ptr,  # (room, maxima), one a tile, from col0 on
+    place_ptr,  # (height,) index of each row in e
+    e_max_ptr,  # (room, maxima), one for each tile, from col0 on
     e_max_stride,
-    counts_ptr,  # how many rows come from e, and how many there are; or None: stored and count
+    counts_ptr,  # number of rows that come from e, and number of rows; or None: stored and count
     stored,
     count,
     start,
@@ -589,7 +603,7 @@ def linear_bwd_kernel(
     if program < row_tiles * tiles:
         row_tile, tile = _place(program, row_tiles, tiles, GROUP)
         kept = _kept(e_ptr, counts_ptr, stored, start, height)
-        # the product of a tile whose rows all come from e is not looked at
+        # if all rows of a tile come from e, its product is not needed
         depth = tl.where((row_tile + 1) * BLOCK_M <= kept, 0, depth)
         rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         cols = tl.minimum(tile * BLOCK_N + tl.arange(0, BLOCK_N), columns - 1)
@@ -632,14 +646,14 @@ def linear_bwd_tma_kernel(
     CAPPED: tl.constexpr,
     SCALED: tl.constexpr,
     SPREAD: tl.constexpr,
-    EVEN: tl.constexpr,  # not looked at: what is outside of a descriptor is 0
+    EVEN: tl.constexpr,  # unused: a descriptor loads 0 outside of its matrix
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     SLICE: tl.constexpr,
 ):
-    """linear_bwd_kernel by copies of whole blocks."""
+    """linear_bwd_kernel with copies of whole blocks."""
     program = tl.program_id(0).to(tl.int64)
     live = _count(counts_ptr, 1, count, start, height)
     tiles = tl.cdiv(columns, BLOCK_N).to(tl.int64)
@@ -666,12 +680,12 @@ def bounded_product_kernel(
     b_stride_n,
     out_ptr,  # (rows, columns) float32
     out_stride,
-    index_ptr,  # (height,) where a row of out, or with ACROSS of b, stands
+    index_ptr,  # (height,) index of each row in out, or with ACROSS in b
     counts_ptr,
     start,
     height,
-    rows,  # 0 where not ACROSS: the count says
-    inner,  # 0 where ACROSS, likewise
+    rows,  # 0 without ACROSS, where the count is used
+    inner,  # 0 with ACROSS, where the count is used
     columns,
     ACROSS: tl.constexpr,
     ADD: tl.constexpr,
@@ -680,7 +694,7 @@ def bounded_product_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """out (+)= a @ b for the rows from `start` on that are below the count: rows of a, or with ACROSS rows of b."""
+    """out (+)= a @ b for rows from `start` up to the count: rows of a and out, or with ACROSS rows of b."""
     program = tl.program_id(0).to(tl.int64)
     live = _count(counts_ptr, 1, 0, start, height)
     if ACROSS:
@@ -694,7 +708,7 @@ def bounded_product_kernel(
         row_tile, column_tile = _place(program, row_tiles, column_tiles, GROUP)
         ms = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         ns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        # neighbours in memory are masked, never moved to the last one: a minimum would be loaded one by one
+        # adjacent elements are masked instead of clamped to the last one: clamped indices would be loaded one by one
         is_live, is_column = ms < height_of_out, ns < columns
         a_rows = a_ptr + (ms if ACROSS else tl.minimum(ms, height_of_out - 1))[:, None] * a_stride_m
         b_columns = b_ptr + ns[None, :] * b_stride_n
@@ -724,7 +738,7 @@ def bounded_product_kernel(
 
 
 class Rows(NamedTuple):
-    """The rows that are read: the first `count` of `index`, n at most."""
+    """The rows that are computed: the first `count` of `index`, at most n."""
 
     n: int
     index: Tensor | None = None  # (n,) int64; None: 0, 1, ...
@@ -732,9 +746,10 @@ class Rows(NamedTuple):
 
 
 def linear_fwd(hidden, weight, bias, target, rows: Rows, head, want, part, first, label, e, room, chunk, tile) -> None:
-    """States of all tiles into part (n, tiles, 6), first (n, tiles), label (n, 2); exp(z - m) into e (room·V,) or None.
+    """Writes the states of all tiles into part (n, tiles, 6), first (n, tiles), label (n, 2).
 
-    e holds the first `room` rows that are read, chunk after chunk of `chunk` columns, a multiple of the tile's.
+    exp(z - m) of the first `room` rows goes into e (room·V,), if not None, chunk after chunk of `chunk` columns, which
+    is a multiple of the tile's columns.
     """
     (vocab, depth), n = weight.shape, rows.n
     if chunk % tile.columns:
@@ -750,27 +765,29 @@ def linear_fwd(hidden, weight, bias, target, rows: Rows, head, want, part, first
         )  # fmt: skip
 
 
-def takes_tma(weight: Tensor, arch: str) -> bool:
-    """Whether whole blocks are copied: sm_90 and later, rows at multiples of 16 bytes. A matter of the head alone, so
-    that the number of rows decides nothing. Not float32: blocks from shared memory, whose sums no tensor core holds,
-    spill 700 bytes in the loop of products, where those by pointers spill none."""
+def supports_tma(weight: Tensor, arch: str) -> bool:
+    """True if the TMA kernels can run: on sm_90 and later, if the rows of the head lie at multiples of 16 bytes.
+
+    It depends only on the head, not on the number of rows. False for float32: these products do not run on tensor
+    cores, and the TMA kernel spills 700 bytes in their loop, where the pointer kernel spills none.
+    """
     by_blocks = arch in TMA and weight.dtype != torch.float32
     return by_blocks and weight.stride(0) >= weight.shape[1] and _in_words(weight)
 
 
 def by_pointers(weight: Tensor, tile: Config) -> Config:
-    """The tile of linear_fwd and linear_bwd for a weight: slim where its rows do not lie at multiples of 16 bytes."""
+    """The tile of linear_fwd and linear_bwd for a weight: slim if its rows do not lie at multiples of 16 bytes."""
     return tile if _in_words(weight) else slim(tile)
 
 
 def _in_words(weight: Tensor) -> bool:
-    """Whether rows lie at multiples of 16 bytes."""
+    """True if rows lie at multiples of 16 bytes."""
     starts = weight.data_ptr(), weight.stride(0) * weight.element_size()
     return weight.stride(1) == 1 and not any(start % 16 for start in starts)
 
 
 def _descriptors(x: Tensor, weight: Tensor, tile: Config) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """Of the blocks of a tile; rows of x that do not lie as a descriptor wants are copied."""
+    """Descriptors for the blocks of a tile. x is copied if its rows do not lie as a descriptor needs."""
     depth = x.shape[1]
     if x.stride(1) != 1 or x.stride(0) * x.element_size() % 16 or x.data_ptr() % 16 or x.stride(0) < depth:
         aligned = -(-depth * x.element_size() // 16) * 16 // x.element_size()
@@ -782,7 +799,7 @@ def _descriptors(x: Tensor, weight: Tensor, tile: Config) -> tuple[TensorDescrip
 def linear_fwd_tma(
     hidden, weight, bias, target, rows: Rows, head, want, part, first, label, e, room, chunk, tile
 ) -> None:
-    """linear_fwd for a weight that takes_tma; the rows that are read are copied next to each other first."""
+    """linear_fwd for a weight that supports_tma. The rows that are computed are gathered first."""
     (vocab, depth), n = weight.shape, rows.n
     if chunk % tile.columns:
         raise ValueError(f"chunk must be a multiple of {tile.columns}, the columns of a tile, got {chunk}")
@@ -799,13 +816,13 @@ def linear_fwd_tma(
 
 
 def resident(tile: Config, itemsize: int, registers: int, shared: int) -> int:
-    """Programs of a tile that a multiprocessor holds at a time, with 255 registers a thread, as all of them take."""
+    """How many programs of a tile a multiprocessor runs at a time, if each thread has 255 registers, as here."""
     stages = tile.stages * (tile.rows + tile.columns) * tile.depth * itemsize
     return max(1, min(registers // (256 * 32 * tile.warps), shared // (stages + 2048)))
 
 
 def _places(x: Tensor, tile: Config) -> int:
-    """Programs that the GPU runs at a time: more would wait for one that walks all of its tiles."""
+    """How many programs the GPU runs at a time. More would have to wait, because a program goes on to its last tile."""
     if not x.is_cuda:
         return 3
     gpu = torch.cuda.get_device_properties(x.device)
@@ -814,20 +831,21 @@ def _places(x: Tensor, tile: Config) -> int:
 
 
 class Block(NamedTuple):
-    """Rows with a gradient, `start` and on, in the order of the call."""
+    """Rows with a gradient, from `start` on, in the order of the call."""
 
     start: int
     target: Tensor  # (height,)
     coef: Tensor  # (8, height), stride 1; (9, height) where the mean of z has a gradient
-    index: Tensor | None = None  # (height,) where a row's x is; None: 0, 1, ...
-    place: Tensor | None = None  # (height,) where a row's e is
-    counts: Tensor | None = None  # on the device: rows from e, rows; None: none from e, all rows
+    index: Tensor | None = None  # (height,) index of each row in x; None: 0, 1, ...
+    place: Tensor | None = None  # (height,) index of each row in e
+    counts: Tensor | None = None  # on the device: number of rows from e, number of rows; None: none from e, all rows
 
 
 def linear_bwd(out, hidden, weight, bias, block: Block, e, e_max, col0, head, tile) -> None:
-    """dL/dx of a block into out (height, columns), the vocabulary from col0 on: weight, bias, e, e_max are that slice.
+    """Writes dL/dx of a block into out (height, columns), for the vocabulary from col0 on.
 
-    e (room, columns) and e_max (room, maxima) may be None: then every row is a product again.
+    weight, bias, e (room, columns) and e_max (room, maxima) are slices for these columns. If e and e_max are None, all
+    rows are computed from products.
     """
     (columns, depth), height = weight.shape, block.target.shape[0]
     if height == 0:
@@ -843,7 +861,7 @@ def linear_bwd(out, hidden, weight, bias, block: Block, e, e_max, col0, head, ti
 
 
 def linear_bwd_tma(out, x, weight, bias, block: Block, e, e_max, col0, head, tile) -> None:
-    """linear_bwd for a weight that takes_tma. x (height, D): the rows of the block; its index is not looked at."""
+    """linear_bwd for a weight that supports_tma. x (height, D) has the rows of the block; its index is not used."""
     (columns, depth), height = weight.shape, block.target.shape[0]
     if height == 0:
         return
@@ -858,7 +876,7 @@ def linear_bwd_tma(out, x, weight, bias, block: Block, e, e_max, col0, head, til
 
 
 def bounded_product(a, b, out, block: Block, tile, across: bool, add: bool) -> None:
-    """out[index] (+)= a @ b for the rows that are below the count; across: out (+)= a @ b[index], summed over them."""
+    """out[index] (+)= a @ b for the rows below the count. With across: out (+)= a @ b[index], summed over them."""
     (rows, inner), columns, height = a.shape, b.shape[1], block.target.shape[0]
     blocks = {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth, "GROUP": tile.group}
     programs = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
@@ -871,7 +889,7 @@ def bounded_product(a, b, out, block: Block, tile, across: bool, add: bool) -> N
 
 
 def combine(part, first, label, target, rows: Rows, want, found) -> None:
-    """Statistics of each row that is read into found, formulas.Rows of tensors (N,)."""
+    """Writes the statistics of each computed row into found, a formulas.Rows of tensors (N,)."""
     combine_into(found, part, first, label, target, want, rows.index, rows.count)
 
 

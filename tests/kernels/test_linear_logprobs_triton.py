@@ -524,7 +524,7 @@ def test_copied_blocks_give_the_bits_of_pointers(small_tiles, monkeypatch, dtype
     monkeypatch.setattr(kernels, "linear_bwd_tma", lambda *a: launched.append(1) or plain(*a))
     for by_tma in (False, True):
         monkeypatch.setattr(kernels, "TMA", ("interpreter",) if by_tma else ())
-        assert kernels.takes_tma(s.weight, "interpreter") == by_tma
+        assert kernels.supports_tma(s.weight, "interpreter") == by_tma
         options = (formula.Head(1.1, 8.0, 0.7), 7, 11 * 56 * dtype.itemsize, on_device, FUSED)
         *rows, e, e_max = _fused.fwd(s.hidden, s.weight, None, target, *options)
         of = formula.Rows(*rows)
@@ -552,7 +552,7 @@ def test_a_weight_that_moves_between_forward_and_backward(monkeypatch, on_device
         monkeypatch.setattr(kernels, name, lambda *a, plain=plain: tiles.append(a[-1]) or plain(*a))
     monkeypatch.setattr(kernels, "TMA", ("interpreter",))
     for there, back in ((s.weight, s.weight), (odd, s.weight), (s.weight, odd), (odd, odd)):
-        assert kernels.takes_tma(there, "interpreter") == (there is s.weight)
+        assert kernels.supports_tma(there, "interpreter") == (there is s.weight)
         options = (formula.Head(1.1, 8.0, 0.7), 7, 11 * 56 * 2, on_device, FUSED)
         *rows, e, e_max = _fused.fwd(s.hidden, there, None, s.labels, *options)
         of = formula.Rows(*rows)
@@ -580,7 +580,7 @@ def test_a_weight_that_moves_between_forward_and_backward(monkeypatch, on_device
     ],
 )
 def test_which_heads_are_copied_by_blocks(arch, weight, fits):
-    assert kernels.takes_tma(weight, arch) == fits
+    assert kernels.supports_tma(weight, arch) == fits
 
 
 # ---- limits --------------------------------------------------------------------------------------------------------

@@ -153,7 +153,8 @@ steps() {
   ours=(--rival trl --rival ours-default --rival ours-no-workspace --rival fused --rival fused-no-workspace)
   race head_dense 120 head "${bf16[@]}" "${first[@]}" --case dense --rival gemm3 --rival gemm4 "${ours[@]}"
   step profile 30 "${ceilings[@]}" --profile ours fused trl gemm3 --json "$STATE/profile.json"
-  race head_kinds 90 head "${bf16[@]}" "${first[@]}" --case frozen --case pivots20 --case grpo30 --rival trl --rival fused
+  race head_kinds 90 head "${bf16[@]}" "${first[@]}" --case frozen --case pivots20 --case grpo30 \
+    --rival trl --rival fused --rival gemm3
   race token_logprobs 40 token_entropy token_logprobs "${bf16[@]}" "${first[@]}" --rival trl --rival copy
   batches=()
   [ "$DEVICE" = cuda ] && batches=(--shape "1024 of 4096" --shape "64 of 512" --shape "32 of 32768" --shape "1 of a million")
@@ -169,6 +170,10 @@ steps() {
 
   tests gpu 120 "${many[@]}" tests/kernels/test_gpu.py "${marked[@]}" \
     -k "nothing_waits or graph_replays or queued_on or agrees or bits_repeat or any_length"
+  # what FUSED_BY_DEFAULT and compact="auto" are decided by, at other depths
+  [ "$DEVICE" = cuda ] && depths=(--shape SmolLM2-135M --shape Gemma-2-2B) || depths=()
+  race head_depths 90 head "${bf16[@]}" "${depths[@]}" --case dense --case pivots20 \
+    --rival gemm3 --rival fused --rival chunked-device --rival fused-device
   tests head 90 "${many[@]}" tests/kernels/test_linear_logprobs_triton.py -k "shipped_tiles or agrees_with_float64 or within_eagers"
   tests rows 60 "${many[@]}" tests/kernels/test_row_logprobs_triton.py
   tests large 90 tests/kernels/test_gpu.py "${marked[@]}" -k past_two # one at a time: 60 GiB

@@ -687,7 +687,7 @@ def test_the_same_call_on_a_gpu(session):
     (dense,) = [call for call in calls if "race_head_dense" in call]
     assert "--dtype bfloat16 --size models --no-memory --shape Llama-3-8B" in dense and "--device cuda" in dense
     assert all("-m gpu" in call for call in calls if "test_gpu.py" in call and "sanitizer" not in call)
-    assert any("sanitizer and cuda" in call for call in calls) and len(list(session.state.glob("*.done"))) == 13
+    assert any("sanitizer and cuda" in call for call in calls) and len(list(session.state.glob("*.done"))) == 14
     with pytest.raises(ProcessLookupError):
         os.kill(int((session.state.parent / "calls.pid").read_text()), 0)
 

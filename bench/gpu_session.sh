@@ -118,18 +118,25 @@ cores=$(nproc) many=()
 
 rm -f "$STATE"/install.{done,late,failed} # another machine may have nothing; where nothing changed it takes a moment
 site=$(realpath "$STATE")/site
+pip=(python3 -m pip install --quiet) into=(--no-index --no-deps --no-compile --upgrade --target "$site")
+wheels=() how=(${BUILD:-"${pip[@]}" --no-build-isolation --no-deps -e .})
 if [ -z "${BUILD:-}" ] && ls "$WHEELS"/*.whl >/dev/null 2>&1; then
+  wheels=("$WHEELS"/*.whl) how=("${pip[@]}" "${into[@]}" "$WHEELS"/*.whl)
   export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
-  BUILD="python3 -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target $site $(echo "$WHEELS"/*.whl)"
 fi
-step install 90 ${BUILD:-python3 -m pip install --quiet --no-build-isolation --no-deps -e .} || {
-  echo "== nothing could be installed, on with a copy of the checkout, without the extension"
+step install 90 "${how[@]}" || {
   rm -rf "$site"
   mkdir -p "$site"
-  cp -r finealign_kernels "$site"
-  cp -r kernels/triton "$site/finealign_kernels/kernels"
-  rm -f "$site"/finealign_kernels/*.so
-  export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+  for wheel in "${wheels[@]}"; do # one that does not fit keeps none of the others out
+    timeout 60 "${pip[@]}" "${into[@]}" "$wheel" >>"$STATE/install.log" 2>&1 || echo "== on without $wheel"
+  done
+  if [ ! -e "$site/finealign_kernels" ]; then
+    echo "== the package could not be installed, on with a copy of the checkout, without the extension"
+    cp -r finealign_kernels "$site"
+    cp -r kernels/triton "$site/finealign_kernels/kernels"
+    rm -f "$site"/finealign_kernels/*.so
+    export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+  fi
 }
 # the checkout itself has no kernels: outside of it, so that what was installed is found
 if (cd / && timeout 60 python3 -c 'from finealign_kernels import _C') >"$STATE/native.log" 2>&1; then

@@ -607,6 +607,8 @@ echo "$TORCHINDUCTOR_COMPILE_THREADS $HF_HUB_OFFLINE" >> "$CALLS.env"
 case "$*" in
   *FAILS*) exit 3 ;;
   *get_device_capability*) echo 90 ;;
+  *"-m pip"*bad.whl*) exit 1 ;;
+  *"-m pip"*finealign_kernels-1.whl) mkdir -p "${STATE}/site/finealign_kernels" ;;
   *"import _C"*) [ -n "${NO_EXTENSION:-}" ] && exit 1 ;;
   *test_row_logprobs_triton*)
     [ -n "${KILLED:-}" ] && kill -9 "$(ps -o ppid= -p "$PPID")"
@@ -771,6 +773,20 @@ def test_where_nothing_can_be_installed_a_copy_of_the_checkout_races(session):
         text=True,
     )
     assert done.returncode == 0 and str(site) in done.stdout, done.stderr
+
+
+def test_a_wheel_that_does_not_fit_keeps_no_other_out(session, tmp_path):
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    for name in ("bad.whl", "finealign_kernels-1.whl", "trl-1.whl"):
+        (wheels / name).touch()
+    status, told, calls = session(WHEELS=str(wheels))
+    assert status == 1 and f"on without {wheels}/bad.whl" in told and "copy of the checkout" not in told
+    alone = [call.rpartition("/")[2] for call in calls if "-m pip" in call][1:]
+    assert alone == ["bad.whl", "finealign_kernels-1.whl", "trl-1.whl"]
+    (wheels / "bad.whl").unlink()
+    status, told, _ = session(WHEELS=str(wheels), RETRY="1")
+    assert status == 0 and "on without" not in told
 
 
 def test_a_call_that_is_killed_leaves_the_rows_it_had(session):

@@ -1,4 +1,4 @@
-// Every op's signature and registration. The only file that sees torch, and only its stable ABI.
+// The signature and registration of every op. This is the only file that includes torch, and it uses only its stable ABI.
 #include <Python.h>
 #include <dlfcn.h>
 #ifdef __linux__
@@ -27,8 +27,8 @@ namespace {
 
 // ---- what every op uses --------------------------------------------------------------------------------------------
 
-// A stable shim (2.9+), but it lives in libtorch_cuda.so, which a CPU build of torch does not have. Looked up in the
-// library torch itself has loaded, so this file links against libtorch_cpu.so alone and loads under both.
+// A function of the stable ABI (2.9+), but in libtorch_cuda.so, which a CPU build of torch does not have. It is looked up in
+// the library that torch has loaded. So this file links only against libtorch_cpu.so and loads under both builds.
 using StreamShim = int32_t (*)(int32_t device, void** stream);
 StreamShim cuda_stream_shim() {
   static const StreamShim shim = [] {
@@ -55,10 +55,10 @@ DType dtype_of(const Tensor& t, const char* name) {
   }
 }
 
-// torch's own threads, for kernels that split their work themselves.
+// Runs the parts of a kernel on torch's own threads.
 void parallel(int64_t size, int64_t grain, const Range& range) { torch::stable::parallel_for(0, size, grain, range); }
 
-// Small inputs stay on one thread: waking the pool costs more than 32k elements of work.
+// Small inputs use one thread: waking the pool takes longer than the work of 32k elements.
 int64_t grain(int64_t elements_each) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(elements_each, 1)); }
 
 // ---- rows ----------------------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ Segments make_segments(const Tensor& cu_seqlens, const std::optional<Tensor>& ma
                   mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr};
 }
 
-// Segments of cu_seqlens; without it, the rows of a padded batch of `count` rows.
+// The segments of cu_seqlens or, without it, the rows of a padded batch of `count` rows.
 Segments make_segments(const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& mask, int64_t count,
                        int64_t total, const Tensor& like) {
   if (cu_seqlens) return make_segments(*cu_seqlens, mask, total, like);
@@ -167,7 +167,7 @@ Lengths lengths_of(const Segments& segments) {
                        : lengths_of(static_cast<const int32_t*>(segments.cu_seqlens), segments.count);
 }
 
-// Reading and writing in place follow cu_seqlens, so the CPU kernels rely on this. Returns the longest segment's length.
+// Refuses an invalid cu_seqlens; the CPU kernels rely on it as addresses. Returns the length of the longest segment.
 int64_t check_ends(const Segments& segments) {
   if (segments.cu_seqlens == nullptr) return segments.width;
   STD_TORCH_CHECK(segments.start(0) == 0, "cu_seqlens must start at 0, got ", segments.start(0));
@@ -180,24 +180,24 @@ int64_t check_ends(const Segments& segments) {
   return lengths.longest;
 }
 
-// Whether cu_seqlens is right, for checks that word their own refusal.
+// Whether cu_seqlens is valid, for checks with an error message of their own.
 bool cu_seqlens_fit(const Tensor& cu_seqlens, int64_t total) {
   const Segments segments = make_segments(cu_seqlens, std::nullopt, total, cu_seqlens);
   return segments.start(0) == 0 && segments.start(segments.count) == total && lengths_of(segments).shortest >= 0;
 }
 
-// What segment values are held in: float32; float64 for float64.
+// The dtype of segment values: float64 for float64, otherwise float32.
 ScalarType sum_type(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
 
-// A large result is asked for in large pages: touching it for the first time costs more than most of what is computed
-// here, and less by far for one page of 2 MiB than for 512 of 4 KiB.
+// Asks for large pages for a large result. The first access to a page takes longer than most computations here, and one page
+// of 2 MiB takes far less time than 512 pages of 4 KiB.
 void advise_large_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = uintptr_t{1} << 21;
   if (bytes < int64_t{2 * page}) return;
   const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
   const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: it may be refused
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // only a hint: it may be refused
 #endif
 }
 
@@ -210,7 +210,7 @@ Tensor new_vector(int64_t size, ScalarType type, const Tensor& like) {
   return advised(torch::stable::empty({&size, 1}, type, std::nullopt, like.device()));
 }
 
-// Room for `size` of T, made of doubles and integers of 8 bytes.
+// Workspace for `size` values of T, which has only members of 8 bytes.
 template <typename T>
 Tensor room_for(int64_t size, const Tensor& like) {
   static_assert(sizeof(T) % sizeof(double) == 0 && alignof(T) <= alignof(double));
@@ -289,7 +289,7 @@ Tensor segment_spread_on_gpu(const Tensor& v, const std::optional<Tensor>& mask,
 
 // ---- sequence losses -----------------------------------------------------------------------------------------------
 
-// Token weights of tokens that like is one a token of, or (with `count` rows) one a row.
+// Token weights for the tokens of `like`, or, with `count` rows, for its rows.
 TokenWeights make_token_weights(const Tensor& like, int64_t count, int64_t total, const std::optional<Tensor>& mask,
                                 const std::optional<Tensor>& weight, const std::optional<Tensor>& cu_seqlens,
                                 int64_t average, ScalarType type) {
@@ -312,7 +312,7 @@ Phi phi_of(int64_t phi) {
   return static_cast<Phi>(phi);
 }
 
-// A vector of `size` float64 numbers, one an item, or null.
+// A vector of `size` float64 numbers, one for each item, or null.
 const double* item_numbers(const std::optional<Tensor>& t, const char* name, int64_t size, const Tensor& like) {
   STD_TORCH_CHECK(!t || (t->dim() == 1 && t->numel() == size && t->is_contiguous() &&
                          t->scalar_type() == ScalarType::Double && t->device() == like.device()),
@@ -445,7 +445,7 @@ Tensor sequence_loss_bwd_on_gpu(const Tensor& upstream, const Tensor& slope, con
 
 // ---- policy losses -------------------------------------------------------------------------------------------------
 
-// A number of the host, or one on the device in its place.
+// A number on the host, or one on the device instead.
 Number number_of(double value, const std::optional<Tensor>& at, const char* name, const Tensor& like) {
   STD_TORCH_CHECK(!at || (at->numel() == 1 && at->scalar_type() == ScalarType::Double && at->device() == like.device()),
                   name, " must hold one float64 number");
@@ -466,7 +466,7 @@ int64_t at_most(int64_t value, int64_t most, const char* name) {
   return value;
 }
 
-// losses, dlogp and, where the entropy has a gradient, dentropy in the shape of logp; loss (), numbers (8,).
+// Returns losses, dlogp and, if the entropy has a gradient, dentropy in the shape of logp; loss (), numbers (8,).
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss_fwd(
     const Tensor& logp, const std::optional<Tensor>& old_logp, const std::optional<Tensor>& ref_logp,
     const std::optional<Tensor>& entropy, const Tensor& advantages, const std::optional<Tensor>& token_weight,
@@ -566,7 +566,7 @@ const void* vector_of(const std::optional<Tensor>& t, const char* name, int64_t 
   return t ? t->const_data_ptr() : nullptr;
 }
 
-// One number a sequence, or one for all.
+// One number for each sequence, or one for all.
 const double* rates_of(const Tensor& t, const char* name, int64_t count, const Tensor& like, int64_t& stride) {
   stride = t.numel() == 1 ? 0 : 1;
   return static_cast<const double*>(vector_of(t, name, stride ? count : 1, ScalarType::Double, like));
@@ -578,7 +578,7 @@ ScalarType wide_type(const Tensor& t, const char* name) {
   return t.scalar_type();
 }
 
-// On the device of `like`, queued on its current stream where that is a GPU.
+// Runs on the device of `like`; on a GPU it launches on the current stream.
 void run(const Scan& op, [[maybe_unused]] const Tensor& like) {
 #ifdef FINEALIGN_CUDA
   if (!like.is_cpu()) {
@@ -608,7 +608,7 @@ void run(const Advantages& op, [[maybe_unused]] const Tensor& like) {
   advantages_cpu(op, parallel);
 }
 
-// The longest sequence, of valid ones; on a GPU bounds are not read here.
+// The length of the longest sequence; on a GPU bounds are not read here.
 int64_t longest_of(const Segments& segments, const Tensor& like) { return like.is_cpu() ? check_ends(segments) : 0; }
 
 Tensor reverse_scan(const Tensor& x, const std::optional<Tensor>& decay, const std::optional<Tensor>& rates,
@@ -654,7 +654,7 @@ Whitening make_whitening(const std::optional<Tensor>& moments, int64_t scale, bo
   return {known, static_cast<Scale>(scale), unbiased, shift};
 }
 
-// What is not asked for comes back empty.
+// Results that are not asked for are returned empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> advantages(
     const Tensor& cu_seqlens, const std::optional<Tensor>& mask, const std::optional<Tensor>& rewards,
     const std::optional<Tensor>& model_reward, const std::optional<Tensor>& model_end,
@@ -719,7 +719,7 @@ Advantages of_tokens(const Tensor& x, const std::optional<Tensor>& mask, const i
   Advantages op{};
   const auto* keep = mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr;
   op.segments = {bounds, true, 1, x.size(0), keep}, op.longest = x.size(0);
-  op.dtype = dtype_of(x, "x"), op.advantages = const_cast<void*>(x.const_data_ptr());  // read alone, as returns is null
+  op.dtype = dtype_of(x, "x"), op.advantages = const_cast<void*>(x.const_data_ptr());  // only read, because returns is null
   return op;
 }
 
@@ -732,7 +732,7 @@ Tensor moments(const Tensor& x, const std::optional<Tensor>& mask) {
   return out;
 }
 
-// Pivots, where there are scores, by the signs of what is whitened; whitened over `kept` alone, where that is given.
+// With scores, pivots by the signs of the whitened values. If `kept` is given, only those tokens are whitened.
 Tensor whiten_to(void* out, const Tensor& x, const std::optional<Tensor>& mask, const Tensor& moments, int64_t scale,
                  bool unbiased, bool shift, const std::optional<Tensor>& kept, const std::optional<Tensor>& score,
                  double baseline) {
@@ -857,7 +857,7 @@ STABLE_TORCH_LIBRARY_IMPL(finealign, CompositeExplicitAutograd, m) {
 #define FINEALIGN_ARCHS ""  // built without CUDA
 #endif
 
-// Importing the module is what runs the registrations above. Its one attribute names the GPUs it is compiled for.
+// Importing the module runs the registrations above. Its only attribute names the GPUs that it was compiled for.
 PyMODINIT_FUNC PyInit__C(void) {
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&definition);

@@ -1,5 +1,5 @@
-// From rewards to advantages on a CPU: formulas/returns.py and formulas/rewards.py (placement "end") in one pass over
-// the tokens, or in two or three where moments of the whole batch come in between.
+// From rewards to advantages on a CPU, as formulas/returns.py and formulas/rewards.py (placement "end"). It takes one pass over
+// the tokens, or two or three if moments of the whole batch are needed in between.
 
 #include <utility>
 
@@ -18,7 +18,7 @@ Moments total(const Moments* parts, int64_t count) {
   return total(parts, count / 2) + total(parts + count / 2, count - count / 2);
 }
 
-// How many of at most kTile tokens are kept; added up in bytes, which hold no more than 255.
+// How many of at most kTile tokens are kept. They are counted in bytes, which hold at most 255.
 template <typename Keep>
 FINEALIGN_INLINE int count_kept(const Keep* __restrict keep, int n) {
   constexpr int kBytes = 64;
@@ -32,7 +32,7 @@ FINEALIGN_INLINE int count_kept(const Keep* __restrict keep, int n) {
   return count;
 }
 
-// x_i becomes 0 where it is not kept: selected, not multiplied. Returns how many are kept.
+// Sets x_i to 0 where it is not kept, by selection, because 0 · NaN is NaN. Returns how many are kept.
 template <typename Keep>
 FINEALIGN_INLINE int select_kept(double* __restrict x, const Keep* __restrict keep, int n) {
   if (keep == nullptr) return n;
@@ -43,11 +43,11 @@ FINEALIGN_INLINE int select_kept(double* __restrict x, const Keep* __restrict ke
   return count;
 }
 
-using Half = double __attribute__((vector_size(kFour * sizeof(double))));  // an array would be kept in memory
+using Half = double __attribute__((vector_size(kFour * sizeof(double))));  // an array would stay in memory, not in registers
 
 FINEALIGN_INLINE double added_up(Half lanes) { return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]); }
 
-// Of at most kTile values; keep is null, or says which count.
+// The moments of at most kTile values; keep, if not null, says which of them count.
 template <typename T, typename Keep>
 FINEALIGN_INLINE Moments tile_moments(const T* __restrict x, const Keep* __restrict keep, int n) {
   const int count = keep == nullptr ? n : count_kept(keep, n);
@@ -87,12 +87,12 @@ struct Placed {
   double reward;
 };
 
-// Appends the rewards of model k in sequence s, by token: formulas/rewards.py `places`, `_put`.
+// Appends the rewards of model k in sequence s, by token, as `places` and `_put` of formulas/rewards.py.
 void place(const Advantages& op, int64_t k, int64_t s, std::vector<Placed>& placed) {
   const SegmentRewards& given = op.segment_rewards;
   const int64_t* bounds = given.bounds + k * (op.segments.count + 1) + s;
   const int64_t start = op.segments.start(s), limit = op.segments.start(s + 1);
-  int64_t covered = start, receiver = -1;  // no later token is looked at twice
+  int64_t covered = start, receiver = -1;  // so that each token is checked once
   const size_t mine = placed.size();
   for (int64_t j = bounds[0]; j < bounds[1]; ++j) {
     const int64_t stop = std::max(covered, start + std::min(given.end[j], limit - start - 1) + 1);
@@ -103,7 +103,7 @@ void place(const Advantages& op, int64_t k, int64_t s, std::vector<Placed>& plac
     if (last >= first) receiver = last;
     else if (given.drop) continue;
     int64_t to = receiver;
-    if (to < 0) {  // no token of the response yet: its first one
+    if (to < 0) {  // no token of the response so far: take its first one
       for (to = start; to < limit && !op.segments.keeps(to); ++to) {}
       if (to == limit) return;
     }
@@ -112,7 +112,7 @@ void place(const Advantages& op, int64_t k, int64_t s, std::vector<Placed>& plac
   }
 }
 
-// Rewards of all models at the tokens of sequence s, which hold 0 before.
+// Adds the rewards of all models to the tokens of sequence s, which must be 0 before.
 template <typename T>
 void place_all(const Advantages& op, int64_t s, std::vector<Placed>& placed) {
   T* shaped = static_cast<T*>(op.shaped);
@@ -131,7 +131,7 @@ void place_all(const Advantages& op, int64_t s, std::vector<Placed>& placed) {
   }
 }
 
-// shaped = rewards - β kl over tokens [first, stop); the rewards of models stand in shaped.
+// shaped = rewards - β kl over tokens [first, stop). Rewards of segments are already in shaped.
 template <typename T>
 FINEALIGN_INLINE void shape(const Advantages& op, int64_t first, int64_t stop) {
   const uint8_t* mask = op.segments.mask ? op.segments.mask + first : nullptr;
@@ -186,8 +186,8 @@ Rates rates_of(const Advantages& op, int64_t s, Standard by) {
 inline ScanValid<float> scan_valid(float) { return recurrences().valid_f32; }
 inline ScanValid<double> scan_valid(double) { return recurrences().valid_f64; }
 
-// At most kTile tokens of which some are masked, mask and all else from the first of them on. Returns the state at their
-// left; all becomes all times the product of their decays.
+// Computes at most kTile tokens, some of them masked; the pointers are at the first of them. Returns the state at their left.
+// `all` is multiplied by the product of their decays.
 template <typename T>
 FINEALIGN_INLINE State scan_masked(const uint8_t* mask, const T* rewards, const T* values, int n, State state, bool zero,
                                    const Rates& rates, T* advantages, T* returns, bool stores, double& all) {
@@ -207,7 +207,7 @@ FINEALIGN_INLINE State scan_masked(const uint8_t* mask, const T* rewards, const 
     state.seen = state.seen || valid;
   }
   const int whole = whole_fours(n);
-  for (int i = n; i < whole; ++i) d[i] = 0, a[i] = 1;  // after the sequence's end, where y is 0
+  for (int i = n; i < whole; ++i) d[i] = 0, a[i] = 1;  // beyond the end of the sequence, where y is 0
   if (!stores) all *= product(a, whole);
   state.y = recurrences().back(d, a, whole, state.y);
   if (!stores) return state;
@@ -217,8 +217,8 @@ FINEALIGN_INLINE State scan_masked(const uint8_t* mask, const T* rewards, const 
   return state;
 }
 
-// Tokens of a piece, from the state at its right. Returns the advantage at its left and the product of its decays;
-// stores where `stores`.
+// Computes the tokens of a piece from the state at its right. Returns the advantage at its left and the product of its decays;
+// results are stored if `stores`.
 template <typename T>
 FINEALIGN_INLINE Affine scan_tokens(const Advantages& op, const Piece& piece, State state, Standard by, bool stores) {
   const T* rewards = static_cast<const T*>(op.shaped ? op.shaped : op.rewards);
@@ -231,14 +231,14 @@ FINEALIGN_INLINE Affine scan_tokens(const Advantages& op, const Piece& piece, St
   for (int64_t tile = tiles - 1; tile >= 0; --tile) {
     const int64_t first = piece.first + tile * kTile;
     const int n = static_cast<int>(std::min<int64_t>(kTile, piece.stop - first));
-    if (tile > 0) {  // the next tile, which is a whole one
+    if (tile > 0) {  // prefetch the next tile, which is whole
       prefetch(rewards + first - kTile, kTile);
       if (values != nullptr) prefetch(values + first - kTile, kTile);
       if (mask != nullptr) prefetch(mask + first - kTile, kTile);
       if (stores) prefetch(advantages + first - kTile, kTile), prefetch(returns + first - kTile, kTile);
     }
     const int kept = mask ? count_kept(mask + first, n) : n;
-    int64_t start = first, stop = kept == 0 ? first : first + n;  // where the valid ones may stand
+    int64_t start = first, stop = kept == 0 ? first : first + n;  // the range in which valid tokens may be
     while (start < stop && kept < n && !mask[stop - 1]) --stop;
     while (start < stop && kept < n && !mask[start]) ++start;
     if (stop - start == kept && (!op.zero || (start == first && !state.seen))) {
@@ -260,8 +260,9 @@ FINEALIGN_INLINE Affine scan_tokens(const Advantages& op, const Piece& piece, St
 
 constexpr int64_t kShort = 8;
 
-// The same, bit for bit, of unmasked sequences first to last - 1, of one gamma and lam and at most kTile tokens together:
-// in one recurrence, which decays of 0 cut. Returns whether all of it is finite: else more than 0 went over a cut.
+// The same, with the same bits, for unmasked sequences first to last - 1 with one gamma and lam, at most kTile tokens in all. It
+// is one recurrence, in which decays of 0 separate the sequences. Returns whether everything is finite; otherwise a value other
+// than 0 may have crossed from one sequence to the next.
 template <typename T>
 FINEALIGN_INLINE bool scan_packed(const Advantages& op, int64_t first, int64_t last, int64_t longest, Standard by) {
   const int64_t start = op.segments.start(first);
@@ -275,7 +276,7 @@ FINEALIGN_INLINE bool scan_packed(const Advantages& op, int64_t first, int64_t l
   if (op.values != nullptr)
     for (int i = 0; i < n; ++i) v[i] = static_cast<const T*>(op.values)[start + i];
   for (int i = 0; i < n; ++i) here[i] -= v[i];
-  if (longest == 1 && n == last - first) {  // every token is a sequence
+  if (longest == 1 && n == last - first) {  // each token is a sequence
     for (int i = 0; i < n; ++i) d[i] = here[i] + rates.gamma * (op.bootstrap ? op.bootstrap[first + i] : 0);
   } else {
     for (int i = 0; i < n; ++i) d[i] = here[i] + rates.gamma * v[i + 1];
@@ -300,7 +301,7 @@ FINEALIGN_INLINE bool scan_packed(const Advantages& op, int64_t first, int64_t l
   return (zeros[0] + zeros[1]) + (zeros[2] + zeros[3]) == 0;
 }
 
-// All sequences from first to last - 1, each of at most kCut tokens.
+// Computes sequences first to last - 1, each of at most kCut tokens.
 template <typename T>
 FINEALIGN_INLINE void scan_sequences(const Advantages& op, int64_t first, int64_t last) {
   const Standard by = standard_of(op.whiten_rewards, sizeof(T) == 8);
@@ -322,7 +323,8 @@ FINEALIGN_INLINE void scan_sequences(const Advantages& op, int64_t first, int64_
 
 // ---- pivots and the last whitening -----------------------------------------------------------------------------------
 
-// 1 where the score is on the advantage's side of the baseline; NaN is on neither. Compared in float32, as everywhere.
+// 1 where score and advantage agree (A >= 0 and score above the baseline, or A < 0 and score below it), 0 for NaN. Compared
+// in float32, as everywhere.
 template <typename T>
 FINEALIGN_INLINE void pivots(const Advantages& op, const T* advantages, int64_t first, int64_t stop) {
   const T* score = static_cast<const T*>(op.score) + first;
@@ -338,7 +340,7 @@ FINEALIGN_INLINE void pivots(const Advantages& op, const T* advantages, int64_t 
     for (int64_t i = 0; i < stop - first; ++i) weight[i] = mask[i] ? weight[i] : 0;
 }
 
-// out may be x; what is not kept becomes 0.
+// out may be x; tokens that are not kept become 0.
 template <typename T, typename Keep>
 FINEALIGN_INLINE void whiten_tokens(const T* x, const Keep* keep, int64_t n, const Whitening& by, T* out) {
   const Standard standard = standard_of(by, sizeof(T) == 8);
@@ -352,7 +354,7 @@ FINEALIGN_INLINE void whiten_tokens(const T* x, const Keep* keep, int64_t n, con
   }
 }
 
-// What follows the scan at tokens [first, stop).
+// The steps after the scan for tokens [first, stop).
 template <typename T>
 FINEALIGN_INLINE Moments finish(const Advantages& op, int64_t first, int64_t stop) {
   const T* advantages = static_cast<const T*>(op.advantages) + first;
@@ -369,7 +371,7 @@ FINEALIGN_INLINE Moments finish(const Advantages& op, int64_t first, int64_t sto
   return moments;
 }
 
-// target_clones takes no templates: one wide function a type, which `T` chooses.
+// target_clones cannot be used with templates, so there is one wide function for each type, chosen by `T`.
 #define FINEALIGN_STEPS(T)                                                                                   \
   FINEALIGN_WIDE_UNFUSED void shape_tokens(const Advantages& op, int64_t first, int64_t stop, T) {           \
     shape<T>(op, first, stop);                                                                               \
@@ -392,12 +394,12 @@ FINEALIGN_STEPS(double)
 
 // ---- all sequences -------------------------------------------------------------------------------------------------
 
-// The states at the right of all pieces, but for y: the next valid value of the same sequence.
+// The states at the right of all pieces without y: the next valid value of the same sequence.
 template <typename T>
 std::vector<State> states(const Advantages& op, const std::vector<Piece>& pieces, Parallel parallel) {
   const T* values = static_cast<const T*>(op.values);
   const auto value = [values](int64_t token) { return values ? static_cast<double>(values[token]) : 0; };
-  std::vector<int64_t> valid(pieces.size());  // the first valid token of each piece, its stop where there is none
+  std::vector<int64_t> valid(pieces.size());  // the first valid token of each piece, or its stop if there is none
   for_pieces(pieces, parallel, [&](int64_t i, Piece piece) {
     for (valid[i] = piece.first; valid[i] < piece.stop && !op.segments.keeps(valid[i]);) ++valid[i];
   });

@@ -1,4 +1,4 @@
-// Policy losses of tokens on a CPU: first what shares and rows need, then every token once.
+// Policy losses of tokens on a CPU: first the sums that shares and rows need, then each token once.
 
 #include <vector>
 
@@ -11,20 +11,20 @@ namespace {
 template <typename T>
 using WideOf = typename Wide<T>::type;
 
-constexpr int kStep = 4 * kLanes;  // tokens whose numbers are held at once; all of them fit the nearest cache
+constexpr int kStep = 4 * kLanes;  // tokens that are computed together; all their numbers fit the first-level cache
 static_assert(kChunk % kStep == 0, "a chunk is whole steps");
 
-// Numbers of tokens with mask; all are 0 elsewhere, and behind the last token.
+// The numbers of tokens; they are 0 at masked tokens and beyond the last token.
 struct Step {
   double keep[kStep], logp[kStep], log_ratio[kStep], advantage[kStep];
   double weight[kStep], kl_share[kStep], entropy_share[kStep];
   double to_reference[kStep], entropy[kStep];
   double row_log_ratio[kStep], stretch[kStep];                      // of the token's row
-  double ratio[kStep], own_ratio[kStep], value[kStep], slope[kStep];  // own_ratio: where psi reads the row's
+  double ratio[kStep], own_ratio[kStep], value[kStep], slope[kStep];  // own_ratio: the token's, if psi takes that of the row
   double kappa[kStep], push[kStep], dlogp[kStep];
 };
 
-// Sums that lanes take apart.
+// Sums that are kept separately for each lane.
 struct Lanes {
   double of[kTerms][kLanes];
 };
@@ -39,7 +39,7 @@ FINEALIGN_INLINE void select(const T* __restrict x, const double* __restrict kee
   }
 }
 
-// Σ log-ratios of at most kChunk tokens, in the order of launch.h.
+// The sum of the log-ratios of at most kChunk tokens, in the order of launch.h.
 template <typename T>
 FINEALIGN_INLINE double log_ratios_of(const T* logp, const T* old_logp, const uint8_t* mask, int64_t n) {
   return sum_terms<double>(n, [&](int64_t i, int count, double* group) __attribute__((always_inline)) {
@@ -58,7 +58,7 @@ FINEALIGN_INLINE double weights_of(const A* weight, const uint8_t* mask, int64_t
   });
 }
 
-// target_clones takes no templates: one wide function a type.
+// target_clones cannot be used with templates, so there is one wide function for each type.
 namespace wide {
 #define FINEALIGN_OF_NUMBERS(T)                                                                                    \
   FINEALIGN_WIDE void select(const T* x, const double* keep, int n, double* out) {                                 \
@@ -104,7 +104,7 @@ FINEALIGN_WIDE void multiply(double* __restrict x, const double* __restrict by, 
   for (int i = 0; i < n; ++i) x[i] *= by[i];
 }
 
-// Selected, so that a share that is no number stays away from tokens that are left out.
+// By selection, so that a share of NaN does not reach masked tokens.
 FINEALIGN_WIDE void left_out(double* __restrict x, const double* __restrict keep, int n) {
   for (int i = 0; i < n; ++i) x[i] = keep[i] != 0 ? x[i] : 0;
 }
@@ -153,7 +153,7 @@ FINEALIGN_WIDE void divergences(Estimator estimator, const double* ratio, int n,
   }
 }
 
-// kl_coef 0: the KL pushes nothing, and may be no number.
+// With kl_coef = 0 the KL has no gradient, even if it is NaN.
 FINEALIGN_WIDE void slopes(double kl_coef, int n, Step& at) {
   if (kl_coef == 0)
     for (int i = 0; i < n; ++i) at.dlogp[i] = policy_slope_of(at.weight[i], at.slope[i], 0, 0);
@@ -162,7 +162,7 @@ FINEALIGN_WIDE void slopes(double kl_coef, int n, Step& at) {
       at.dlogp[i] = policy_slope_of(at.weight[i], at.slope[i], kl_coef * at.kl_share[i], at.push[i]);
 }
 
-// lane + Σ weight x; what weighs nothing is left out.
+// lane + Σ weight x; terms with weight 0 are left out.
 FINEALIGN_INLINE void add_products(const double* __restrict weight, const double* __restrict x, int n,
                                    double* __restrict lane) {
   for (int i = 0; i < n; i += kLanes)
@@ -197,11 +197,11 @@ FINEALIGN_WIDE void add_terms(const PolicyLossForward& op, int n, const Step& at
 
 // ---- one chunk -----------------------------------------------------------------------------------------------------
 
-// What a chunk's tokens are given by their rows and by the batch.
+// What the tokens of a chunk receive from their rows and from the batch.
 struct Given {
   Divisors by;
-  const Row* rows;    // null where none are summed
-  bool walks, shares;  // are tokens told apart by their rows; are their shares
+  const Row* rows;    // null if no rows are summed
+  bool walks, shares;  // whether numbers differ between rows; whether shares do
 };
 
 double halves(double* lane) {
@@ -210,7 +210,7 @@ double halves(double* lane) {
   return lane[0];
 }
 
-// Numbers of tokens [token, token + n), which are of row s and of those behind it.
+// Loads the numbers of tokens [token, token + n), which belong to row s and the rows after it.
 template <typename A>
 void fill_by_rows(const PolicyLossForward& op, const Given& given, int64_t token, int n, int64_t& s, Step& at) {
   const A *advantage = static_cast<const A*>(op.advantage), *sampler = static_cast<const A*>(op.sampler);
@@ -300,7 +300,7 @@ Terms chunk_terms(const PolicyLossForward& op, const Given& given, int64_t first
 
 // ---- the batch -----------------------------------------------------------------------------------------------------
 
-// Sum of n numbers in the order of the batch's sums.
+// The sum of n numbers in the order of sums over the batch.
 template <typename Get>
 double sum_by_lanes(int64_t n, Get get) {
   double lane[kLanes] = {};
@@ -308,7 +308,7 @@ double sum_by_lanes(int64_t n, Get get) {
   return halves(lane);
 }
 
-// Sums over tokens [first, first + n), at most kChunk.
+// The sums over tokens [first, first + n), n <= kChunk.
 template <typename T>
 Row row_part(const PolicyLossForward& op, bool log_ratios, int64_t first, int64_t n) {
   using A = WideOf<T>;

@@ -1,4 +1,4 @@
-// Chooses, once, the recurrences that this processor runs; both round alike. FINEALIGN_CPU=baseline asks for less.
+// Chooses the recurrences for this processor, once. Both versions round the same. FINEALIGN_CPU=baseline selects the narrow.
 #include "recurrence.h"
 
 #include <cstdlib>

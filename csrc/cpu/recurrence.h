@@ -1,32 +1,32 @@
-// The recurrences of advantages and scans over a few hundred tokens in a row, in the widest vectors of this processor.
+// The recurrences of advantages and scans over a few hundred adjacent tokens, in the widest vectors of this processor.
 #pragma once
 
 #include "launch.h"
 
 namespace finealign {
 
-// What comes from the right of a token.
+// The state that a token receives from its right.
 struct State {
   double y;      // the advantage
-  double ahead;  // the value that the next valid token to the left takes for V_u
-  bool seen;     // a valid token
+  double ahead;  // V_u for the next valid token to the left
+  bool seen;     // whether there has been a valid token
 };
 
-// What a sequence multiplies by; its rewards become (r - mean) scale + mean where they are whitened.
+// The factors of a sequence. If rewards are whitened, they become (r - mean) scale + mean.
 struct Rates {
   double gamma, decay;
   bool whitens;
   double mean, scale;
 };
 
-// n tokens, all valid; state is the one at their right, then the one at their left. values null: discounted returns;
-// advantages null: nothing is stored.
+// Computes n tokens, all valid. state is the one at their right before, and the one at their left after. values null:
+// discounted returns. advantages null: nothing is stored.
 template <typename T>
 using ScanValid = void (*)(const T* rewards, const T* values, int64_t n, State& state, const Rates& rates, T* advantages,
                            T* returns);
 
-// y_i = d_i + a_i y_(i+1) over d, from y at its right on; y_i = d_i + a_i y_(i-1) from y at its left on. n is a multiple
-// of kFour. Returns the last.
+// Overwrites d with y_i = d_i + a_i y_(i+1), starting with y at its right, or y_i = d_i + a_i y_(i-1), starting with y at its
+// left. n is a multiple of kFour. Returns the last y.
 using ScanArray = double (*)(double* d, const double* a, int n, double y);
 
 struct Recurrences {

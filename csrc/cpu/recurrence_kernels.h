@@ -1,6 +1,6 @@
-// The recurrences, written once over vectors of four, the compiler's own, and compiled per instruction set: the including
-// file defines FINEALIGN_ISA and gets its flags from setup.py. No inline function of the standard library is called: the
-// linker could hand the copy compiled for a wide machine to a narrow one.
+// The recurrences, written once with the compiler's vectors of four and compiled for each instruction set: the including
+// file defines FINEALIGN_ISA and gets its flags from setup.py. No inline function of the standard library may be called: the
+// linker might give the copy compiled for a wide processor to a narrow one.
 #include <cstring>
 #ifdef __AVX__
 #include <immintrin.h>
@@ -26,7 +26,7 @@ FINEALIGN_INLINE Four four(const double* x) {
 }
 FINEALIGN_INLINE Four four(const float* x) {
 #ifdef __AVX__
-  return _mm256_cvtps_pd(_mm_loadu_ps(x));  // one instruction, of which gcc makes two halves
+  return _mm256_cvtps_pd(_mm_loadu_ps(x));  // one instruction; gcc would use two
 #else
   Narrow out;
   std::memcpy(&out, x, sizeof out);
@@ -40,7 +40,7 @@ FINEALIGN_INLINE void put(Four x, float* out) {
   std::memcpy(out, &narrow, sizeof narrow);
 }
 
-// count < kFour tokens as the last of four, and back.
+// Loads count < kFour tokens as the last of four, and stores them.
 template <typename T>
 FINEALIGN_INLINE Four last_of(const T* x, int64_t count) {
   if (count == 1) return Four{0, 0, 0, x[0]};
@@ -54,8 +54,7 @@ FINEALIGN_INLINE void put_last(Four y, T* out, int64_t count) {
   if (count > 2) out[count - 3] = static_cast<T>(y[1]);
 }
 
-// What stands one token, or two, to the right of each of four tokens (to the left where kForward); beside are the next
-// four there.
+// The values one token, or two, to the right of each of four tokens (to the left with kForward). `beside` holds the next four.
 template <bool kForward>
 FINEALIGN_INLINE Four one_on(Four x, Four beside) {
   return kForward ? Four{beside[3], x[0], x[1], x[2]} : Four{x[1], x[2], x[3], beside[0]};
@@ -65,10 +64,10 @@ FINEALIGN_INLINE Four two_on(Four x, Four beside) {
   return kForward ? Four{beside[2], beside[3], x[0], x[1]} : Four{x[2], x[3], beside[0], beside[1]};
 }
 
-// y_i = d_i + a_i y_(i+1), four tokens a step from the right to the left; y_i = d_i + a_i y_(i-1) from the left where
-// kForward. Sums over 2, 4 and 8 tokens come first, by doubling: of eight tokens one product and one addition wait for
-// those before. The y that enters stands as one more token before the first. Where a token stands among the four
-// changes no bit.
+// y_i = d_i + a_i y_(i+1), four tokens a step from right to left; with kForward y_i = d_i + a_i y_(i-1) from left to right.
+// Sums over 2, 4 and 8 tokens are made first, by doubling, so that for eight tokens only one product and one addition
+// depend on the tokens before. The y that enters is treated as one more token before the first. The bits of a token do not
+// depend on its place among the four.
 template <bool kForward>
 class Recurrence {
  public:
@@ -82,7 +81,7 @@ class Recurrence {
     return shift(d, sum2, sum4, y);
   }
 
-  // The same, bit for bit, where every decay is a, and its powers are a2, a4, a8.
+  // The same bits if all decays are a; a2, a4 and a8 are its powers.
   FINEALIGN_INLINE Four step(Four d, Four a, Four a2, Four a4, Four a8) {
     const Four sum2 = d + a * one_on<kForward>(d, d_);
     const Four sum4 = sum2 + a2 * two_on<kForward>(sum2, sum2_);

@@ -1,4 +1,4 @@
-// The row kernels compiled for avx2; setup.py gives this file its flags and row_logprobs.cpp asks the processor first.
+// The row kernels compiled for avx2. setup.py gives this file its flags; row_logprobs.cpp checks that the processor has avx2.
 #if defined(__x86_64__)
 #define FINEALIGN_W 8
 #define FINEALIGN_ISA avx2

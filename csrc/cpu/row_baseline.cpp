@@ -1,4 +1,4 @@
-// The row kernels for any machine: four floats, which every 64-bit target has.
+// The row kernels for any processor: vectors of four floats, which every 64-bit target has.
 
 #define FINEALIGN_W 4
 #define FINEALIGN_ISA baseline

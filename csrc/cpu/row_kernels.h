@@ -1,7 +1,7 @@
-// The row kernels, written once over a vector of W floats in the compiler's own vector types, and compiled per
-// instruction set: the including file defines FINEALIGN_W and FINEALIGN_ISA and gets its flags from setup.py.
-// Nothing here may call an inline function of the standard library: the linker could hand the copy compiled for a wide
-// machine to a narrow one.
+// The row kernels, written once with the compiler's vectors of W floats and compiled for each instruction set: the including
+// file defines FINEALIGN_W and FINEALIGN_ISA and gets its flags from setup.py.
+// No inline function of the standard library may be called here: the linker might give the copy compiled for a wide
+// processor to a narrow one.
 #include <cmath>
 #include <cstring>
 
@@ -12,7 +12,7 @@ namespace FINEALIGN_ISA {
 namespace {
 
 constexpr int W = FINEALIGN_W;
-constexpr int64_t kBlock = 512;  // columns between two folds of the vector sums into double
+constexpr int64_t kBlock = 512;  // columns after which the vector sums are added to a double
 static_assert(kBlock % W == 0, "a block is whole vectors");
 
 typedef float F __attribute__((vector_size(4 * W)));
@@ -58,7 +58,7 @@ struct bf16 {
     std::memcpy(&h, p, sizeof h);
     return bits<F>(__builtin_convertvector(h, U) << 16);
   }
-  static void store(T* p, F x) {  // to nearest, ties to even; a NaN stays one
+  static void store(T* p, F x) {  // rounds to nearest, ties to even; NaN stays NaN
     const U u = bits<U>(x);
     const U rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     const U nan = (u >> 16) | 0x40;
@@ -76,13 +76,13 @@ struct f16 {
     std::memcpy(&h, p, sizeof h);
     const U u = __builtin_convertvector(h, U);
     const U sign = (u & 0x8000) << 16, magnitude = u & 0x7fff;
-    // A magnitude as a float's bits is too small by 2^112; one product puts it right, subnormals included.
+    // The magnitude read as the bits of a float is too small by a factor 2^112; one product corrects it, also for subnormals.
     const F scaled = bits<F>(magnitude << 13) * 0x1p112f;
     const I special = bits<I>(magnitude) >= 0x7c00;  // inf, NaN
     const U out = (bits<U>(scaled) & ~bits<U>(special)) | (((magnitude << 13) | 0x7f800000) & bits<U>(special));
     return bits<F>(out | sign);
   }
-  static void store(T* p, F x) {  // to nearest, ties to even
+  static void store(T* p, F x) {  // rounds to nearest, ties to even
     const U u = bits<U>(x);
     const U sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
     // Normal: rebias and round. Subnormal (below 2^-14): adding 0.5 lets the float unit round at the right bit.
@@ -153,7 +153,7 @@ inline F log_(F x) {  // x > 0 and normal; -inf at 0
   return select(x > 0.0f, y, all(-kInf));
 }
 
-inline F tanh_(F x, F* slope) {  // and 1 - tanh², to its last digits where tanh is near 1
+inline F tanh_(F x, F* slope) {  // also 1 - tanh², precise where tanh is close to 1
   const F a = bits<F>(bits<I>(x) & 0x7fffffff);
   const F a2 = x * x;
   F p = all(-5.70498872745e-3f);
@@ -168,14 +168,14 @@ inline F tanh_(F x, F* slope) {  // and 1 - tanh², to its last digits where tan
   return select(a < 0.625f, near, bits<F>(bits<U>(far) | (bits<U>(x) & 0x80000000u)));
 }
 
-// ---- from a raw product to a logit ---------------------------------------------------------------------------------
+// ---- from a product to a logit -------------------------------------------------------------------------------------
 
 struct Transform {
   Head head;
   bool identity;
   explicit Transform(const Head& h)
       : head(h), identity(!h.bias && h.scale == 1 && h.softcap == 0 && h.inv_temperature == 1) {}
-  // y = scale * (x + bias), then z; slope = 1 - tanh²(y / softcap) where there is one
+  // y = scale * (x + bias), then z; slope = 1 - tanh²(y / softcap) with a softcap
   F logit(F x, F bias, F* slope) const {
     const F y = head.scale * (x + bias);
     if (head.softcap == 0) return y * head.inv_temperature;
@@ -191,7 +191,7 @@ struct Sums {
   double r = 0, t = 0, q = 0;
 };
 
-// Adds exp(z - m) over columns [begin, end) and stores it where e is given.
+// Adds up exp(z - m) over columns [begin, end), and stores it if e is given.
 template <typename E, bool kWantT, bool kWantQ>
 inline void accumulate(const float* z, int64_t begin, int64_t end, float m, typename E::T* e, Sums& sums) {
   for (int64_t block = begin; block < end; block += kBlock) {
@@ -222,7 +222,7 @@ inline void accumulate_wanted(const float* z, int64_t begin, int64_t end, float 
   else accumulate<E, false, false>(z, begin, end, m, out, sums);
 }
 
-// Logits of one row into z (which may be the row itself); returns the maximum and the block that first attains it.
+// Writes the logits of one row into z (which may be the row itself); returns the maximum and the first block that has it.
 template <typename S>
 inline float logits_and_max(const typename S::T* x, int64_t columns, const Transform& transform, float* z,
                             int64_t* max_block) {
@@ -277,7 +277,7 @@ inline void forward_rows(const RowForward& op, int64_t begin, int64_t end) {
     float* z = in_place ? reinterpret_cast<float*>(x) : scratch;
     const int64_t local = target - op.col0;
     float* label = target >= 0 && local >= 0 && local < op.columns ? op.label + row * op.label_stride : nullptr;
-    if (label) {  // its slope from x, before z stands there
+    if (label) {  // its slope comes from x, which z may overwrite
       F slope = all(1.0f);
       if (op.head.softcap != 0)
         transform.logit(load_tail<S>(x + local, 1, 0.0f), all(op.head.bias ? op.head.bias[local] : 0.0f), &slope);
@@ -294,7 +294,7 @@ inline void forward_rows(const RowForward& op, int64_t begin, int64_t end) {
       part[5] = static_cast<float>(count);
     }
     part[0] = m;
-    if (m == -kInf) {  // nothing here, or nothing but NaN
+    if (m == -kInf) {  // all banned, or all NaN
       bool nan = false;
       for (int64_t j = 0; j < op.columns; ++j) nan |= z[j] != z[j];
       if (nan) part[1] = __builtin_nanf("");
@@ -324,7 +324,8 @@ struct Coef {
   float g, k, h, m, l, entropy, logp, label_slope, spread;
 };
 
-// One row. From logits x, or from e = exp(z - e_max) of its tile; with a spread, which e does not know, from x alone.
+// One row, from products x, or from e = exp(z - e_max) of its tile. With a spread it must be x, because e cannot tell which
+// tokens are banned.
 template <typename S, typename O, bool kFromE, bool kEntropyGrad, bool kSoftcap, bool kSpread = false>
 inline void backward_row(const typename S::T* src, typename O::T* out, int64_t columns, const Transform& transform,
                          float e_max, const Coef& c) {

@@ -1,4 +1,4 @@
-// Chooses, once, the widest row kernels that this processor runs. FINEALIGN_CPU=baseline|avx2|avx512 asks for less.
+// Chooses the widest row kernels that this processor runs, once. FINEALIGN_CPU=baseline|avx2|avx512 selects narrower ones.
 #include <cstdlib>
 #include <cstring>
 

@@ -5,15 +5,15 @@
 namespace finealign {
 namespace {
 
-// Tokens [first, stop) from y on, which comes from the right, or from the left where op.forward; null out stores
-// nothing. Returns the map of the piece at y = 0 and, where asked for, the product of its decays.
+// Computes tokens [first, stop), starting with y from the right, or from the left with op.forward. If out is null, nothing is
+// stored. Returns the map of the piece: its result at y = 0 and, if asked for, the product of its decays.
 template <typename T>
 FINEALIGN_INLINE Affine scan_tokens(const Scan& op, Piece piece, double y, T* __restrict out, bool wants_product) {
   const T *x = static_cast<const T*>(op.x), *decay = static_cast<const T*>(op.decay);
   const uint8_t* mask = op.segments.mask;
   const int64_t start = op.segments.start(piece.s), end = op.segments.start(piece.s + 1);
-  const double rate = op.rates ? op.rates[piece.s * op.rate_stride] : 0;  // no tokens: decay is null as well
-  const int back = op.forward ? 1 : 0;  // whose decay stands before y
+  const double rate = op.rates ? op.rates[piece.s * op.rate_stride] : 0;  // without tokens, decay is null too
+  const int back = op.forward ? 1 : 0;  // index offset of the decay that multiplies y
   double d[kTile], a[kTile], all = 1;
   const int64_t tiles = (piece.stop - piece.first + kTile - 1) / kTile;
   for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -28,7 +28,7 @@ FINEALIGN_INLINE Affine scan_tokens(const Scan& op, Piece piece, double y, T* __
       const double each = decay ? static_cast<double>(decay[at]) : rate;
       a[i] = mask == nullptr || mask[at] ? each : 1;
     }
-    if (!back && first + n == end) a[n - 1] = 1;  // nothing stands behind it, whatever its decay is
+    if (!back && first + n == end) a[n - 1] = 1;  // no token comes after it
     for (int i = n; i < whole; ++i) d[i] = 0, a[i] = 1;
     if (wants_product) all *= product(a, whole);
     y = (op.forward ? recurrences().ahead : recurrences().back)(d, a, whole, y);
@@ -40,7 +40,7 @@ FINEALIGN_INLINE Affine scan_tokens(const Scan& op, Piece piece, double y, T* __
   return {all, y};
 }
 
-// target_clones takes no templates: one wide function a type.
+// target_clones cannot be used with templates, so there is one wide function for each type.
 FINEALIGN_WIDE_UNFUSED Affine tokens(const Scan& op, Piece piece, double y, float* out, bool wants_product) {
   return scan_tokens(op, piece, y, out, wants_product);
 }
@@ -58,7 +58,7 @@ void scan(const Scan& op, Parallel parallel) {
   const int64_t many = static_cast<int64_t>(pieces.size());
   std::vector<Affine> maps(many);
   for_pieces(pieces, parallel, [&](int64_t i, Piece piece) { maps[i] = tokens(op, piece, 0, nowhere, true); });
-  std::vector<double> enters(many);  // what each piece starts from
+  std::vector<double> enters(many);  // the y with which each piece starts
   const auto join = [&](int64_t from, int64_t to) {
     enters[to] = pieces[from].s == pieces[to].s ? maps[from](enters[from]) : 0;
   };

@@ -1,4 +1,4 @@
-// What the CPU kernels with a recurrence share: the scan of a group, and how long sequences are cut.
+// Shared by the CPU kernels with a recurrence: the scan of a group of tokens, and how long sequences are cut.
 #pragma once
 
 #include <vector>
@@ -6,7 +6,7 @@
 #include "recurrence.h"
 #include "segments.h"
 
-// As FINEALIGN_WIDE, but without a fused multiply-add: both versions round alike, whatever they compute.
+// As FINEALIGN_WIDE, but without fused multiply-add, so that both versions always round the same.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #define FINEALIGN_WIDE_UNFUSED __attribute__((target_clones("default", "avx2")))
 #else
@@ -16,14 +16,14 @@
 namespace finealign {
 namespace {
 
-// Asks for bytes that will be needed soon, so that they come while something else is computed.
+// Prefetches bytes that will be needed soon.
 template <typename T>
 FINEALIGN_INLINE void prefetch(const T* first, int64_t n) {
   constexpr int64_t kLine = 64 / sizeof(T);
   for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(first + i);
 }
 
-// Product of n decays.
+// The product of n decays.
 FINEALIGN_INLINE double product(const double* a, int n) {
   constexpr int kWays = 8;
   double q[kWays];
@@ -34,7 +34,7 @@ FINEALIGN_INLINE double product(const double* a, int n) {
   return q[0];
 }
 
-// a to the power of n.
+// a to the power n.
 inline double power(double a, int64_t n) {
   double all = 1;
   for (; n > 0; n /= 2, a *= a)
@@ -46,7 +46,7 @@ inline double power(double a, int64_t n) {
 struct Affine {
   double a, b;
 
-  // Decays above 1 may overflow in a product; what meets 0 stays 0 all the same.
+  // A product of decays above 1 may overflow to inf; multiplied by 0 it still gives 0.
   double operator()(double y) const { return y == 0 && a == a ? b : b + a * y; }
 };
 
@@ -66,12 +66,12 @@ inline std::vector<Piece> cut(const Segments& segments, int64_t longest) {
   return pieces;
 }
 
-constexpr int64_t kRun = 8 * kTile;  // what several steps over the same tokens find in the cache
+constexpr int64_t kRun = 8 * kTile;  // so many tokens stay in the cache between the steps
 inline int64_t windows_of(const Segments& segments) { return segments.total / kRun + 1; }
 
-// each(window, first, last) for all sequences of at most kCut tokens, by runs of neighbours first to last - 1, which have
-// no more than kRun together or are one. Those that start in tokens [window kRun, (window + 1) kRun) come in order, on
-// one thread; a thread takes kBlock tokens at least.
+// Calls each(window, first, last) for all sequences of at most kCut tokens, in runs of adjacent ones, first to last - 1. A run
+// has at most kRun tokens, or is one sequence. Sequences that start in tokens [window kRun, (window + 1) kRun) are computed in
+// order by one thread; a thread takes at least kBlock tokens.
 template <typename Each>
 void for_short(const Segments& segments, Parallel parallel, Each each) {
   parallel(windows_of(segments), kBlock / kRun, [&](int64_t begin, int64_t end) {

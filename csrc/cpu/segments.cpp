@@ -1,4 +1,4 @@
-// Segment sums, means and last tokens on a CPU, and their transposes: kernels/cuda/segments.cuh bit for bit.
+// Segment sums, means and last tokens on a CPU, and their transposes. The bits are those of kernels/cuda/segments.cuh.
 
 #include "segments.h"
 
@@ -7,7 +7,7 @@
 namespace finealign {
 namespace {
 
-// Sum of at most kChunk tokens; mask may be null.
+// The sum of at most kChunk tokens; mask may be null.
 template <typename T>
 double chunk_sum(const T* x, const uint8_t* mask, int64_t n) {
   return sum_terms<typename Wide<T>::type>(n, [&](int64_t i, int count, auto* group) {
@@ -17,7 +17,7 @@ double chunk_sum(const T* x, const uint8_t* mask, int64_t n) {
   });
 }
 
-// Index of the last token kept, start - 1 where there is none.
+// The index of the last kept token; start - 1 if there is none.
 int64_t last_kept(const Segments& segments, int64_t start, int64_t stop) {
   int64_t i = stop - 1;
   while (i >= start && !segments.keeps(i)) --i;
@@ -64,7 +64,7 @@ void spread(const SegmentSpread& op, Parallel parallel) {
   const A* v = static_cast<const A*>(op.v);
   T* out = static_cast<T*>(op.out);
   const T zero = store<T>(A(0));
-  std::vector<int64_t> found(op.over == Over::sum ? 0 : segments.count);  // tokens kept, or the last one's index
+  std::vector<int64_t> found(op.over == Over::sum ? 0 : segments.count);  // number of kept tokens, or index of the last one
   if (op.over != Over::sum)
     for_segments(segments, parallel, [&](int64_t s, int64_t start, int64_t stop) {
       found[s] = op.over == Over::mean ? kept(segments, start, stop) : last_kept(segments, start, stop);

@@ -1,20 +1,20 @@
-// What the files sequence_loss*.cpp share: each of them compiles the loops over tokens for one dtype, so that they compile
-// at the same time.
+// Shared by the files sequence_loss*.cpp. Each of them compiles the loops over tokens for one dtype, so that they can be
+// compiled in parallel.
 #pragma once
 
 #include "segments.h"
 
 namespace finealign {
 
-constexpr int64_t kItems = 256;  // whose numbers are held at once, between the two halves of the work
+constexpr int64_t kItems = 256;  // items that are computed together: scores first, then losses
 
-// Numbers of at most kItems items.
+// The numbers of at most kItems items.
 struct Items {
   double chosen[kItems], rejected[kItems], shift[kItems], hyper[kItems], sign[kItems];
   double margin[kItems], other_margin[kItems], value[kItems], slope[kItems], first_value[kItems], first_slope[kItems];
 };
 
-// From scores (chosen, rejected) to losses (value), and to slopes in place of the scores.
+// Computes losses (value) from scores (chosen, rejected), and overwrites the scores with the slopes.
 void losses_of_items(const SequenceLossForward& op, int64_t n, Items& at);
 
 #define FINEALIGN_SEQUENCE_LOSS(NAME)                                                  \

@@ -1,5 +1,5 @@
-// Losses of whole sequences on a CPU, for one dtype: tokens to scores to losses with their slopes, and back to tokens.
-// A file that includes it defines FINEALIGN_DTYPE, the C++ type of logp.
+// Losses of whole sequences on a CPU, for one dtype: tokens to scores, scores to losses and slopes, and gradients to tokens.
+// The including file defines FINEALIGN_DTYPE, the C++ type of logp.
 
 #include <type_traits>
 #include <vector>
@@ -13,9 +13,9 @@ namespace {
 template <typename T>
 using WideOf = typename Wide<T>::type;
 
-constexpr int64_t kShort = 16;   // tokens a sequence up to which a slope is written out for each of them
+constexpr int64_t kShort = 16;   // in sequences of at most so many tokens, the slope is copied to each token
 
-// What tokens are read from; all but logp may be null.
+// The inputs of tokens; all but logp may be null.
 template <typename T>
 struct Sources {
   const T *logp, *ref;
@@ -30,7 +30,7 @@ Sources<T> sources_of(const SequenceLossForward& op, int64_t first = 0) {
           from(static_cast<const WideOf<T>*>(op.tokens.weight)), from(op.tokens.segments.mask)};
 }
 
-// Which of them are there, known to the compiler.
+// Which of the inputs are given, as constants for the compiler.
 template <bool kRef, bool kMask, bool kWeight>
 struct Has {
   static constexpr bool ref = kRef, mask = kMask, weight = kWeight;
@@ -49,8 +49,8 @@ FINEALIGN_INLINE void by_inputs(const Sources<T>& at, F f) {
   if (which == 7) f(Has<true, true, true>());
 }
 
-// sum + w (logp - ref) of token i. One that the mask leaves out or that weighs 0 may hold NaN, its weight too where the
-// mask leaves it out: select, do not multiply.
+// sum + w (logp - ref) of token i. A token that is masked or has weight 0 may hold NaN, and so may the weight of a masked
+// token. They are therefore selected, not multiplied by 0.
 template <typename H, typename T>
 FINEALIGN_INLINE double add_score(H, const Sources<T>& at, int64_t i, double sum) {
   using A = WideOf<T>;
@@ -62,7 +62,7 @@ FINEALIGN_INLINE double add_score(H, const Sources<T>& at, int64_t i, double sum
   return H::weight ? fma(static_cast<double>(weight), static_cast<double>(x), sum) : sum + x;
 }
 
-// sum + w of token i, or + 1 where tokens are counted; 0 of one that the mask leaves out.
+// sum + w of token i, or sum + 1 if tokens are counted; a masked token adds 0.
 template <typename H, typename T>
 FINEALIGN_INLINE double add_weight(H, const Sources<T>& at, int64_t i, double sum, bool counts) {
   using A = WideOf<T>;
@@ -71,7 +71,7 @@ FINEALIGN_INLINE double add_weight(H, const Sources<T>& at, int64_t i, double su
   return sum + weight;
 }
 
-// add_score of kLanes tokens from i on, in one loop a step: each has numbers of one width, and so whole vectors.
+// add_score of kLanes tokens from i on, with one loop for each step. A loop has numbers of one width, so its vectors are full.
 template <typename H, typename T>
 FINEALIGN_INLINE void add_scores(H, const Sources<T>& at, int64_t i, double* __restrict sum) {
   using A = WideOf<T>;
@@ -100,7 +100,7 @@ FINEALIGN_INLINE void add_weights(H has, const Sources<T>& at, int64_t i, double
   for (int j = 0; j < kLanes; ++j) sum[j] = add_weight(has, at, i + j, sum[j], false);
 }
 
-// A lane each for n <= kWidth tokens; lanes from n on hold 0.
+// A lane for each of n <= kWidth tokens; lanes from n on are 0.
 template <int kWidth, typename Add>
 FINEALIGN_INLINE double sum_of_few(int64_t n, Add add) {
   double lane[kWidth] = {};
@@ -110,7 +110,7 @@ FINEALIGN_INLINE double sum_of_few(int64_t n, Add add) {
   return lane[0];
 }
 
-// Sum over at most kChunk tokens in the order that launch.h fixes: add_all(i, sums) of kLanes, add(i, sum) of one.
+// The sum over at most kChunk tokens in the order of launch.h. add_all(i, sums) adds kLanes tokens, add(i, sum) adds one.
 template <typename AddAll, typename Add>
 FINEALIGN_INLINE double sum_by_lanes(int64_t n, AddAll add_all, Add add) {
   if (n == 1) return add(0, 0.0);
@@ -151,12 +151,12 @@ FINEALIGN_INLINE double weight_of(const Sources<T>& at, int64_t first, int64_t n
   return at.mask == nullptr ? sum(Has<false, false, true>()) : sum(Has<false, true, true>());
 }
 
-// Sums of a chunk: Σ w (logp - ref), and what an average divides by.
+// The sums of a chunk: Σ w (logp - ref), and the divisor of an average.
 struct Part {
   double score = 0, weight = 0;
 };
 
-// Sums of the sequences [s, s + n); of their whole chunks they are in parts, where there are parts. weight may be null.
+// The sums of sequences [s, s + n). If there are parts, they hold the sums of whole chunks. weight may be null.
 template <typename T>
 FINEALIGN_INLINE void sums_of(const Sources<T>& at, const Segments& segments, const Part* parts, int64_t s, int64_t n,
                               bool counts, double* __restrict score, double* __restrict weight) {
@@ -181,7 +181,7 @@ FINEALIGN_INLINE void sums_of(const Sources<T>& at, const Segments& segments, co
   }
 }
 
-// The same of sequences of a token each, the first of them token s.
+// The same for sequences of one token each, the first of them token s.
 template <typename T>
 FINEALIGN_INLINE void ones(const Sources<T>& at, int64_t s, int64_t n, bool counts, double* __restrict score,
                            double* __restrict weight) {
@@ -192,7 +192,8 @@ FINEALIGN_INLINE void ones(const Sources<T>& at, int64_t s, int64_t n, bool coun
   });
 }
 
-// From sums to scores: less the reference's, over what the average divides by, which is 1 where there is no token.
+// Scores from sums: the reference's sum is subtracted, and the result is divided by the divisor of the average, which is 1 if
+// there is no token.
 template <typename A>
 FINEALIGN_INLINE void finish(int64_t n, const A* __restrict ref_sum, double* __restrict score,
                              double* __restrict weight, A* __restrict out, A* __restrict denominator) {
@@ -207,7 +208,7 @@ FINEALIGN_INLINE void finish(int64_t n, const A* __restrict ref_sum, double* __r
   for (int64_t i = 0; i < n; ++i) out[i] = static_cast<A>(score[i]);
 }
 
-// out[i] = value · weight[i], 0 where the mask is false or the weight 0; weight and mask may be null.
+// out[i] = value · weight[i], or 0 where the mask is false or the weight is 0; weight and mask may be null.
 template <typename T, typename A>
 FINEALIGN_INLINE void spread(A value, const A* __restrict weight, const uint8_t* __restrict mask, int64_t n,
                              T* __restrict out) {
@@ -226,7 +227,7 @@ FINEALIGN_INLINE void spread(A value, const A* __restrict weight, const uint8_t*
   }
 }
 
-// The same with a value of each token's own.
+// The same with one value for each token.
 template <typename T, typename A>
 FINEALIGN_INLINE void spread_each(const A* __restrict value, const A* __restrict weight,
                                   const uint8_t* __restrict mask, int64_t n, T* __restrict out) {
@@ -242,7 +243,8 @@ FINEALIGN_INLINE void spread_each(const A* __restrict value, const A* __restrict
     for (int64_t i = 0; i < n; ++i) out[i] = mask[i] ? out[i] : zero;
 }
 
-// Upstream gradient by slope over denominator. An item that is not counted has upstream 0, whatever its slope.
+// Upstream gradient times slope divided by denominator. An item that is not counted has upstream 0 and gives 0, even if its
+// slope is NaN.
 template <typename A>
 FINEALIGN_INLINE void scale_slopes(const double* __restrict upstream, const A* __restrict slope,
                                    const A* __restrict denominator, int64_t n, A* __restrict each) {
@@ -253,7 +255,7 @@ FINEALIGN_INLINE void scale_slopes(const double* __restrict upstream, const A* _
       each[i] = static_cast<A>(upstream[i] == 0 ? 0 : upstream[i] * slope[i] / denominator[i]);
 }
 
-// target_clones takes no templates: these are functions of one type, FINEALIGN_DTYPE.
+// target_clones cannot be used with templates: these are functions of one type, FINEALIGN_DTYPE.
 namespace wide {
 #define FINEALIGN_OF_TOKENS(T, A)                                                                                      \
   FINEALIGN_WIDE void of_sequences(const Sources<T>& at, const Segments& segments, const Part* parts, int64_t s,       \
@@ -281,7 +283,7 @@ FINEALIGN_OF_TOKENS(FINEALIGN_DTYPE, WideOf<FINEALIGN_DTYPE>)
 FINEALIGN_OF_SEQUENCES(WideOf<FINEALIGN_DTYPE>)
 }  // namespace wide
 
-// Scores of the sequences [s, s + n), not rounded, into h, and rounded into the results.
+// Writes the scores of sequences [s, s + n) into h, not rounded, and into the results, rounded.
 template <typename T>
 void scores_of(const SequenceLossForward& op, const Part* parts, int64_t s, int64_t n, double* h) {
   using A = WideOf<T>;
@@ -337,7 +339,7 @@ void forward(const SequenceLossForward& op, Parallel parallel) {
   });
 }
 
-// value[i] of the tokens from first to stop, those of the sequences from s on.
+// value[i] for the tokens from first to stop, which belong to the sequences from s on.
 template <typename A>
 void repeat(const Segments& segments, int64_t s, int64_t first, int64_t stop, const A* each, A* value) {
   for (int64_t token = first; token < stop; ++s, ++each)

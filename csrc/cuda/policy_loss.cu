@@ -16,7 +16,7 @@ const char* failure() {
 template <typename T>
 const char* forward(const PolicyLossForward& op, cudaStream_t stream) {
   const int64_t count = op.segments.count;
-  const int each = count <= 2048 ? 1 : kWarps;  // few rows: a whole block for each; many: as many as warps
+  const int each = count <= 2048 ? 1 : kWarps;  // few rows: one for each block; many: one for each warp
   const int64_t by_rows = (count + each - 1) / each, by_slots = (slots(op.segments, kChunk) + kWarps - 1) / kWarps;
   if (by_rows > INT32_MAX || op.chunks() > INT32_MAX) return "too many tokens for one launch";
   const auto rows = static_cast<unsigned>(by_rows), chunks = static_cast<unsigned>(op.chunks());
@@ -32,7 +32,7 @@ const char* forward(const PolicyLossForward& op, cudaStream_t stream) {
 
 template <typename T>
 const char* backward(const PolicyLossBackward& op, cudaStream_t stream) {
-  const int64_t blocks = (op.total + kThreads - 1) / kThreads, most = 1 << 16;  // they walk on where there are more
+  const int64_t blocks = (op.total + kThreads - 1) / kThreads, most = 1 << 16;  // with more tokens, blocks loop
   if (blocks == 0) return nullptr;
   policy_backward_kernel<T><<<static_cast<unsigned>(blocks < most ? blocks : most), kThreads, 0, stream>>>(op);
   return failure();

@@ -8,7 +8,7 @@
 namespace finealign {
 namespace {
 
-// Sequences a block takes: one where there are few, so that each has a whole block; as many as warps where many.
+// How many sequences a block takes: one if there are few, so that each has a whole block; otherwise one for each warp.
 int sequences_each(int64_t count) { return count <= 2048 ? 1 : kWarps; }
 
 const char* failure() {
@@ -38,7 +38,7 @@ const char* launch(void (*kernel)(Op, int), void (*maps)(Op, Link*), void (*piec
   return failure();
 }
 
-// A kernel of one token a thread, whose blocks walk on where there are more.
+// A kernel with one token for each thread; with more tokens, its blocks loop.
 const char* launch_tokens(void (*kernel)(Advantages), const Advantages& op, cudaStream_t stream) {
   const int64_t blocks = (op.segments.total + kThreads - 1) / kThreads, most = 1 << 16;
   if (blocks == 0) return nullptr;

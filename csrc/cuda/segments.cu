@@ -8,7 +8,7 @@
 namespace finealign {
 namespace {
 
-// Segments a block takes: one where there are few, so that each has a whole block; as many as warps where many.
+// How many segments a block takes: one if there are few, so that each has a whole block; otherwise one for each warp.
 int segments_each(int64_t count) { return count <= 2048 ? 1 : kWarps; }
 
 template <typename Op>
@@ -22,7 +22,7 @@ const char* launch(void (*kernel)(Op, int), const Op& op, void* stream) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// Chunks of few long segments first, a warp each.
+// First the chunks of a few long segments, a warp for each.
 template <typename T, typename Op>
 const char* tally(const Op& op, const T* x, void* stream) {
   const int64_t blocks = (slots(op.segments, kChunk) + kWarps - 1) / kWarps;

@@ -11,7 +11,7 @@ namespace {
 template <typename Op>
 const char* launch(void (*kernel)(Op, int), const Op& op, int64_t work, void* stream) {
   if (work == 0) return nullptr;
-  const int each = work <= 2048 ? 1 : kWarps;  // few: a whole block for each; many: as many as warps
+  const int each = work <= 2048 ? 1 : kWarps;  // few: one for each block; many: one for each warp
   const int64_t blocks = (work + each - 1) / each;
   if (blocks > INT32_MAX) return "too many sequences for one launch";
   kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(op, each);
@@ -19,7 +19,7 @@ const char* launch(void (*kernel)(Op, int), const Op& op, int64_t work, void* st
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// Chunks of few long sequences first, a warp each.
+// First the chunks of a few long sequences, a warp for each.
 template <typename T>
 const char* forward(SequenceLossForward op, void* stream) {
   const int64_t blocks = (slots(op.tokens.segments, kChunk) + kWarps - 1) / kWarps;

@@ -1,7 +1,8 @@
-// The scalar mathematics of fused losses, for host and device alike: finealign_kernels/formulas says what is right.
+// The scalar mathematics of the fused losses, for host and device. The specification is finealign_kernels/formulas.
 //
-// The same operations everywhere: exp and log1p are made of fma alone, a product that is added to something is an fma
-// by name and never left to the compiler. So a loss has the same bits on a GPU, on a CPU and in any vector width.
+// The operations are the same everywhere: exp and log1p are built from fma, and a product that is added to something is
+// written as an fma, so the compiler decides nothing. A loss therefore has the same bits on a GPU, on a CPU and in
+// vectors of any width.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -12,12 +13,12 @@
 #ifdef __CUDACC__
 #define FINEALIGN_FORMULA __host__ __device__ __forceinline__
 #else
-#define FINEALIGN_FORMULA inline __attribute__((always_inline))  // into its caller, so for the caller's vectors
+#define FINEALIGN_FORMULA inline __attribute__((always_inline))  // compiled with its caller, for the caller's vectors
 #endif
 
 namespace finealign {
 
-// a + b and a b, never made one fma with what stands around them.
+// a + b and a b, which the compiler must not combine with other operations to an fma.
 FINEALIGN_FORMULA double sum_of(double a, double b) {
 #ifdef __CUDA_ARCH__
   return __dadd_rn(a, b);
@@ -40,7 +41,7 @@ struct Exponential {
 };
 
 FINEALIGN_FORMULA Exponential exponential_of(double x) {
-  constexpr double kPlaces = 0x1.8p52;  // a float64 of this size has no places behind the point
+  constexpr double kPlaces = 0x1.8p52;  // a float64 of this size has no fractional bits
   const double shifted = fma(x, 0x1.71547652b82fep0, kPlaces), k = shifted - kPlaces;  // x = k log 2 + r
   const double r = fma(k, -0x1.abc9e3b39803fp-56, fma(k, -0x1.62e42fefa39efp-1, x));
   double sum = 1.0 / 6227020800;  // Σ rⁿ / (n + 1)! to n = 12
@@ -64,20 +65,20 @@ FINEALIGN_FORMULA Exponential exponential_of(double x) {
   return {r, sum, power};
 }
 
-// e^x to an ulp; 0 below -708, where float64 goes on in subnormals, inf above 709.
+// e^x within an ulp. Below -708 the result is 0 (float64 would have subnormals there), above 709 it is inf.
 FINEALIGN_FORMULA double exp_of(double x) {
   const Exponential e = exponential_of(x < -708 ? -708 : x > 709 ? 709 : x);
   const double y = fma(e.tail, e.r, 1.0) * e.power;
   return x < -708 ? 0 : x > 709 ? static_cast<double>(INFINITY) : y;
 }
 
-// e^x - 1 to an ulp or two, for x in [-708, 709].
+// e^x - 1 within two ulps, for x in [-708, 709].
 FINEALIGN_FORMULA double expm1_of(double x) {
   const Exponential e = exponential_of(x);
   return fma(e.power, e.tail * e.r, e.power - 1);
 }
 
-// log(1 + e) for e in [0, 1]: 2 atanh(f), f = e / (2 + e) <= 1/3, to its term f^35.
+// log(1 + e) for e in [0, 1], as 2 atanh(f), f = e / (2 + e) <= 1/3: the series up to f^35.
 FINEALIGN_FORMULA double log1p_of(double e) {
   const double f = e / (2 + e), s = f * f, twice = f + f;
   double sum = 1.0 / 35;
@@ -100,7 +101,8 @@ FINEALIGN_FORMULA double log1p_of(double e) {
   return fma(twice, s * sum, twice);
 }
 
-// σ(m), σ(-m), -log σ(m), -log σ(-m). With e = exp(-|m|) nothing overflows, and the smaller of the two keeps its digits.
+// σ(m), σ(-m), -log σ(m), -log σ(-m). Computed from e = exp(-|m|), so nothing overflows, and the smaller of σ(m) and σ(-m)
+// keeps its digits.
 struct Logistic {
   double up, down, cost, other;
 };
@@ -114,8 +116,8 @@ struct Item {
   double value, slope;  // slope = d value / d margin
 };
 
-// Loss of one margin m; a is the row's constant, where it has one (launch.h says which). A NaN reaches the value. Where m
-// is infinite, value and slope are the limits.
+// The loss of one margin m; a is the constant of the row, if it has one (see launch.h). NaN gives NaN. For an infinite m,
+// value and slope are the limits.
 FINEALIGN_FORMULA Item margin_loss(Phi phi, double m, double a) {
   if (phi == Phi::squared) return {(m - a) * (m - a), 2 * (m - a)};
   if (phi == Phi::linear) return {-m, -1};
@@ -126,11 +128,11 @@ FINEALIGN_FORMULA Item margin_loss(Phi phi, double m, double a) {
   if (phi == Phi::logistic) return {at.cost, -at.down};
   if (phi == Phi::anchored) return {fma(2.0, at.cost, at.other), fma(-2.0, at.down, at.up)};
   if (phi == Phi::smoothed) {
-    const double mixed = fma(a, at.other, (1 - a) * at.cost);  // NaN where 0 meets inf
+    const double mixed = fma(a, at.other, (1 - a) * at.cost);  // NaN for 0 times inf
     return {a == 0 ? at.cost : a == 1 ? at.other : mixed, fma(a, at.up, (a - 1) * at.down)};
   }
   if (phi == Phi::robust) {
-    if (a == 0) return {at.cost, -at.down};  // without 0 times inf
+    if (a == 0) return {at.cost, -at.down};  // avoids 0 times inf
     const double ease = fma(-2.0, a, 1.0);
     return {fma(-a, at.other, (1 - a) * at.cost) / ease, fma(-a, at.up, (a - 1) * at.down) / ease};
   }
@@ -139,7 +141,7 @@ FINEALIGN_FORMULA Item margin_loss(Phi phi, double m, double a) {
     if (fabs(m) == INFINITY) return {m > 0 ? rest : rest + a, 0};
     return {fma(at.down, rest + a - at.other, at.up * (rest - at.cost)), at.up * at.down * (m - a)};
   }
-  // discovered, a = τ: each product with e^-m is formed in the exponent
+  // discovered, a = τ: a product with e^-m is computed as one exponential
   if (m == -INFINITY) return {INFINITY, a > 1 ? -INFINITY : -1.0};
   const Logistic turned = logistic_of(m / a);
   const double steep = exp_of(-turned.cost - m), both = turned.cost + turned.other;
@@ -148,7 +150,7 @@ FINEALIGN_FORMULA Item margin_loss(Phi phi, double m, double a) {
   return {fma(turned.down, at.cost, steep), steep == INFINITY ? -INFINITY : slope};
 }
 
-// The two margins of an item: of phi, and of `first` where the form has it. rejected is not read without pairs.
+// The two margins of an item: the one of phi, and the one of `first` if the form has it. `rejected` is unused without pairs.
 struct Margins {
   double phi, first;
 };
@@ -161,7 +163,7 @@ FINEALIGN_FORMULA Margins margins_of(Form form, bool paired, double beta, double
 }
 
 struct Outcome {
-  double loss, chosen, rejected;  // d loss / d score of the one and the other
+  double loss, chosen, rejected;  // the loss, and its derivative with respect to the chosen and the rejected score
 };
 
 FINEALIGN_FORMULA Outcome outcome_of(Form form, bool paired, double beta, double scale, double sign, Item phi,
@@ -182,7 +184,7 @@ constexpr double kLargestLogRatio = 20;
 
 FINEALIGN_FORMULA bool is_beyond(double log_ratio) { return fabs(log_ratio) > kLargestLogRatio; }
 
-// A NaN goes through.
+// NaN gives NaN.
 FINEALIGN_FORMULA double held(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
 
 FINEALIGN_FORMULA double near_of(double log_ratio) { return held(log_ratio, -kLargestLogRatio, kLargestLogRatio); }
@@ -192,11 +194,11 @@ FINEALIGN_FORMULA double ratio_of(double log_ratio) {
   return fma(e.tail, e.r, 1.0) * e.power;
 }
 
-// A token's log-ratio without an old log-prob.
+// The log-ratio of a token that has no old log-prob.
 FINEALIGN_FORMULA double no_log_ratio(double logp) { return logp == logp ? 0 : logp; }
 
-// formulas/surrogate.py; ratio is ratio_of(log_ratio), a the advantage. One choice at a time, so that a
-// compiler makes vectors of a loop over tokens.
+// The functions of formulas/surrogate.py. ratio is ratio_of(log_ratio), a the advantage. The choices are written one after
+// the other, so that the compiler vectorises a loop over tokens.
 FINEALIGN_FORMULA Item surrogate_of(Psi psi, double log_ratio, double ratio, double a, double logp, double first,
                                     double second, double dual) {
   if (psi == Psi::score_function) return {-a * logp, -a};
@@ -212,13 +214,13 @@ FINEALIGN_FORMULA Item surrogate_of(Psi psi, double log_ratio, double ratio, dou
     return {-4 * a * at.up / tau, beyond ? 0 : slope};
   }
   const double free = -a * ratio, clipped = -a * held(ratio, first, second), most = -a * dual;
-  const double larger = clipped > free ? clipped : free;  // a NaN is in both
+  const double larger = clipped > free ? clipped : free;  // a NaN is in both of them
   const double moving = clipped > free ? 0 : free, slope = beyond ? 0 : moving;
   const double least = most < larger ? most : larger, below = ratio > dual ? 0 : slope;
   return {a < 0 ? least : larger, a < 0 ? below : slope};
 }
 
-// The same, where an A of 0 is an exact 0; of a NaN, which goes through, nothing is known.
+// The same; with A = 0 the result is exactly 0, unless the log-ratio is NaN.
 FINEALIGN_FORMULA Item policy_loss_of(Psi psi, double log_ratio, double ratio, double a, double logp, double first,
                                       double second, double dual) {
   const Item item = surrogate_of(psi, log_ratio, ratio, a, logp, first, second, dual);
@@ -226,18 +228,19 @@ FINEALIGN_FORMULA Item policy_loss_of(Psi psi, double log_ratio, double ratio, d
   return {none ? 0 : item.value, none ? 0 : item.slope};
 }
 
-// formulas/divergence.py, d = logp - ref_logp; log_ratio and ratio are the token's, whatever psi reads.
+// The estimators of formulas/divergence.py, d = logp - ref_logp. log_ratio and ratio are those of the token, even if psi
+// takes those of the row.
 FINEALIGN_FORMULA Item divergence_of(Estimator estimator, double d, double log_ratio, double ratio) {
   if (estimator == Estimator::k1) return {d, 1};
   if (estimator == Estimator::k2) return {d * d / 2, d};
   const double near = near_of(d), less = expm1_of(-near), value = less + near, slope = is_beyond(d) ? 0 : -less;
   if (estimator == Estimator::k3) return {value, slope};
   if (estimator == Estimator::k3_k2grad) return {value, is_beyond(d) ? 0 : d};
-  const bool flat = (is_beyond(d) | is_beyond(log_ratio)) & (d == d);  // a NaN goes through
+  const bool flat = (is_beyond(d) | is_beyond(log_ratio)) & (d == d);  // a NaN stays NaN
   return {ratio * value, ratio * (flat ? 0 : d)};
 }
 
-// One over a share, less the tokens of the row where ShareOf::row says so.
+// One over the share of a token, without the factor of its row's tokens that ShareOf::row adds.
 struct Divisors {
   double policy, kl, entropy;
 };
@@ -255,7 +258,7 @@ FINEALIGN_BOTH inline Divisors divisors_of(const PolicyLossForward& op, const To
   return by;
 }
 
-// Those of a token: of its row where the row is what shares divide by.
+// The shares of a token. With ShareOf::row they depend on the token's row.
 struct Shares {
   double policy, kl, entropy;
 };
@@ -267,7 +270,7 @@ FINEALIGN_BOTH inline Shares shares_of(const PolicyLossForward& op, const Diviso
   return {policy, kl, op.entropy_by_token ? 1 / by.entropy : kl};
 }
 
-// What psi reads in a row, and by how much more than its share a token moves that.
+// The log-ratio that psi takes in a row, and its derivative with respect to the token's log-ratio, relative to the share.
 FINEALIGN_BOTH inline double log_ratio_of(RatioOf ratio, const Row& row) {
   return ratio == RatioOf::row_mean ? row.log_ratio / one_for_none(row.length) : row.log_ratio;
 }
@@ -275,12 +278,12 @@ FINEALIGN_BOTH inline double stretch_of(RatioOf ratio, const Row* row) {
   return ratio == RatioOf::row_sum ? row->length : 1;
 }
 
-// d loss / d logp; kl_step = kl_coef c'. What weighs nothing may be NaN.
+// d loss / d logp; kl_step = kl_coef c'. A term with weight 0 may be NaN; it is left out.
 FINEALIGN_FORMULA double policy_slope_of(double weight, double slope, double kl_step, double push) {
   return fma(kl_step, push, weight != 0 ? weight * slope : 0);
 }
 
-// The loss from sums over the batch.
+// The loss, from the sums over the batch.
 FINEALIGN_BOTH inline double loss_of(const PolicyLossForward& op, const Terms& total) {
   double loss = total.of[kPolicyTerm];
   if (op.kl_coef != 0) loss = fma(op.kl_coef, total.of[kKlTerm], loss);
@@ -295,12 +298,12 @@ FINEALIGN_BOTH inline double number_of(const Terms& total, int term) {
 
 // ---- moments and KL rewards ----------------------------------------------------------------------------------------
 
-// finealign_kernels/formulas/returns.py `moments`: of n values, Σx, Σx², μ and Σ(x - μ)².
+// `moments` of finealign_kernels/formulas/returns.py, for n values: Σx, Σx², μ and Σ(x - μ)².
 struct Moments {
   double n, sum, squares, mean, away;
 };
 
-// Of two parts of a batch: each part's values about its own mean, and what the means are apart.
+// The moments of two parts of a batch together: deviations from each part's own mean, and the difference of the means.
 FINEALIGN_BOTH inline Moments operator+(Moments x, Moments y) {
   if (x.n == 0) return y;
   if (y.n == 0) return x;
@@ -308,28 +311,28 @@ FINEALIGN_BOTH inline Moments operator+(Moments x, Moments y) {
   return {n, x.sum + y.sum, x.squares + y.squares, x.mean + apart * share, x.away + y.away + apart * apart * x.n * share};
 }
 
-// Of n >= 1 values, from the sums of x - first and its square, first being one of them.
+// The moments of n >= 1 values, from the sums of x - first and of its square, where first is one of the values.
 FINEALIGN_BOTH inline Moments moments_about(double first, double n, double d, double dd) {
   const double away = dd - d * (d / n);
   return {n, n * first + d, first * (n * first + 2 * d) + dd, first + d / n, away < 0 ? 0 : away};
 }
 
 struct Standard {
-  double mean, scale;  // scale 0: nothing to scale by
+  double mean, scale;  // scale is 0 if the values do not differ
 };
 
-// finealign_kernels/formulas/returns.py `standard`.
+// `standard` of finealign_kernels/formulas/returns.py.
 FINEALIGN_BOTH inline Standard standard(const double* known, Scale scale, bool unbiased, bool wide) {
   const Moments of{known[0], known[1], known[2], known[3], known[4]};
   const double n = of.n < 1 ? 1 : of.n, mean = of.mean, square = of.squares / n;
-  double v = square == INFINITY ? NAN : of.away / n;  // of sums that overflow nothing is known
+  double v = square == INFINITY ? NAN : of.away / n;  // the sum has overflowed
   if (of.n < 2 || v <= (wide ? 0x1p-104 : 0x1p-46) * square) return {mean, 0};
   if (unbiased) v *= n / (n - 1);
   const double spread = scale == Scale::std ? v + 1e-8 : scale == Scale::clamp ? (v < 1e-8 ? 1e-8 : v) : sqrt(v) + 1e-8;
   return {mean, 1 / sqrt(spread)};
 }
 
-// Estimate of KL from one token, d = old_logp - ref_logp: formulas/divergence.py, one of the first three.
+// The estimate of KL from one token, d = old_logp - ref_logp, by one of the first three functions of formulas/divergence.py.
 FINEALIGN_BOTH inline double divergence(Estimator estimator, double d) {
   if (estimator == Estimator::k1) return d;
   if (estimator == Estimator::k2) return d * d / 2;

@@ -1,10 +1,10 @@
-// Policy losses of tokens on a GPU: rows, totals of the batch, every token once, the results. csrc/launch.h fixes the order
-// of every sum and formulas.cuh the arithmetic, so the bits are a CPU's.
+// Policy losses of tokens on a GPU, in this order: sums of rows, totals of the batch, each token once, the results.
+// csrc/launch.h fixes the order of every sum and formulas.cuh the arithmetic, so the bits are those of the CPU.
 //
-// Rows are summed by a warp a chunk, those of few long rows by warps all over the GPU, which a block then adds in order. Of
-// each chunk of the flat batch a block makes the tokens' terms, 256 at a time, and adds them by lanes out of shared memory. A
-// thread reads what it needs of a token, and of several, before the mask decides. No atomics; what one kernel sums the next
-// reads.
+// A warp sums a chunk of a row. If there are only a few long rows, their chunks are summed by warps all over the GPU, and
+// one block adds these sums in order. A block computes the terms of a chunk of the flat batch, 256 tokens at a time, in
+// shared memory, and adds them lane by lane. A thread loads the numbers of several tokens before it uses the mask, so that
+// the loads overlap. There are no atomics: the sums of one kernel are read by the next one.
 #pragma once
 #include "formulas.cuh"
 #include "segments.cuh"
@@ -16,7 +16,7 @@ __device__ __forceinline__ double add_lanes(double x) {
   return x;
 }
 
-// Log-probs at token i, and what psi and the estimator read of them.
+// The log-probs of token i, and the differences that psi and the KL estimator need.
 template <typename T>
 __device__ __forceinline__ double number(const void* x, int64_t i) {
   return load(static_cast<const T*>(x)[i]);
@@ -34,7 +34,7 @@ __device__ __forceinline__ double log_ratio_of(const PolicyLossForward& op, doub
 
 // ---- rows and totals -----------------------------------------------------------------------------------------------
 
-// One warp: all lanes return the sums of the first chunk of [start, stop).
+// One warp. All lanes return the sums over the first chunk of [start, stop).
 template <typename T>
 __device__ __forceinline__ Row chunk_row(const PolicyLossForward& op, bool log_ratios, int64_t start, int64_t stop) {
   using A = typename Wide<T>::type;
@@ -72,7 +72,7 @@ __device__ __forceinline__ void append(Row& row, const Row& part) {
   row = {row.weight + part.weight, row.length + part.length, row.log_ratio + part.log_ratio};
 }
 
-// One block: all threads return the sums of a row.
+// One block. All threads return the sums of a row.
 template <typename T>
 __device__ __forceinline__ Row block_row(const PolicyLossForward& op, bool log_ratios, int64_t start, int64_t stop) {
   __shared__ Row parts[kWarps];
@@ -90,7 +90,7 @@ __device__ __forceinline__ Row block_row(const PolicyLossForward& op, bool log_r
   return row;
 }
 
-// row_parts of rows of several chunks, a warp a slot.
+// Fills row_parts of rows with several chunks; a warp for each slot.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2) policy_row_parts_kernel(PolicyLossForward op) {
   if (!all_valid(op.segments)) return;
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, 2) policy_row_parts_kernel(PolicyLos
   if (threadIdx.x % kLanes == 0) op.row_parts[slot] = part;
 }
 
-// rows of each row; nothing is read of one with invalid bounds. split: row_parts hold the chunks of long ones.
+// Fills rows, the sums of each row. Rows with invalid bounds are not read. split: row_parts holds the chunks of long rows.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2) policy_rows_kernel(PolicyLossForward op, int each, bool split) {
   const bool log_ratios = op.ratio != RatioOf::token;
@@ -123,8 +123,8 @@ __global__ void __launch_bounds__(kThreads, 2) policy_rows_kernel(PolicyLossForw
       });
 }
 
-// parts[k]: weight and length of chunk k; rows with a token and rows with invalid bounds, of rows k, k + chunks(), ...,
-// 32 of them at a time. These are counted, so their order is free.
+// Fills parts[k]: weight and length of chunk k, and of the rows k, k + chunks(), ... how many have a token and how many
+// have invalid bounds, 32 rows at a time. Counts are exact in any order.
 enum : int { kWeightPart, kLengthPart, kRowsPart, kBadPart };
 
 template <typename T>
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, 4) policy_parts_kernel(PolicyLossFor
   out[kWeightPart] = part.weight, out[kLengthPart] = part.length, out[kRowsPart] = rows, out[kBadPart] = bad;
 }
 
-// One warp: all lanes return the sum of a term over all chunks.
+// One warp. All lanes return the sum of a term over all chunks.
 __device__ __forceinline__ double sum_parts(const PolicyLossForward& op, int term) {
   const int64_t chunks = op.chunks();
   double sum = 0;
@@ -155,7 +155,7 @@ __device__ __forceinline__ double sum_parts(const PolicyLossForward& op, int ter
   return add_lanes(sum);
 }
 
-// totals, by one block. What is known from the shape was not summed.
+// One block computes totals. Numbers that follow from the shape were not summed.
 __global__ void __launch_bounds__(kThreads) policy_totals_kernel(PolicyLossForward op) {
   __shared__ double sums[kWarps];
   const int warp = threadIdx.x / kLanes;
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kThreads) policy_totals_kernel(PolicyLossForwa
 
 // ---- tokens --------------------------------------------------------------------------------------------------------
 
-// The row of a token: the last that starts at or before it. Never outside the rows, whatever cu_seqlens holds.
+// The row of a token: the last one that starts at or before it. The result is a valid row even for a wrong cu_seqlens.
 __device__ __forceinline__ int64_t row_of(const Segments& segments, int64_t token) {
   if (segments.cu_seqlens == nullptr) return token / segments.width;
   int64_t low = 0, high = segments.count - 1;
@@ -185,21 +185,21 @@ __device__ __forceinline__ int64_t row_of(const Segments& segments, int64_t toke
   return low;
 }
 
-// What a token adds to the terms that are not counted; factors of a fused multiply-add are kept apart.
+// What a token adds to the sums. The two factors of a fused multiply-add are stored separately.
 enum : int { kAddWeight, kAddLoss, kAddKlShare, kAddKl, kAddEntropyShare, kAddEntropy, kAddRatio, kAddLogRatio, kAddends };
-constexpr int kSums = kOldKl + 1;  // terms that are not counted
+constexpr int kSums = kOldKl + 1;  // terms that are summed, not counted
 
-// What is counted of the tokens of a thread.
+// The counts of a thread's tokens.
 struct Counts {
   int low, high, dual, tokens;
 };
 
-// Writes the results of token i: addends, and counts where the mask keeps it.
+// Writes the results of token i and its addends; adds to the counts if the mask keeps it.
 template <typename T>
 __device__ __forceinline__ void one_token(const PolicyLossForward& op, const Divisors& by, int64_t i, bool walks,
                                           double (&adds)[kAddends], Counts& count) {
   using A = typename Wide<T>::type;
-  // read first, whatever the mask says: the loads do not wait for one another
+  // all loads come first, before the mask is used, so that they overlap
   const T read_logp = raw<T>(op.logp, i), read_old = raw<T>(op.old_logp, i), read_ref = raw<T>(op.ref_logp, i);
   const T read_entropy = raw<T>(op.entropy, i);
   A advantage = raw<A>(op.advantage_by_row ? nullptr : op.advantage, i);
@@ -247,8 +247,9 @@ __device__ __forceinline__ void one_token(const PolicyLossForward& op, const Div
   count.tokens += 1;
 }
 
-// losses, dlogp, dentropy; the terms of each chunk. A block takes a chunk, 256 tokens at a time: each thread makes one's
-// addends, then warp w adds term w as launch.h says, lane j those of tokens j, j + kLanes, ...; zeros change no sum.
+// Computes losses, dlogp, dentropy and the terms of each chunk. A block takes a chunk, 256 tokens at a time: each thread
+// computes the addends of one token, then warp w adds up term w in the order of launch.h, lane j the tokens j, j + kLanes,
+// .... Zeros do not change a sum.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2) policy_tokens_kernel(PolicyLossForward op) {
   __shared__ double shared[kAddends][kThreads];
@@ -295,7 +296,7 @@ __global__ void __launch_bounds__(kThreads, 2) policy_tokens_kernel(PolicyLossFo
   out[kLow] = count.low, out[kHigh] = count.high, out[kDual] = count.dual, out[kTokens] = count.tokens;
 }
 
-// loss and numbers, by one block.
+// One block computes the loss and numbers.
 template <typename A>
 __global__ void __launch_bounds__(kThreads) policy_results_kernel(PolicyLossForward op) {
   __shared__ Terms total;
@@ -309,7 +310,7 @@ __global__ void __launch_bounds__(kThreads) policy_results_kernel(PolicyLossForw
   if (term == 0) *static_cast<A*>(op.loss) = static_cast<A>(op.totals->bad != 0 ? NAN : loss_of(op, total));
 }
 
-// out = upstream · d, exactly 0 where d is 0.
+// out = upstream · d; exactly 0 where d is 0.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4) policy_backward_kernel(PolicyLossBackward op) {
   using A = typename Wide<T>::type;

@@ -1,14 +1,17 @@
 // Recurrences over the sequences of a flat batch on a GPU: y_t = x_t + a_t y_(t+1), its transpose, and GAE.
 //
-// A sequence is cut into spans of kSpan tokens, counted from its start. In a span each lane composes the maps
-// y -> d_t + a_t y of its own tokens, the lanes' maps are composed in a tree, and y enters the span last: through the
-// spans before it, one after the other. A warp walks a short sequence alone, the warps of a block take a span each of a
-// longer one, with the same arithmetic. A sequence of more than kPiece tokens is cut into pieces, counted from its start
-// too: in each y enters its spans as above, and it enters the piece through the maps of whole pieces before it, one after
-// the other. One block walks piece after piece, or a block takes each where there are few sequences: the maps of all pieces
-// first, then what enters them, then y. So bits depend on a sequence's own tokens alone. All of it is float64.
+// A sequence is cut into spans of kSpan tokens, counted from its start. In a span, each lane composes the maps
+// y -> d_t + a_t y of its own tokens, then the maps of the lanes are composed in a tree. The y that enters a span comes from
+// the spans that are computed before it, one after the other. One warp computes a short sequence alone; for a longer one, each
+// warp of a block takes a span, with the same arithmetic.
 //
-// Tokens and mask are read before anything is decided by the mask, and those of the next round before this one's scan.
+// A sequence of more than kPiece tokens is cut into pieces, also counted from its start. The y that enters a piece comes from
+// the maps of the pieces computed before it, one after the other. One block computes piece after piece. If there are only a
+// few sequences, each piece has its own block: first the maps of all pieces, then the y that enters each, then all y. Bits
+// therefore depend only on a sequence's own tokens. Everything is float64.
+//
+// Tokens and mask are loaded before the mask is used, and the tokens of the next round before the scan of this one, so that
+// loads overlap.
 #pragma once
 
 #include "formulas.cuh"
@@ -16,28 +19,27 @@
 
 namespace finealign {
 
-constexpr int kEach = 4;               // tokens of a lane, one behind the other
+constexpr int kEach = 4;               // adjacent tokens of a lane
 constexpr int kSpan = kLanes * kEach;  // tokens of a warp
 constexpr unsigned kSpans = kPiece / kSpan;  // of a piece
 static_assert(kPiece % (kWarps * kSpan) == 0 && kPiece >= kChunk, "a warp alone walks one piece, a block whole rounds");
 
 // ---- maps ----------------------------------------------------------------------------------------------------------
 
-// Decays above 1 may overflow in a product; what meets 0 stays 0 all the same.
+// A product of decays above 1 may overflow to inf; multiplied by 0 it still gives 0.
 __device__ __forceinline__ double through(Map map, double y) {
   return y == 0 && map.a == map.a ? map.b : fma(map.a, y, map.b);
 }
 
 __device__ __forceinline__ Map after(Map later, Map earlier) { return {later.a * earlier.a, through(later, earlier.b)}; }
 
-// What a token takes for the value of the next valid one: nothing is known before the first token, then no valid token
-// has been seen, then one has.
+// The value of the next valid token, which a token needs, and whether there is one so far.
 struct Ahead {
   double value;
-  int state;  // 0: no token, 1: masked ones alone, 2: a valid one
+  int state;  // tokens seen so far: 0 none, 1 only masked ones, 2 a valid one
 };
 
-// zero: a masked token is a step whose value is 0, but after the last valid token.
+// zero: a masked token is a step with value 0, except after the last valid token.
 __device__ __forceinline__ Ahead after(Ahead later, Ahead earlier, bool zero) {
   if (later.state == 2) return later;
   if (later.state == 0) return earlier;
@@ -45,7 +47,7 @@ __device__ __forceinline__ Ahead after(Ahead later, Ahead earlier, bool zero) {
   return {earlier.value, 1};
 }
 
-// The sum over a block's threads in a tree, written by the first.
+// The sum over the threads of a block, in a tree; thread 0 writes it.
 __device__ __forceinline__ void add_block(Moments sum, Moments* out) {
   __shared__ Moments warps[kWarps];
   for (int half = kLanes / 2; half > 0; half /= 2) {
@@ -69,7 +71,7 @@ __device__ __forceinline__ int order() {
   return kForward ? lane : kLanes - 1 - lane;
 }
 
-// The value of the lane that comes `steps` before this one.
+// The value of the lane that is `steps` before this one in that order.
 template <bool kForward, typename V>
 __device__ __forceinline__ V before(V value, int steps) {
   return kForward ? __shfl_up_sync(kAllLanes, value, steps) : __shfl_down_sync(kAllLanes, value, steps);
@@ -92,7 +94,7 @@ __device__ __forceinline__ Ahead from_lane(Ahead ahead, int lane) {
   return {__shfl_sync(kAllLanes, ahead.value, lane), __shfl_sync(kAllLanes, ahead.state, lane)};
 }
 
-// Makes `mine` the part of all lanes up to this one; returns that of the lanes before it, `none` in the first.
+// An inclusive scan over lanes in `mine`. Returns the exclusive scan, which is `none` in the first lane.
 template <bool kForward, typename Part, typename Join>
 __device__ __forceinline__ Part parts_before(Part& mine, Part none, Join join) {
 #pragma unroll
@@ -104,7 +106,7 @@ __device__ __forceinline__ Part parts_before(Part& mine, Part none, Join join) {
   return order<kForward>() == 0 ? none : previous;
 }
 
-// What enters this warp's span. `carry` is what enters the first one of the team's spans, and is moved past all of them;
+// Returns what enters this warp's span. `carry` is what enters the team's first span; it is moved past all of its spans.
 // `own` is each warp's own part, in all its lanes.
 template <int kTeam, typename Part, typename Value, typename Join>
 __device__ __forceinline__ Value entering(Part own, Value& carry, Part* shared, Join join) {
@@ -125,14 +127,14 @@ __device__ __forceinline__ Value entering(Part own, Value& carry, Part* shared, 
   return enter;
 }
 
-// y where it enters a span, and the map of a piece's spans until there, which is made only where it is needed.
+// The y that enters a span, and the map of the piece's spans before it, which is computed only if it is needed.
 struct Course {
   double y;
   bool maps;
   Map whole;
 };
 
-// y of the span's tokens, over d, where kWrites. `course` is moved past the team's spans.
+// With kWrites, replaces d by the y of the span's tokens. `course` is moved past the team's spans.
 template <bool kForward, int kTeam, bool kWrites>
 __device__ __forceinline__ void scan_span(double (&d)[kEach], const double (&a)[kEach], Course& course, Map* shared) {
   Map own{1, 0};
@@ -156,23 +158,23 @@ __device__ __forceinline__ void scan_span(double (&d)[kEach], const double (&a)[
   }
 }
 
-// The tokens of one lane in one span, counted from a piece's first: [first, first + kEach), those from stop on are none.
+// The tokens of one lane in one span, counted from the piece's first token: [first, first + kEach), without those from stop on.
 struct Place {
   int first, stop;
   __device__ __forceinline__ bool has(int e) const { return first + e < stop; }
 };
 
-// The remainder changes no span that is one; it bounds the product.
+// The remainder changes no valid span; it bounds the product for the compiler.
 template <bool kForward, int kTeam>
 __device__ __forceinline__ Place place_of(int tokens, int round) {
   const int spans = (tokens + kSpan - 1) / kSpan, index = round * kTeam + (kTeam == 1 ? 0 : threadIdx.x / kLanes);
-  const unsigned span = static_cast<unsigned>(kForward ? index : spans - 1 - index) % kSpans;  // what it was, where it is one
+  const unsigned span = static_cast<unsigned>(kForward ? index : spans - 1 - index) % kSpans;  // unchanged if valid
   const int first = static_cast<int>(span * kSpan + threadIdx.x % kLanes * kEach);
   return {index < spans ? first : 0, index < spans ? tokens : 0};
 }
 
-// each(place, what fetch(place) has read) for every round of a piece's spans, from its end where not kForward; kTeam warps
-// take one each.
+// Calls each(place, result of fetch(place)) for every round of a piece's spans, from its end unless kForward. Each of kTeam
+// warps takes a span.
 template <bool kForward, int kTeam, typename Fetch, typename Each>
 __device__ __forceinline__ void for_spans(int tokens, Fetch fetch, Each each) {
   const int rounds = (tokens + kTeam * kSpan - 1) / (kTeam * kSpan);
@@ -196,10 +198,10 @@ __device__ __forceinline__ Bounds piece_of(Bounds b, int64_t index) {
   return {start, start + kPiece < b.stop ? start + kPiece : b.stop, true};
 }
 
-// walk(index, course) moves the course past a piece; for each piece of a sequence in order.
+// Calls walk(index, course), which moves the course past a piece, for each piece of a sequence in order.
 template <bool kForward, int kTeam, typename Walk>
 __device__ __forceinline__ void for_pieces(Bounds b, Walk walk) {
-  const int64_t pieces = kTeam == 1 ? 1 : pieces_of(b);  // a warp alone takes what one chunk holds
+  const int64_t pieces = kTeam == 1 ? 1 : pieces_of(b);  // a single warp takes sequences of one chunk
   double y = 0;
 #pragma unroll 1
   for (int64_t k = 0; k < pieces; ++k) {
@@ -217,14 +219,14 @@ __device__ __forceinline__ void fill_nan(T* out, Bounds b, int thread, int threa
 
 // ---- reverse_scan ----------------------------------------------------------------------------------------------------
 
-// What a lane reads of its tokens; `decays` are those that stand before their y.
+// What a lane loads of its tokens; `decays` are the factors of their y.
 template <typename T>
 struct ScanTokens {
   T x[kEach], decay[kEach];
   bool keeps[kEach], decays[kEach];
 };
 
-// Piece `index` of sequence s: y is written where kWrites; `course` is moved past the piece.
+// Computes piece `index` of sequence s. With kWrites it writes y. `course` is moved past the piece.
 template <typename T, bool kForward, int kTeam, bool kWrites>
 __device__ __forceinline__ void scan_piece(const Scan& op, int64_t s, Bounds b, int64_t index, Course& course,
                                            Map* shared) {
@@ -234,8 +236,8 @@ __device__ __forceinline__ void scan_piece(const Scan& op, int64_t s, Bounds b, 
   T* out = static_cast<T*>(op.out) + piece.start;
   if (decay != nullptr) decay += piece.start;
   if (mask != nullptr) mask += piece.start;
-  const double rate = op.rates ? op.rates[s * op.rate_stride] : 0;  // no tokens: decay is null as well
-  const int lowest = index == 0 ? 0 : -1;  // nothing of the sequence stands before its first token
+  const double rate = op.rates ? op.rates[s * op.rate_stride] : 0;  // without tokens, decay is null too
+  const int lowest = index == 0 ? 0 : -1;  // the sequence has no token before its first one
   const auto fetch = [&](Place place) {
     ScanTokens<T> read;
 #pragma unroll
@@ -267,7 +269,7 @@ __device__ __forceinline__ void scan_piece(const Scan& op, int64_t s, Bounds b, 
 
 template <typename T, bool kForward, int kTeam>
 __device__ __forceinline__ void scan_sequence(const Scan& op, int64_t s, Bounds b, Map* shared) {
-  if (b.start == b.stop) return;  // with no token at all, decay is null too
+  if (b.start == b.stop) return;  // without tokens, decay is null too
   for_pieces<kForward, kTeam>(b, [&](int64_t index, Course& course) {
     scan_piece<T, kForward, kTeam, true>(op, s, b, index, course, shared);
   });
@@ -289,7 +291,7 @@ __global__ void __launch_bounds__(kThreads, 2) scan_kernel(Scan op, int each) {
       });
 }
 
-// A block a slot: the map of a piece that others come after.
+// A block for each slot: the map of a piece that is not the last one computed.
 template <typename T, bool kForward>
 __global__ void __launch_bounds__(kThreads, 3) scan_maps_kernel(Scan op, Link* links) {
   __shared__ Map shared[kWarps];
@@ -301,7 +303,7 @@ __global__ void __launch_bounds__(kThreads, 3) scan_maps_kernel(Scan op, Link* l
   if (threadIdx.x == 0) links[blockIdx.x].whole = course.whole;
 }
 
-// A warp a sequence: what enters each piece, through the maps of those before it.
+// A warp for each sequence: the y that enters each piece, from the maps of those before it.
 template <bool kForward>
 __global__ void __launch_bounds__(kThreads) enter_kernel(Segments segments, Link* links) {
   if (!all_valid(segments)) return;
@@ -324,7 +326,7 @@ __global__ void __launch_bounds__(kThreads) enter_kernel(Segments segments, Link
   }
 }
 
-// A block a slot: y of a piece. With invalid bounds somewhere blocks take whole sequences.
+// A block for each slot: the y of a piece. If any bounds are invalid, blocks take whole sequences.
 template <typename T, bool kForward>
 __global__ void __launch_bounds__(kThreads, 2) scan_pieces_kernel(Scan op, const Link* links) {
   __shared__ Map shared[kWarps];
@@ -379,7 +381,7 @@ struct GaeTokens {
   bool keeps[kEach];
 };
 
-// Piece `index` of sequence s, as scan_piece; `next` is moved past it too.
+// Computes piece `index` of sequence s, as scan_piece does; `next` is moved past it too.
 template <typename T, int kTeam, bool kWrites>
 __device__ __forceinline__ void gae_piece(const Advantages& op, int64_t s, Bounds b, int64_t index, Course& course,
                                           Ahead& next, Map* maps, Ahead* aheads) {
@@ -437,7 +439,7 @@ __device__ __forceinline__ void gae_piece(const Advantages& op, int64_t s, Bound
   });
 }
 
-// What comes after the last token of sequence s.
+// The state after the last token of sequence s.
 __device__ __forceinline__ Ahead bootstrap_of(const Advantages& op, int64_t s) {
   return {op.bootstrap ? op.bootstrap[s] : 0, 0};
 }
@@ -469,8 +471,8 @@ __global__ void __launch_bounds__(kThreads, 2) gae_kernel(Advantages op, int eac
       });
 }
 
-// One block: what comes after the tokens before `from`, of sequence s: the first token with mask there, found kPiece tokens
-// at a time.
+// One block: the state after the tokens before `from` of sequence s, from the first kept token at or after `from`, which is
+// searched kPiece tokens at a time.
 template <typename T>
 __device__ __forceinline__ Ahead ahead_from(const Advantages& op, int64_t s, Bounds b, int64_t from) {
   __shared__ int firsts[kWarps];
@@ -489,7 +491,7 @@ __device__ __forceinline__ Ahead ahead_from(const Advantages& op, int64_t s, Bou
     if (threadIdx.x % kLanes == 0) firsts[threadIdx.x / kLanes] = first;
     __syncthreads();
     for (int w = 0; w < kWarps; ++w) first = firsts[w] < first ? firsts[w] : first;
-    __syncthreads();  // before the next tokens are looked at
+    __syncthreads();  // before the next tokens are searched
     if (first == kPiece) continue;
     const int64_t i = start + first;
     return after(Ahead{0, i > from ? 1 : 0}, Ahead{values != nullptr ? static_cast<double>(values[i]) : 0, 2}, op.zero);
@@ -497,7 +499,7 @@ __device__ __forceinline__ Ahead ahead_from(const Advantages& op, int64_t s, Bou
   return after(Ahead{0, from < b.stop ? 1 : 0}, last, op.zero);
 }
 
-// As scan_maps_kernel, and what the pieces' last tokens take for the value of the next.
+// As scan_maps_kernel; also finds the next value that the last token of each piece needs.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2) gae_maps_kernel(Advantages op, Link* links) {
   __shared__ Map maps[kWarps];
@@ -508,7 +510,7 @@ __global__ void __launch_bounds__(kThreads, 2) gae_maps_kernel(Advantages op, Li
   const Bounds b = bounds(op.segments, at.segment);
   Ahead next = ahead_from<T>(op, at.segment, b, piece_of(b, at.index).stop);
   if (threadIdx.x == 0) links[blockIdx.x].value = next.value, links[blockIdx.x].state = next.state;
-  if (at.index == 0) return;  // nothing comes after it
+  if (at.index == 0) return;  // it is the last one computed
   Course course{0, true, {1, 0}};
   gae_piece<T, kWarps, false>(op, at.segment, b, at.index, course, next, maps, aheads);
   if (threadIdx.x == 0) links[blockIdx.x].whole = course.whole;
@@ -537,7 +539,8 @@ __global__ void __launch_bounds__(kThreads, 2) gae_pieces_kernel(Advantages op, 
   gae_piece<T, kWarps, true>(op, at.segment, b, at.index, course, next, maps, aheads);
 }
 
-// Block: the moments of kMomentTokens tokens, to parts[block]. Tokens count where the mask, or else `kept`, is not 0.
+// A block writes the moments of kMomentTokens tokens to parts[block]. A token counts if the mask (or, without a mask, `kept`)
+// is not 0.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4) moments_kernel(const T* x, const uint8_t* mask, const float* kept,
                                                            int64_t total, Moments* parts) {
@@ -556,14 +559,14 @@ __global__ void __launch_bounds__(kThreads, 4) moments_kernel(const T* x, const 
   add_block(n == 0 ? Moments{} : moments_about(one, n, d, dd), parts + blockIdx.x);
 }
 
-// One block: parts added up, each thread's in order, then the threads' in a tree.
+// One block adds up the parts: each thread its own in order, then the threads in a tree.
 __global__ void __launch_bounds__(kThreads) add_moments_kernel(const Moments* parts, int64_t count, Moments* out) {
   Moments sum{};
   for (int64_t i = threadIdx.x; i < count; i += kThreads) sum = sum + parts[i];
   add_block(sum, out);
 }
 
-// Whitened in place or elsewhere, and pivots by the signs; each where its output is given.
+// Whitens, in place or into another tensor, and sets pivots by the signs; each only if its output is given.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4) finish_kernel(Advantages op) {
   const T *advantages = static_cast<const T*>(op.advantages), *score = static_cast<const T*>(op.score);
@@ -583,7 +586,7 @@ __global__ void __launch_bounds__(kThreads, 4) finish_kernel(Advantages op) {
     }
     if (score == nullptr) continue;
     const float q = static_cast<float>(score[i]);  // compared in float32, as everywhere
-    const bool up = advantage >= 0 && q > baseline, down = advantage < 0 && q < baseline;  // NaN is on neither side
+    const bool up = advantage >= 0 && q > baseline, down = advantage < 0 && q < baseline;  // both false for NaN
     weight[i] = valid && (up || down) ? 1.0f : 0.0f;
   }
 }

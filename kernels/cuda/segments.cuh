@@ -1,10 +1,10 @@
 // Segment sums, means and last tokens on a GPU, and their transposes. csrc/launch.h fixes the order of a sum.
 //
-// A block takes `each` consecutive segments: first each of its warps takes those of one chunk for itself, then all
-// warps take the longer ones together, a chunk each. Where few segments are long, warps all over the GPU tally their chunks
-// first, a block adds those of a segment in order, and blocks write a piece each. The additions are those of launch.h
-// either way, so the result does not depend on the launch. A lane reads several tokens before the mask decides on the
-// first. No atomics, nothing shared between blocks of a kernel.
+// A block takes `each` consecutive segments. First each warp takes segments of one chunk alone. Then all warps take the
+// longer ones together, a chunk each. If there are only a few long segments, their chunks are summed first by warps all
+// over the GPU, a block adds up the chunks of a segment in order, and blocks write a piece each. The order of additions is
+// that of launch.h in all cases, so the result does not depend on the launch. A lane loads several tokens before it uses the
+// mask of the first. There are no atomics, and blocks of one kernel share nothing.
 #pragma once
 #include <cstdint>
 
@@ -18,11 +18,11 @@ constexpr int kThreads = kWarps * kLanes;
 constexpr unsigned kAllLanes = 0xffffffffu;
 static_assert(kLanes == 32, "a lane of the sum is a lane of a warp");
 constexpr int kAhead = 8;          // tokens that a lane reads before it adds the first of them
-constexpr int64_t kSpread = 4096;  // tokens that a block writes of a long segment
+constexpr int64_t kSpread = 4096;  // tokens of a long segment that one block writes
 
-// Bounds of segment s. Where they are invalid (cu_seqlens does not start at 0, decreases, does not end at total) valid
-// is false and [start, stop) is the part of the batch that the segment has to fill with NaN, never outside the batch.
-// Parts may then overlap, and which segment writes such a token last is left open.
+// The bounds of segment s. valid is false if cu_seqlens does not start at 0, decreases, or does not end at total. [start, stop)
+// is then the part of the batch that the segment fills with NaN; it is never outside the batch. Such parts may overlap, and
+// any of the segments may write last.
 struct Bounds {
   int64_t start, stop;
   bool valid;
@@ -45,7 +45,7 @@ __device__ __forceinline__ Bounds bounds(const Segments& segments, int64_t s) {
 
 // A piece of a segment, counted from its start, at one of the slots of launch.h.
 struct Piece {
-  int64_t segment, index, count;  // index >= count: the slot is nobody's
+  int64_t segment, index, count;  // index >= count: the slot is unused
 };
 
 __device__ __forceinline__ int64_t first_slot(const Segments& segments, int64_t s, int64_t size) {
@@ -64,7 +64,7 @@ __device__ __forceinline__ Piece piece_at(const Segments& segments, int64_t slot
   return {low, slot - first_slot(segments, low, size), (tokens + size - 1) / size};
 }
 
-// One block: whether all bounds are valid. Where they are not, slots say nothing.
+// One block: whether all bounds are valid. If they are not, slots must not be used.
 __device__ __forceinline__ bool all_valid(const Segments& segments) {
   if (segments.cu_seqlens == nullptr) return true;
   bool valid = true;
@@ -72,7 +72,7 @@ __device__ __forceinline__ bool all_valid(const Segments& segments) {
   return __syncthreads_and(valid) != 0;
 }
 
-// One block: add(parts[0]), add(parts[1]), ..., by all threads.
+// One block: all threads call add(parts[0]), add(parts[1]), ...
 template <typename Part, typename Add>
 __device__ __forceinline__ void add_in_order(const Part* parts, int64_t count, Add add) {
   __shared__ Part shared[kThreads];
@@ -88,7 +88,7 @@ __device__ __forceinline__ void add_in_order(const Part* parts, int64_t count, A
 
 // ---- sums ----------------------------------------------------------------------------------------------------------
 
-// One warp: all lanes return the tally of the first chunk of [start, stop). x may be null where no sum is wanted.
+// One warp. All lanes return the tally of the first chunk of [start, stop). x may be null if no sum is needed.
 template <typename T>
 __device__ __forceinline__ Tally chunk_tally(const Segments& segments, const T* x, int64_t start, int64_t stop) {
   double sum = 0;
@@ -131,12 +131,12 @@ __device__ __forceinline__ void append(Tally& tally, const Tally& chunk) {
   if (chunk.last >= 0) tally.last = chunk.last;
 }
 
-// The tally of tokens that are all kept, without the sum: nothing has to be read.
+// The tally of tokens that are all kept, without the sum: no load is needed.
 __device__ __forceinline__ Tally all_kept(Bounds b) {
   return {0, b.stop - b.start, b.stop > b.start ? b.stop - 1 : -1};
 }
 
-// One block: all threads return the tally of a segment.
+// One block. All threads return the tally of a segment.
 template <typename T>
 __device__ __forceinline__ Tally block_tally(const Segments& segments, const T* x, int64_t start, int64_t stop) {
   __shared__ Tally chunks[kWarps];
@@ -147,14 +147,14 @@ __device__ __forceinline__ Tally block_tally(const Segments& segments, const T* 
     const Tally chunk = mine < stop ? chunk_tally(segments, x, mine, stop) : Tally{0, 0, -1};
     if (threadIdx.x % kLanes == 0) chunks[warp] = chunk;
     __syncthreads();
-#pragma unroll 1  // the eight at once would take 48 registers
+#pragma unroll 1  // unrolled, it would take 48 registers
     for (int w = 0; w < kWarps; ++w) append(tally, chunks[w]);
     __syncthreads();  // before the next round writes chunks
   }
   return tally;
 }
 
-// parts of segments of several chunks, a warp a slot.
+// Fills parts of segments with several chunks; a warp for each slot.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4) segment_parts_kernel(Segments segments, const T* x, Tally* parts) {
   if (!all_valid(segments)) return;
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, 4) segment_parts_kernel(Segments seg
   if (threadIdx.x % kLanes == 0) parts[slot] = part;
 }
 
-// One block: all threads return the tally of segment s, of its parts where they were made and it has several chunks.
+// One block. All threads return the tally of segment s, from its parts if there are parts and it has several chunks.
 template <typename T>
 __device__ __forceinline__ Tally block_tally(const Segments& segments, const T* x, const Tally* parts, int64_t s,
                                              Bounds b) {
@@ -177,7 +177,7 @@ __device__ __forceinline__ Tally block_tally(const Segments& segments, const T* 
   return tally;
 }
 
-// For the segments of this block: by_warp(s, bounds) where one chunk holds all tokens, else by_block(s, bounds).
+// Calls by_warp(s, bounds) for the segments of this block with one chunk, and by_block(s, bounds) for the others.
 template <typename ByWarp, typename ByBlock>
 __device__ __forceinline__ void for_segments(const Segments& segments, int each, ByWarp by_warp, ByBlock by_block) {
   const int64_t first = static_cast<int64_t>(blockIdx.x) * each;
@@ -202,7 +202,7 @@ __device__ __forceinline__ void finish_reduce(const SegmentReduce& op, int64_t s
   else *out = tally.last >= 0 ? load(static_cast<const T*>(op.x)[tally.last]) : A(0);
 }
 
-// out[s] = sum, mean or last of x over the kept tokens of segment s; 0 where there is none.
+// out[s] = sum, mean or last of x over the kept tokens of segment s; 0 if there are none.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4) segment_reduce_kernel(SegmentReduce op, int each) {
   const T* x = op.over == Over::last ? nullptr : static_cast<const T*>(op.x);
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, 4) segment_reduce_kernel(SegmentRedu
       });
 }
 
-// Thread `thread` of `threads` writes its tokens of [b.start, b.stop), which are segment s or a piece of it.
+// Thread `thread` of `threads` writes its share of the tokens [b.start, b.stop), which are segment s or a piece of it.
 template <typename T>
 __device__ __forceinline__ void fill(const SegmentSpread& op, int64_t s, Bounds b, const Tally& tally, int thread,
                                      int threads) {
@@ -244,7 +244,7 @@ __device__ __forceinline__ void fill(const SegmentSpread& op, int64_t s, Bounds 
   }
 }
 
-// out[i] = v[s], v[s] / (tokens kept in s), or v[s] at the last kept token of s alone; 0 at masked tokens.
+// out[i] = v[s], or v[s] / (kept tokens of s), or v[s] only at the last kept token of s; 0 at masked tokens.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4) segment_spread_kernel(SegmentSpread op, int each) {
   const T* none = nullptr;
@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(kThreads, 4) segment_spread_kernel(SegmentSpre
       });
 }
 
-// The same, a block a slot: tokens of a piece. With invalid bounds somewhere blocks take whole segments.
+// The same with a block for each slot, for the tokens of a piece. If any bounds are invalid, blocks take whole segments.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4) segment_pieces_kernel(SegmentSpread op) {
   const T* none = nullptr;

@@ -1,16 +1,17 @@
 // Losses of whole sequences on a GPU: tokens to scores to losses with their slopes, and back to tokens.
 //
-// A block takes `each` consecutive items, one or two sequences an item. First each of its warps takes sequences of one
-// chunk for itself, then all warps take the longer ones together, then a thread an item makes losses of the scores. The
-// additions are those of launch.h either way. Where few sequences are long, warps all over the GPU sum their chunks first, and
-// blocks spread a piece each. A lane reads several tokens before the mask decides on the first. No atomics.
+// A block takes `each` consecutive items; an item has one or two sequences. First each warp sums sequences of one chunk
+// alone. Then all warps of the block sum the longer ones together. Then one thread for each item computes the loss from the
+// scores. The order of additions is that of launch.h in both cases. If there are only a few long sequences, their chunks
+// are summed before by warps all over the GPU, and gradients are written by blocks that take a piece each. A lane loads
+// several tokens before it uses the mask of the first. There are no atomics.
 #pragma once
 #include "formulas.cuh"
 #include "segments.cuh"
 
 namespace finealign {
 
-// One warp: all lanes return the sums of the first chunk of [start, stop).
+// One warp. All lanes return the sums over the first chunk of [start, stop).
 template <typename T>
 __device__ __forceinline__ Stretch chunk_part(const SequenceLossForward& op, int64_t start, int64_t stop) {
   using A = typename Wide<T>::type;
@@ -59,7 +60,7 @@ __device__ __forceinline__ void append(Stretch& total, const Stretch& part) {
   total.score += part.score, total.weight += part.weight;
 }
 
-// One block: all threads return the sums of a sequence.
+// One block. All threads return the sums of a sequence.
 template <typename T>
 __device__ __forceinline__ Stretch block_part(const SequenceLossForward& op, int64_t start, int64_t stop) {
   __shared__ Stretch parts[kWarps];
@@ -77,7 +78,7 @@ __device__ __forceinline__ Stretch block_part(const SequenceLossForward& op, int
   return total;
 }
 
-// parts of sequences of several chunks, a warp a slot.
+// Fills parts of sequences with several chunks; a warp for each slot.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2) sequence_parts_kernel(SequenceLossForward op) {
   const Segments& segments = op.tokens.segments;
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, 2) sequence_parts_kernel(SequenceLos
   if (threadIdx.x % kLanes == 0) op.parts[slot] = part;
 }
 
-// The score of a sequence, not rounded, from its sums; the rounded results are written.
+// Returns the score of a sequence, not rounded, from its sums; writes the rounded results.
 template <typename T>
 __device__ __forceinline__ double finish_score(const SequenceLossForward& op, int64_t s, bool valid, Stretch total) {
   using A = typename Wide<T>::type;
@@ -113,7 +114,7 @@ __device__ __forceinline__ void finish_item(const SequenceLossForward& op, int64
   const double hyper = op.hypers != nullptr ? op.hypers[i] : op.hyper;
   const Margins m = margins_of(op.form, paired, op.beta, shift, sign, chosen, rejected);
   Item phi{}, first{};
-#pragma unroll 1  // the functions of the margin stand in the code once
+#pragma unroll 1  // so that the functions of the margin are compiled once
   for (int k = op.form == Form::margin ? 1 : 0; k < 2; ++k) {
     first = phi;
     phi = margin_loss(k == 0 ? op.first : op.phi, k == 0 ? m.first : m.phi, hyper);
@@ -124,7 +125,7 @@ __device__ __forceinline__ void finish_item(const SequenceLossForward& op, int64
   if (paired) static_cast<A*>(op.slope)[rejected_of(op.pairs, i, op.items())] = static_cast<A>(out.rejected);
 }
 
-// losses, score, slope and denominator; each is at most kWarps.
+// Computes losses, score, slope and denominator; `each` is at most kWarps.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2) sequence_loss_forward_kernel(SequenceLossForward op, int each) {
   __shared__ double score[2 * kWarps];  // of chosen and rejected sequences
@@ -163,7 +164,7 @@ __device__ __forceinline__ void spread(const SequenceLossBackward& op, int64_t s
   const int64_t items = op.pairs == Pairs::none ? op.tokens.segments.count : op.tokens.segments.count / 2;
   const double upstream = static_cast<const A*>(op.upstream)[item_of(op.pairs, s, items) * op.upstream_stride];
   const double under = op.denominator != nullptr ? static_cast<const A*>(op.denominator)[s] : A(1);
-  // an item that is not counted has upstream 0, whatever its slope
+  // an item that is not counted has upstream 0 and gives 0, even if its slope is NaN
   const A value = static_cast<A>(upstream == 0 ? 0 : upstream * static_cast<const A*>(op.slope)[s] / under);
   const A* weight = static_cast<const A*>(op.tokens.weight);
 #pragma unroll 1
@@ -185,7 +186,7 @@ __device__ __forceinline__ void spread(const SequenceLossBackward& op, int64_t s
   }
 }
 
-// dlogp[i] = upstream · slope · weight / denominator of the token's sequence; 0 at tokens left out.
+// dlogp[i] = upstream · slope · weight / denominator of the token's sequence; 0 at masked tokens.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4) sequence_loss_backward_kernel(SequenceLossBackward op, int each) {
   for_segments(
@@ -193,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, 4) sequence_loss_backward_kernel(Seq
       [&](int64_t s, Bounds b) { spread<T>(op, s, b, threadIdx.x, kThreads); });
 }
 
-// The same, a block a slot: tokens of a piece. With invalid bounds somewhere blocks take whole sequences.
+// The same with a block for each slot, for the tokens of a piece. If any bounds are invalid, blocks take whole sequences.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4) sequence_spread_kernel(SequenceLossBackward op) {
   const Segments& segments = op.tokens.segments;

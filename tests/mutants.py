@@ -490,6 +490,7 @@ MUTANTS = [
     Mutant("weights of NaN taken", "feedback/records.py", "_is_number(value) and abs(value) <= LARGEST", "isinstance(value, (int, float)) and not abs(value) > LARGEST", FEEDBACK),
     Mutant("columns of chosen and rejected taken for tokens without a word", "losses/pairs.py", "    if bare and parts[0].shape[1:] == (2,)", "    if bare and parts[0].shape[1:] == (-2,)", SILENT),
     Mutant("margins of the command unscaled", "strength.py", "margin = options.scale * strength.mean", "margin = strength.mean", STRENGTH),
+    Mutant("a norm that overflowed is infinite", "formulas/contrast.py", "torch.where(length == torch.inf, torch.nan, length)", "length", CONTRASTIVE),
     Mutant("an own key among the negatives", "ops/contrast.py", ".scatter_(1, own, -torch.inf)", "", CONTRASTIVE),
     Mutant("mirrored keys pull", "ops/contrast.py", "similar.sub_(minus)", "similar.add_(minus)", CONTRASTIVE),
     Mutant("a push along the key", "ops/contrast.py", "push.addcmul_((push * part).sum(1, keepdim=True), part, value=-1)", "push", CONTRASTIVE),

@@ -1,6 +1,8 @@
 """Contrastive terms between two views of the same rows: InfoNCE and SwAV, as plain torch operations.
 
-The norm of a row is at least FLOOR. A row of zeros therefore has cosine 0 with every other row, and no gradient.
+The norm of a row is at least FLOOR. A row of zeros therefore has cosine 0 with every other row, and no gradient. If the
+squares of a row overflow (values beyond 1e19 in float32, 1e154 in float64), its norm and its loss are NaN. Divided by
+an infinite norm, it would become a row of zeros.
 """
 
 from collections.abc import Callable
@@ -11,12 +13,17 @@ from torch import Tensor
 FLOOR = 1e-8
 
 
+def norm(x: Tensor) -> Tensor:
+    """|x| of each row, (N, D) to (N, 1); NaN where it is infinite."""
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return torch.where(length == torch.inf, torch.nan, length)
+
+
 def unit(x: Tensor) -> Tensor:
     """x / |x|, (N, D). A row whose norm is below FLOOR becomes x / FLOOR and has no gradient."""
-    length = torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True)
-    live = length >= FLOOR
-    safe = torch.where(live, x, 1)
-    return torch.where(live, safe / torch.linalg.vector_norm(safe, dim=1, keepdim=True), x.detach() / FLOOR)
+    short = norm(x.detach()) < FLOOR
+    safe = torch.where(short, 1, x)
+    return torch.where(short, x.detach() / FLOOR, safe / norm(safe))
 
 
 def info_nce(first: Tensor, second: Tensor, *, temperature: float) -> Tensor:

@@ -10,7 +10,7 @@ second one makes them anew.
 import torch
 from torch import Tensor
 
-from ..formulas.contrast import FLOOR
+from ..formulas.contrast import FLOOR, norm
 from ._once import once, refuse_transforms
 
 BLOCK = 2**22  # similarities at a time: 16 MiB in float32
@@ -121,5 +121,5 @@ def _softmax(similar: Tensor, own: Tensor, mirrored: bool) -> tuple[Tensor, Tens
 
 def _lengths(x: Tensor) -> tuple[Tensor, Tensor]:
     """1 / length of each row (N,), floored, and 1 where the row is no zero row."""
-    length = torch.linalg.vector_norm(x, dim=1)
+    length = norm(x)[:, 0]
     return 1 / length.clamp(min=FLOOR), (length >= FLOOR).to(x.dtype)

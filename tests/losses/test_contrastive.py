@@ -192,6 +192,19 @@ def test_infinite_logits_are_not_hidden():
     assert fk.contrastive_loss("simcse", S, dirty).loss.isnan()
 
 
+@pytest.mark.parametrize(("dtype", "large"), [(torch.float32, 1e20), (torch.float64, 1e160)])
+@pytest.mark.parametrize(("name", "options"), [("simcse", {}), ("swav", SWAV)])
+def test_a_norm_that_overflows_is_not_hidden(name, options, dtype, large):
+    """Finite rows whose squares overflow: divided by an infinite norm they would be zero rows, with a usual loss."""
+    first, second = S.to(dtype), T.to(dtype)
+    options = options | {key: x.to(dtype) for key, x in options.items() if key == "prototypes"}
+    huge = first.clone()
+    huge[1] *= large
+    assert fk.contrastive_loss(name, first, second, **options).loss.isfinite()
+    out, ds, _ = graded(name, huge, second, **options)
+    assert out.loss.isnan() and ds[1].isnan().any()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory():
     """No (N, N) matrix: at most an eighth of what the plain loss takes, small version of the bench."""

@@ -139,10 +139,12 @@ step install 90 "${how[@]}" || {
   fi
 }
 # the checkout itself has no kernels: outside of it, so that what was installed is found
-if (cd / && timeout 60 python3 -c 'from finealign_kernels import _C') >"$STATE/native.log" 2>&1; then
+runs='import sys, torch; from finealign_kernels import _C; from finealign_kernels.ops import _native
+sys.exit(_native.missing(torch.device(sys.argv[1])))'
+if (cd / && timeout 60 python3 -c "$runs" "$DEVICE") >"$STATE/native.log" 2>&1; then
   export FINEALIGN_REQUIRE_NATIVE=1
 else
-  echo "== the extension cannot be imported, on without it: $(tail -n 1 "$STATE/native.log")"
+  echo "== the extension does not load or has no code for this GPU, on without it: $(tail -n 1 "$STATE/native.log")"
   export FINEALIGN_DISABLE_NATIVE=1
 fi
 

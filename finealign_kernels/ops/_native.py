@@ -67,7 +67,12 @@ def available() -> bool:
 
 def cuda(device: torch.device | None = None) -> str | None:
     """None where the extension's CUDA ops can run under this torch, and on this GPU, else the reason why not."""
-    return _without_cuda or (_unserved(device.index) if device is not None else None)
+    if _without_cuda or device is None:
+        return _without_cuda
+    unserved = _unserved(device.index)
+    if unserved and os.environ.get("FINEALIGN_REQUIRE_NATIVE"):
+        raise RuntimeError(f"FINEALIGN_REQUIRE_NATIVE is set, but {unserved}")
+    return unserved
 
 
 # torch.compiler.assume_constant_result, which would import the compiler with this package: a trace asks here

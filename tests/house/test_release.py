@@ -170,8 +170,12 @@ def test_ops_leave_a_gpu_alone_that_the_extension_holds_no_code_for(monkeypatch)
     monkeypatch.setattr(_native, "architectures", lambda: ["80", "90a"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.delenv("FINEALIGN_REQUIRE_NATIVE", raising=False)
     why = "the extension is compiled for 80, 90a, which sm_75 does not run"
     assert [asked() for asked in ASKED.values()] == [why, why, False, "reference"]
+    with monkeypatch.context() as strict, pytest.raises(RuntimeError, match=f"REQUIRE_NATIVE is set, but {why}"):
+        strict.setenv("FINEALIGN_REQUIRE_NATIVE", "1")
+        segments._backend("auto", DEVICE)
     properties.major, properties.minor = 9, 0
     assert [asked() for asked in ASKED.values()] == [None, None, True, "native"]
 
@@ -179,6 +183,7 @@ def test_ops_leave_a_gpu_alone_that_the_extension_holds_no_code_for(monkeypatch)
 @pytest.mark.parametrize("name", ASKED)
 def test_a_traced_graph_can_ask_for_a_gpu(name, monkeypatch):
     monkeypatch.setattr(_native, "_without_cuda", None)
+    monkeypatch.delenv("FINEALIGN_REQUIRE_NATIVE", raising=False)
     answers = []
     for why in ("no code", None):
         monkeypatch.setattr(_native, "_unserved", lambda index, why=why: why)

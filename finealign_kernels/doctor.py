@@ -1,7 +1,7 @@
-"""`finealign doctor`: what this machine has, which backends run on it, and whether they are right.
+"""`finealign doctor`: what this machine has, which backends run on it, and whether their results are right.
 
-Every usable backend computes small cases, which are compared with float64. A relative error (norm of the difference
-over the norm of the truth) above its bound, or an exception, is a failed check.
+Every usable backend computes small cases, which are compared with float64. A check fails if the relative error (norm of
+the difference divided by the norm of the truth) is above its bound, or if there is an exception.
 """
 
 import json as jsonlib
@@ -24,7 +24,7 @@ BOUNDS = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-5, 1e-2)}
 
 
 class Check(NamedTuple):
-    """One number that was held against float64."""
+    """One number that was compared with float64."""
 
     op: str
     backend: str
@@ -33,7 +33,7 @@ class Check(NamedTuple):
     quantity: str
     error: float
     bound: float
-    note: str = ""  # the exception, where one was raised
+    note: str = ""  # the exception, if one was raised
 
     @property
     def passed(self):
@@ -263,10 +263,11 @@ def _lines(checks):
     groups = {}
     for check in checks:
         groups.setdefault(check[:4], []).append(check)
+    width = max((len(where[0]) for where in groups), default=0)
     for where, group in groups.items():
         mark = "ok   " if all(check.passed for check in group) else "WRONG"
         numbers = "  ".join(check.note or f"{check.quantity} {check.error:.1e}" for check in group)
-        yield f"  {mark} {where[0]:<15} {where[1]:<12} {where[2]:<4} {where[3]:<8}  {numbers}"
+        yield f"  {mark} {where[0]:<{width}} {where[1]:<12} {where[2]:<4} {where[3]:<8}  {numbers}"
 
 
 def _verdict(checks):

@@ -268,13 +268,13 @@ def draw(name: str, strength: Strength, models: int, options: Options) -> None:
         [
             report.headline(
                 "Preference strength",
-                "A pair of strength below 0 is one whose label the models think wrong; near 0 they see no difference.",
+                "If the strength is below 0, the models contradict the label; near 0 they see no difference.",
                 facts,
             ),
             report.distributions(
                 "Strength of the pairs",
                 [report.Histogram("pairs by mean difference", mean, "mean difference"), points],
-                note="Mean and standard deviation over the models of the chosen score less the rejected one." + shown,
+                note="Mean and standard deviation, over the models, of the chosen minus the rejected score." + shown,
             ),
         ],
     )

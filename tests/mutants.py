@@ -179,6 +179,7 @@ MUTANTS = [
     # the demo
     Mutant("the comparison trains with the weights, too", "demo/effect.py", "[_unweighted(batch) for batch in batches]", "batches", "tests/demo/test_cli.py"),
     Mutant("blue for less", "report/style.py", "--less: 214 74 60; --more: 47 118 200;", "--less: 47 118 200; --more: 214 74 60;", "tests/demo/test_report.py"),
+    Mutant("parts of a pair are counted", "report/charts.py", "_ticks([0, *counts], whole=True)", "_ticks([0, *counts])", "tests/demo/test_report.py"),
     Mutant("a turned label is not remembered", "demo/reward_data.py", "planted=not pair.planted", "planted=pair.planted", "tests/demo/test_demo_reward.py"),
     Mutant("numbers of a pair stay in the order of the file", "demo/reward.py", "{name: x[index] for", "{name: x[: len(index)] for", "tests/demo/test_demo_reward.py"),
     Mutant("the best segment counts as the marked one", "demo/reward_summary.py", ".argmin())", ".argmax())", "tests/demo/test_demo_reward.py"),

@@ -8,6 +8,7 @@ from .markup import join, number, section, tag
 
 _WIDTH, _HEIGHT = 480, 236
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 10, 26
+FEW_POINTS = 200  # up to so many points of a scatter are drawn larger
 _COLOURS = 4
 
 
@@ -76,7 +77,7 @@ def _histogram(chart):
     counts = [0] * chart.bins
     for value in chart.values:
         counts[min(int((value - low) / (high - low) * chart.bins), chart.bins - 1)] += 1
-    levels = _ticks([0, *counts])
+    levels = _ticks([0, *counts], whole=True)
     x, y = _scale(low, high, _LEFT, _WIDTH - _RIGHT), _scale(levels[0], levels[-1], _HEIGHT - _BOTTOM, _TOP)
     width = (_WIDTH - _RIGHT - _LEFT) / chart.bins
     boxes = []
@@ -93,11 +94,14 @@ def _scatter(chart):
     ticks, levels = _ticks(chart.x), _ticks(chart.y)
     x = _scale(ticks[0], ticks[-1], _LEFT, _WIDTH - _RIGHT)
     y = _scale(levels[0], levels[-1], _HEIGHT - _BOTTOM, _TOP)
+    radius = 4 if len(chart.x) <= FEW_POINTS else 2
     points = [
-        tag("circle", cx=f"{x(one):.1f}", cy=f"{y(other):.1f}", r=2, class_="point")
+        tag("circle", cx=f"{x(one):.1f}", cy=f"{y(other):.1f}", r=radius, class_="point")
         for one, other in zip(chart.x, chart.y, strict=True)
     ]
-    names = tag("span", tag("span", f"across: {chart.across}"), tag("span", f"up: {chart.up}"), class_="names")
+    names = tag(
+        "span", tag("span", f"horizontal: {chart.across}"), tag("span", f"vertical: {chart.up}"), class_="names"
+    )
     return _axes_figure(chart.title, names, ticks, levels, x, y, tag("g", *points, class_="c0"))
 
 
@@ -196,8 +200,8 @@ def _linear_axis(chart):
     return _ticks(_values(chart))
 
 
-def _ticks(values):
-    """Three to six round ticks that enclose every value."""
+def _ticks(values, whole=False):
+    """Three to six round ticks that enclose every value; whole numbers for counts, then two ticks or more."""
     values = values or [0.0, 1.0]
     low, high = min(values), max(values)
     if low == high == 0:  # a share or a count that stayed 0: its axis does not go below
@@ -207,6 +211,7 @@ def _ticks(values):
     rough = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * k for k in (1, 2, 2.5, 5, 10) if power * k >= rough * (1 - 1e-9))
+    step = math.ceil(step) if whole else step
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [step * k for k in range(first, last + 1)]
 

@@ -226,3 +226,11 @@ def test_tag_escapes_all_but_html():
 @pytest.mark.parametrize("value, text", [(0.0136, "+0.014"), (-2.5, "-2.500"), (-0.0004, "+0.000"), (0.0, "+0.000")])
 def test_a_score_that_rounds_to_0_has_no_minus(value, text):
     assert report.signed(value) == text
+
+
+def test_counts_have_whole_ticks():
+    values = [0.1 * i for i in range(11)]
+    for drawn in (values[:2], values, values * 3):
+        page = str(report.distributions("title", [report.Histogram("pairs", drawn, "strength", bins=2)]))
+        levels = re.findall(r'text-anchor="end">([^<]+)<', page)
+        assert len(levels) >= 2 and all(level == str(int(level)) for level in levels), levels

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from finealign_kernels import doctor
 from finealign_kernels.formulas import margin, surrogate
 from finealign_kernels.ops import _native, advantages, policy_loss, segments, sequence_loss
 
@@ -175,6 +176,8 @@ def test_ops_leave_a_gpu_alone_that_the_extension_holds_no_code_for(monkeypatch)
     assert [asked() for asked in ASKED.values()] == [why, why, False, "reference"]
     with monkeypatch.context() as strict, pytest.raises(RuntimeError, match=f"REQUIRE_NATIVE is set, but {why}"):
         strict.setenv("FINEALIGN_REQUIRE_NATIVE", "1")
+        strict.setattr(torch.cuda, "current_device", lambda: 0)
+        assert doctor._segment_backends("cuda") == ["reference", "native"]  # of which the check fails
         segments._backend("auto", DEVICE)
     properties.major, properties.minor = 9, 0
     assert [asked() for asked in ASKED.values()] == [None, None, True, "native"]

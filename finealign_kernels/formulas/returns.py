@@ -20,8 +20,8 @@ from .segments import segment_ids, segment_sum
 
 EPSILON = 1e-8  # of a variance
 ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
-CONSTANT = 2.0**-46  # v <= CONSTANT Σx²/n: the values are one value, as far as float32 can tell
-SAME = 2.0**-104  # as far as float64 can tell
+CONSTANT = 2.0**-46  # if v <= CONSTANT Σx²/n, all values are equal within the precision of float32
+SAME = 2.0**-104  # the same within the precision of float64
 
 
 def reverse_scan(x: Tensor, decay: Tensor, cu_seqlens: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -118,9 +118,10 @@ def actions(segment: Tensor, cu_seqlens: Tensor, mask: Tensor | None) -> tuple[T
 
 
 def moments(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(5,) float64: n, Σ x, Σ x², μ and Σ (x - μ)² over the valid tokens; the first three of parts of a batch add up.
+    """(5,) float64: n, Σ x, Σ x², μ and Σ (x - μ)² over the valid tokens.
 
-    In two passes: Σ (x - μ)² = Σ d² - (Σ d)²/n with d = x - fl(μ), which loses no digits to a mean far from 0.
+    Σ (x - μ)² is computed in a second pass, as Σ d² - (Σ d)²/n with d = x - (the rounded μ). This keeps its digits if
+    the mean is far from 0. The first three numbers of parts of a batch can be added up.
     """
     kept = _kept(x, mask, 0)
     n = kept.new_full((), x.shape[0]) if mask is None else mask.sum().to(kept.dtype)
@@ -133,10 +134,10 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def moments_by_sums(triple: Tensor) -> Tensor:
-    """(5,) as of `moments`, from n, Σx and Σx² alone, as a sum over ranks gives them.
+    """The result of `moments` (5,) from n, Σx and Σx² only, which is what a sum over ranks gives.
 
-    Σ (x - μ)² = Σx² - (Σx)²/n, 0 where that is <= 2^-46 Σx²: there the difference has no digits to speak of. Its
-    relative error is about 2^-52 (1 + μ²/v).
+    Σ (x - μ)² = Σx² - (Σx)²/n, with a relative error of about 2^-52 (1 + μ²/v). If it is <= 2^-46 Σx², almost all of
+    its digits are lost, and it is set to 0.
     """
     n = triple[0].clamp(min=1)
     mean, square = triple[1] / n, triple[2] / n
@@ -146,20 +147,20 @@ def moments_by_sums(triple: Tensor) -> Tensor:
 
 
 def standard(found: Tensor, mode: str, unbiased: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean and scale of whitening, from `moments` of values of a dtype. The scale is 0 where nothing is to scale by.
+    """Mean and scale of whitening, from the `moments` of values of a dtype. The scale is 0 if all values are the same.
 
         v = Σ (x - μ)² / n, times n / (n - 1) if unbiased
         scale = (v + 1e-8)^-½  "std",   max(v, 1e-8)^-½  "clamp",   (√v + 1e-8)^-½  "compat"
 
-    0 where n < 2 or v <= 2^-46 Σx²/n (2^-104 for float64): v <= (2^-23 max|x|)² (2^-52) with the root mean square for
-    the maximum, which a sum over ranks does not give; where v is that small the two differ by less than a factor of 2.
-    NaN where n >= 2 and Σx² overflows.
+    The scale is 0 if n < 2 or v <= 2^-46 Σx²/n (2^-104 for float64): a deviation of less than 2^-23 (2^-52) of the
+    values is rounding. The values are measured by their root mean square, not by their maximum, which a sum over ranks
+    does not give. The scale is NaN if n >= 2 and Σx² overflows.
     """
     n = found[0].clamp(min=1)
     square, v = found[2] / n, found[4] / n
     same = SAME if dtype == torch.float64 else CONSTANT
     nothing = (found[0] < 2) | ((v <= same * square) & square.isfinite())
-    v = torch.where(square == torch.inf, torch.nan, v)  # of sums that overflow nothing is known
+    v = torch.where(square == torch.inf, torch.nan, v)  # the sum has overflowed
     if unbiased:
         v = v * (n / (n - 1).clamp(min=1))
     spread = {"std": lambda: v + EPSILON, "clamp": lambda: v.clamp(min=EPSILON), "compat": lambda: v.sqrt() + EPSILON}

@@ -1,4 +1,4 @@
-"""`finealign strength`: from the scores of several reward models to strengths, labels and margins of pairs.
+"""`finealign strength`: computes strengths, labels and margins of pairs from the scores of several reward models.
 
 Rows are pairs. The numbers of a row are one a model: a list in one file, or a file for each model, or both. Files are
 read side by side and twice: first for the strengths, which are kept (a few numbers a pair), then to write the rows.
@@ -18,15 +18,15 @@ from . import report
 from .losses.strength import Strength, preference_strength
 from .ops._check import LARGEST
 
-ROWS = 4096  # read at a time
-POINTS = 3000  # drawn in the scatter
+ROWS = 4096  # rows that are read at a time
+POINTS = 3000  # largest number of points in the scatter plot
 FIELDS = (("difference", "differences"), ("chosen_score", "chosen_scores"), ("rejected_score", "rejected_scores"))
 TABLES = (".parquet", ".arrow")
 COLUMNS = ("strength", "strength_std", "vote", "soft_label", "margin", "flip", "weight")
 
 
 class UsageError(Exception):
-    """What the caller can put right."""
+    """A wrong option or file; the message says what to change."""
 
 
 class Options(NamedTuple):
@@ -43,7 +43,7 @@ class Options(NamedTuple):
 
 
 def run(options: Options, *, say=print) -> Strength:
-    """Reads, writes, draws; returns the strengths."""
+    """Reads the files, writes columns and report, and returns the strengths."""
     for name, value in (("--flip", options.flip), ("--drop", options.drop)):
         if value is not None and not 0 <= value <= 100:
             raise UsageError(f"{name} must be a percentage in [0, 100], got {value:g}")
@@ -68,7 +68,7 @@ def run(options: Options, *, say=print) -> Strength:
 
 
 def _check_written(options: Options) -> None:
-    """Now, not after the reading: what is written lies in a folder that exists, and is no other file of the call."""
+    """Refuses an output whose folder does not exist, or that is another file of the call, before anything is read."""
     taken = {Path(name).resolve(): "the ones read" for name in options.files}
     for flag, name in (("--out", options.out), ("--report", options.report)):
         if not name:
@@ -127,7 +127,7 @@ def _side_by_side(readers, names) -> Iterator[list[dict]]:
 
 
 def differences(row: dict, options: Options, place: str) -> list[float]:
-    """Reward differences of one pair in one file, one a model."""
+    """The score differences of one pair in one file, one for each model."""
     d, chosen, rejected = (
         _numbers(row, (name,) if name else known, place)
         for name, known in zip((options.difference, options.chosen, options.rejected), FIELDS, strict=True)
@@ -211,7 +211,7 @@ def columns_of(strength: Strength, options: Options) -> dict[str, list]:
 
 
 def write(name: str, source: Iterator[dict], columns: dict[str, list]) -> list[str]:
-    """The rows with the new columns, in the format that the name's ending says; which columns the rows had already."""
+    """Writes the rows with the new columns, in the format of the file's ending. Returns the replaced columns."""
     replaced = set()
 
     def found():

@@ -20,7 +20,7 @@ class Series(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """Curves that share one axis. `log`: decades, a 0 is drawn at the foot. `limit`: a dashed line at that value."""
+    """Curves on one axis. `log`: a logarithmic axis, with 0 at its lower end. `limit`: a dashed line at this value."""
 
     title: str
     series: Sequence[Series]
@@ -29,7 +29,7 @@ class Chart(NamedTuple):
 
 
 class Bars(NamedTuple):
-    """Amounts of one unit, drawn to the same scale from 0, in the order of `amounts` (name -> amount)."""
+    """Amounts of one unit as bars on one scale from 0, in the order of `amounts` (name -> amount)."""
 
     title: str
     unit: str
@@ -37,7 +37,7 @@ class Bars(NamedTuple):
 
 
 class Histogram(NamedTuple):
-    """How many of `values` (finite) lie in each of `bins` equal ranges; `unit` stands under the axis."""
+    """How many of `values` (finite) lie in each of `bins` equal ranges; `unit` is the label of the axis."""
 
     title: str
     values: Sequence[float]
@@ -106,7 +106,7 @@ def _scatter(chart):
 
 
 def _axes_figure(title, names, ticks, levels, x, y, drawn):
-    """A figure with numbers under and beside it."""
+    """A figure with numbers at both axes."""
     drawing = tag(
         "svg",
         *(_gridline(y(level), number(float(level))) for level in levels),
@@ -228,6 +228,6 @@ def _scale(low, high, start, stop):
 
 
 def _few(steps):
-    """Step numbers to write under the axis: all of them up to 12, then every so many."""
+    """The step numbers at the axis: all of them up to 12 steps, then only some."""
     every = max(1, math.ceil(steps / 12))
     return range(1, steps + 1, every)

@@ -1,4 +1,4 @@
-"""HTML without surprises: a plain string is text and is escaped; only `Html` is taken as it is."""
+"""HTML tags: a plain string is text and is escaped; only an `Html` string is inserted unchanged."""
 
 import math
 from html import escape
@@ -31,7 +31,7 @@ def tag(name, /, *children, **attributes):
 
 
 def section(title, *children, note=None):
-    """A titled block of the page; `note` says in one or two sentences how to read it."""
+    """A block of the page with a title; `note` explains in a few sentences how to read it."""
     return tag("section", tag("h2", title), note and tag("p", note, class_="note"), *children)
 
 

@@ -32,7 +32,7 @@ def write(path, title, sections):
 
 
 def headline(title, sentence, facts, *, eyebrow="finealign report"):
-    """The top of the page: what was run, one sentence that reads the result, and facts (name -> text or number)."""
+    """The top of the page: what was run, a sentence that explains the result, and facts (name -> text or number)."""
     pairs = [tag("div", tag("dt", name), tag("dd", number(fact))) for name, fact in facts.items()]
     return tag(
         "header",

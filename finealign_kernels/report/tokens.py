@@ -9,10 +9,10 @@ _UNDERLINES = 6
 
 
 class Shade(NamedTuple):
-    """A number that colours tokens. Amounts run from 0 to one colour, signed numbers from red (-) to blue (+).
+    """A number that colours tokens: amounts by one colour from 0 on, signed numbers from red (-) to blue (+).
 
-    So that one colour means one thing on every page, a signed number must be positive where it is good or makes a token
-    more likely: minus the gradient of a loss, say.
+    A signed number must be positive where it is good or makes a token more likely (for example minus the gradient of a
+    loss), so that a colour has the same meaning on every page.
     """
 
     name: str  # the key in Token.values
@@ -22,9 +22,10 @@ class Shade(NamedTuple):
 
 
 class Token(NamedTuple):
-    """A token: its text, numbers by name (those with a Shade colour it), kinds of the spans over it, what to say of it.
+    """A token: its text, numbers by name (those with a Shade colour it), the kinds of its spans, and a note.
 
-    Numbers and note are in the hover text. The first kind underlines; `starts` draws a line before the token.
+    Numbers and note are in the hover text. The first kind decides the underline. `starts` draws a line before the
+    token.
     """
 
     text: str
@@ -35,7 +36,7 @@ class Token(NamedTuple):
 
 
 class Response(NamedTuple):
-    """One answer: what it is called, its tokens, a short remark beside the name, and notes listed below it."""
+    """One answer: its name, its tokens, a short remark beside the name, and notes listed below it."""
 
     name: str
     tokens: Sequence[Token]
@@ -44,7 +45,7 @@ class Response(NamedTuple):
 
 
 class Example(NamedTuple):
-    """A prompt with the answers that stand side by side under it."""
+    """A prompt and its answers, which are shown side by side."""
 
     title: str
     prompt: str
@@ -71,7 +72,7 @@ def _largest(examples, name):
 
 
 def _kinds(examples):
-    """Span kind -> number of its underline, in order of appearance."""
+    """The number of the underline of each span kind, in order of appearance."""
     seen = dict.fromkeys(kind for token in _tokens(examples) for kind in token.kinds)
     return {kind: i % _UNDERLINES for i, kind in enumerate(seen)}
 

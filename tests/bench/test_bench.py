@@ -938,6 +938,24 @@ def test_every_word_that_the_session_chooses_tests_by_is_one_of_theirs():
             assert any(word in test or parameter.startswith(word) for test, parameter in names), f"{word} in {file}"
 
 
+def test_a_broken_context_is_seen(monkeypatch):
+    gpu_context = importlib.import_module("gpu_context")
+    assert not gpu_context.is_broken()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    for error in (None, torch.AcceleratorError("an illegal memory access was encountered")):
+        monkeypatch.setattr(torch.cuda, "synchronize", raises(error))
+        assert gpu_context.is_broken() == run.broken(torch.device("cuda")) == (error is not None)
+
+
+def raises(error):
+    def call(*device):
+        if error is not None:
+            raise error
+
+    return call
+
+
 # latencies by arithmetic
 
 

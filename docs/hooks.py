@@ -49,12 +49,17 @@ def _paragraph(text: str) -> str:
         else:
             rows.append(("", line))
     cells = "".join(
-        f"<tr><td>{escape(name)}</td><td>{escape(what)}</td></tr>"
+        f"<tr><td>{escape(name)}</td><td>{_html(what)}</td></tr>"
         if name
-        else f'<tr><td colspan="2">{escape(what)}</td></tr>'
+        else f'<tr><td colspan="2">{_html(what)}</td></tr>'
         for name, what in rows
     )
     return f'<table class="columns">{cells}</table>'
+
+
+def _html(text: str) -> str:
+    """Text of a table's cell, in which Markdown does nothing: `names` as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 class KeepColumns(griffe.Extension):

@@ -19,10 +19,12 @@ def sentences(text: str) -> list[Range]:
     """The sentences of text: (start, end) in characters, end exclusive, without the white space between them.
 
     A sentence ends
+
         after . ! ? … and the quotes or brackets that follow, if white space comes next and then no lower-case letter
         after 。！？ always
         at a line break
-    and does not end in a decimal number, after a number at the start of a line ("2. Then"), after a single letter
+
+    It does not end in a decimal number, after a number at the start of a line ("2. Then"), after a single letter
     (initials, "e.g.", "U.S."), or after Mr. Mrs. Ms. Dr. Prof. St. Mt. vs. no. nos. cf.
 
     Limits: other abbreviations end a sentence ("approx. Two" is cut). A single letter never does ("vitamin C. Then",
@@ -44,7 +46,7 @@ def sub_sentences(text: str, *, least: int = 5, splitter: Callable[[str], Iterab
     The words of a sentence, split at white space, are numbered 0 to N - 1. If word i - 1 ends in , ; ! or ? and
     i + least < N, then
 
-        the part so far has `least` words or more             a new part begins at word i
+        the part so far has least words or more               a new part begins at word i
         it has fewer words, and is not the sentence's first   it is joined to the part before it, and a new part
                                                               begins at word i
         it has fewer words, and is the sentence's first       no cut is made

@@ -14,6 +14,7 @@ The CUDA half takes minutes to compile: "auto" does so where nvcc is found and a
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -174,6 +175,8 @@ def ninja_file(plan, out):
     include = f"-I{ROOT}/csrc -I{ROOT}/kernels/cuda"
     defines = f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"
     defines += f" -DPy_LIMITED_API=0x{OLDEST_PYTHON[0]:02x}{OLDEST_PYTHON[1]:02x}0000"
+    digest = runpy.run_path(str(ROOT / "finealign_kernels/ops/_sources.py"))["digest"]
+    defines += f" '-DFINEALIGN_SOURCES=\"{digest(ROOT)}\"'"
     if plan.nvcc:
         defines += f" -DFINEALIGN_CUDA '-DFINEALIGN_ARCHS=\"{';'.join(arch_list())}\"'"
     torch_include = f"-isystem {plan.torch}/include -isystem {sysconfig.get_path('include')}"

@@ -857,11 +857,12 @@ STABLE_TORCH_LIBRARY_IMPL(finealign, CompositeExplicitAutograd, m) {
 #define FINEALIGN_ARCHS ""  // built without CUDA
 #endif
 
-// Importing the module runs the registrations above. Its only attribute names the GPUs that it was compiled for.
+// Importing the module runs the registrations above. Its attributes name the GPUs that it was compiled for, and its sources.
 PyMODINIT_FUNC PyInit__C(void) {
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&definition);
-  if (module && PyModule_AddStringConstant(module, "architectures", FINEALIGN_ARCHS) < 0) {
+  if (module && (PyModule_AddStringConstant(module, "architectures", FINEALIGN_ARCHS) < 0 ||
+                 PyModule_AddStringConstant(module, "sources", FINEALIGN_SOURCES) < 0)) {
     Py_DECREF(module);
     return nullptr;
   }

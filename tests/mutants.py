@@ -280,6 +280,7 @@ MUTANTS = [
     Mutant("the first temperature for all rows", FORMULA, "return t[:, None] if isinstance(t, Tensor) else t", "return t[:1, None] if isinstance(t, Tensor) else t", "tests/ops/test_temperatures.py"),
     # two copies of the package in a process
     Mutant("a second copy registers its ops too", "ops/_native.py", 'if _spec is not None and hasattr(torch.ops.finealign, "_cpu_state"):', "if False:", "tests/house/test_two_copies.py"),
+    Mutant("ops of other sources are taken", "ops/_native.py", "if now is None or now == compiled_from:", "if True:", "tests/house/test_two_copies.py"),
     Mutant("ops of another build are taken", "ops/_native.py", "filecmp.cmp(loaded, file, shallow=False)", "True", "tests/house/test_two_copies.py"),
     Mutant("code for one GPU taken for its family's", "ops/_native.py", 'if suffix == "a" else', 'if suffix == "x" else', "tests/house/test_release.py"),
     Mutant("PTX for a later GPU taken", "ops/_native.py", "version <= (major, minor))", "version)", "tests/house/test_release.py"),

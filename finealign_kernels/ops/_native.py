@@ -12,8 +12,12 @@ import importlib.util
 import os
 import re
 import warnings
+from pathlib import Path
 
 import torch  # first: it loads the libtorch that the extension names
+
+from . import _sources
+from ._warn import warn_once
 
 CPU = ("baseline", "avx2", "avx512")  # what FINEALIGN_CPU may ask for
 reason: str | None = None  # why there is no extension, None where there is one
@@ -32,6 +36,16 @@ def _refused(file: str) -> str | None:
     return f"another build is loaded in this process, {loaded}; {file} stays out"
 
 
+def _outdated(compiled_from: str | None) -> str | None:
+    """Why the extension of this copy must not be used; None where it is compiled from the checkout's sources, or where
+    there are no sources beside the package.
+    """
+    now = _sources.digest(Path(__file__).parents[2])
+    if now is None or now == compiled_from:
+        return None
+    return "csrc/ or kernels/cuda/ has changed since the extension was compiled: run make setup, or pip install -e ."
+
+
 if os.environ.get("FINEALIGN_CPU") not in (None, "", *CPU):
     raise ImportError(f"FINEALIGN_CPU must be one of {', '.join(CPU)}, got {os.environ['FINEALIGN_CPU']!r}")
 
@@ -46,7 +60,10 @@ else:
             _module = importlib.import_module(".._C", __package__)
             torch.ops.finealign.loaded_from = _module.__file__
             torch.ops.finealign.compiled_for = getattr(_module, "architectures", "")
-            registers = True
+            reason = _outdated(getattr(_module, "sources", None))
+            registers = reason is None
+            if reason:
+                warn_once("extension", f"the extension is not used: {reason}")
     except ImportError as error:
         reason = f"the extension is not built or does not load ({error})"
 

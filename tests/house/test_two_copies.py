@@ -46,15 +46,19 @@ def run(code, *args, **env):
     )  # fmt: skip
 
 
-@pytest.fixture
-def copies(tmp_path):
-    """A folder with a second copy of the package, compiled extension and all."""
+def copy(folder, name):
+    """The package, compiled extension and all, as folder/name."""
     if not any(PACKAGE.glob("_C*.so")):
         pytest.skip("the extension is not built")
     ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(PACKAGE, tmp_path / "another_name", ignore=ignored)
-    if not (tmp_path / "another_name/kernels").exists():
-        shutil.copytree(ROOT / "kernels/triton", tmp_path / "another_name/kernels", ignore=ignored)
+    shutil.copytree(PACKAGE, folder / name, ignore=ignored)
+    if not (folder / name / "kernels").exists():
+        shutil.copytree(ROOT / "kernels/triton", folder / name / "kernels", ignore=ignored)
+
+
+@pytest.fixture
+def copies(tmp_path):
+    copy(tmp_path, "another_name")
     return tmp_path
 
 
@@ -113,3 +117,35 @@ def test_the_layout_of_hugging_face_loads_beside_an_installed_copy(tmp_path):
     assert found.stdout.split()[-1] == "True"
     with pytest.raises(FileExistsError, match="torch-cpu exists"):
         LAYOUT["write"](tmp_path)
+
+
+OWN = f"""
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder)]  # not the installed one
+sys.path.insert(0, sys.argv[1])
+import torch
+import finealign_kernels
+from finealign_kernels.ops import _native
+assert _native.__file__.startswith(sys.argv[1])
+{WORKS}
+check(finealign_kernels)
+print(_native.reason)
+"""
+
+
+def test_an_extension_of_other_sources_is_not_used(tmp_path):
+    """As after a git pull: an op may have changed what it means, and not its signature."""
+    copy(tmp_path, "finealign_kernels")
+    assert run(OWN, tmp_path, PYTHONPATH="").stdout == "None\n"  # no sources beside it, as in a wheel
+    for folder in ("csrc", "kernels/cuda"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    (tmp_path / "csrc/.launch.h.swp").write_text("an editor's")
+    same = run(OWN, tmp_path, PYTHONPATH="")
+    assert same.stdout == "None\n" and "extension" not in same.stderr, same.stderr
+    with open(tmp_path / "kernels/cuda/scan.cuh", "a") as file:
+        file.write("// changed\n")
+    old = run(OWN, tmp_path, PYTHONPATH="")
+    assert "has changed since the extension was compiled: run make setup" in old.stdout, old.stderr
+    assert "the extension is not used: csrc/" in old.stderr
+    required = run(OWN, tmp_path, PYTHONPATH="", FINEALIGN_REQUIRE_NATIVE="1")
+    assert required.returncode and "FINEALIGN_REQUIRE_NATIVE is set, but csrc/" in required.stderr

@@ -17,6 +17,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import history
+
 RUN = Path(__file__).with_name("run.py")
 
 
@@ -57,7 +59,7 @@ def gather(parts: list[Path], target: Path) -> None:
     for part in parts:
         if part.exists():
             for row in json.loads(part.read_text()):
-                rows[tuple(str(row[key]) for key in ("suite", "case", "impl", "dtype", "shape"))] = row
+                rows[json.dumps([row[key] for key in (*history.KEYS, "impl")])] = row
     if rows:
         target.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
     for part in parts:

@@ -544,7 +544,7 @@ MUTANTS = [
     Mutant("fused head: slim tiles of other columns", "kernels/linear_logprobs.py", "tile._replace(rows=min(tile.rows, 64),", "tile._replace(columns=min(tile.columns, 8), rows=min(tile.rows, 64),", HEAD),
     Mutant("fused head: float32 by descriptors", "kernels/linear_logprobs.py", "arch in TMA and weight.dtype != torch.float32", "arch in TMA", HEAD),
     Mutant("fused head: every output by a tile of other columns", "kernels/linear_logprobs.py", "want == every and small.columns == tile.columns", "want == every", HEAD),
-    Mutant("fused head: wide tiles for odd heads", "ops/_fused.py", "launch, tile = kernels.linear_fwd, kernels.by_pointers(weight, tile)", "launch = kernels.linear_fwd", HEAD),
+    Mutant("fused head: wide tiles for odd heads", "ops/_fused.py", "tile if by_blocks else kernels.by_pointers(weight, tile)", "tile", HEAD),
     Mutant("fused head: E by the first tile's maximum", "kernels/linear_logprobs.py", "place * e_max_stride + tile,", "place * e_max_stride,", HEAD),
     Mutant("fused head: E without the sum", "kernels/linear_logprobs.py", "tl.where(from_e, (top - m) - l, -l)", "tl.where(from_e, top - m, -l)", HEAD),
 ]  # fmt: skip

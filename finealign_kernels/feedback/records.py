@@ -117,7 +117,7 @@ def to_spans(text, spans, *, unit="code points"):
     plain_text("text", text)
     found = []
     for i, span in enumerate(listed("spans", spans, "a sequence of spans")):
-        record = span if isinstance(span, Span) else _span_fields(span, f"spans[{i}]")
+        record = span if isinstance(span, Span) else span_fields(span, f"spans[{i}]")
         if unit == "utf-16":
             record = to_json(record) if isinstance(record, Span) else dict(record)
             for name in ("start", "end"):
@@ -127,7 +127,7 @@ def to_spans(text, spans, *, unit="code points"):
     return tuple(found)
 
 
-def _span_fields(span, path):
+def span_fields(span, path):
     """The JSON object of a span given as a mapping, or as start, end and optionally a kind."""
     if isinstance(span, Mapping):
         return {"kind": "fault"} | {name: value for name, value in span.items() if value is not None}

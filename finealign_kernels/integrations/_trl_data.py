@@ -14,7 +14,8 @@ from torch import Tensor
 from trl.data_utils import is_conversational
 
 from ..feedback import pair_weights, response_weights, to_spans
-from ..ops._check import fail
+from ..feedback.records import span_fields
+from ..ops._check import fail, nearest
 from ..ops._warn import warn_once
 
 ENDINGS = ("span", "spans", "token_weight", "token_weights", "token_score", "token_scores", "token_logps")
@@ -132,11 +133,11 @@ def add_token_weights(dataset, ours: Columns, tokenizer, span_options: Mapping, 
         wanted = f"have the columns prompt, {' and '.join(ours.sides)}, beside spans"
         fail(f"the {name} dataset", wanted, ", ".join(columns))
     shared = {"ours": ours}
-    if name == "train" and span_options.get("by_kind"):
-        _warn_of_absent_kinds(dataset, spans, span_options["by_kind"])
     if spans:
         options = {"tokenizer": tokenizer, "options": span_options, **shared}
         dataset = dataset.map(_weigh, fn_kwargs=options, **map_options)
+    if name == "train" and span_options.get("by_kind"):
+        _warn_of_absent_kinds(dataset, spans, span_options["by_kind"])
     if any(column in columns for column in (*ours.per_token, *ours.per_row, *ours.labels)):
         dataset = dataset.map(_check_numbers, fn_kwargs=shared, **map_options)
     return dataset
@@ -159,21 +160,16 @@ def _warn_of_unread(columns, ours: Columns, name: str) -> None:
 
 
 def _warn_of_absent_kinds(dataset, columns: Sequence[str], by_kind: Mapping) -> None:
-    """Weights of a kind that no span of the dataset is of: they change nothing, without a word."""
+    """Warns of weights for a kind that no span of the dataset has, since they have no effect. Its spans are valid."""
     if isinstance(dataset, IterableDataset):
         return
-    spans = [span for column in columns for row in dataset[column] for span in row or []]
-    kinds = {str(_kind(span)) for span in spans}
+    spans = (span for column in columns for row in dataset[column] for span in row or [])
+    kinds = {span_fields(span, "span")["kind"] for span in spans}
     for kind in sorted(set(map(str, by_kind)) - kinds):
         there = f"the kinds there are {', '.join(sorted(kinds))}" if kinds else "it has no spans"
         warn_once(
             f"trl kind {kind}", f"by_kind has {kind!r}, which is the kind of no span of the train dataset; {there}"
         )
-
-
-def _kind(span) -> str:
-    kind = span.get("kind") if isinstance(span, Mapping) else span[2] if len(span) > 2 else None
-    return "fault" if kind is None else kind
 
 
 def _weigh(row: Mapping, tokenizer, options: Mapping, ours: Columns) -> dict:
@@ -232,9 +228,7 @@ def check_keys(name: str, given, known: Sequence[str], of: str) -> None:
         fail(name, f"be a mapping from arguments of {of}", type(given).__name__, TypeError)
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            fail(name, f"name arguments of {of}, of {', '.join(known)}", f"{key!r}{hint}")
+            fail(name, f"name arguments of {of}, of {', '.join(known)}", f"{key!r}{nearest(key, known)}")
 
 
 class Collator:

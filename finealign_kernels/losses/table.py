@@ -1,7 +1,6 @@
 """The table of preference losses: one row a loss. `preference` and `pointwise` put them together."""
 
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from functools import lru_cache, partial
 from inspect import signature
 from typing import NamedTuple
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..formulas import margin
-from ..ops._check import LARGEST, check_bool, check_number, check_one_of, fail, number
+from ..ops._check import LARGEST, check_bool, check_number, check_one_of, fail, nearest, number
 from ..ops.sequence_loss import CODES, missing
 
 Formula = Callable[..., tuple[Tensor, Tensor]]
@@ -369,8 +368,7 @@ def hyper_of(name: str | Row, takes: dict[str, Hyper], given: dict, of: Callable
             known = (
                 [] if of is None else [p.name for p in signature(of).parameters.values() if p.kind is p.KEYWORD_ONLY]
             )
-            near = get_close_matches(key, [*takes, *known], 1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            hint = nearest(key, [*takes, *known])
             rest = f"; the other keywords are {', '.join(known)}" if known else ""
             raise TypeError(f"{describe(name)} takes {tuple(takes) or 'no hyper-parameter'}, got {key!r}{hint}{rest}")
         found[key] = value = check_number(key, value)

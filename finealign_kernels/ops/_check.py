@@ -3,6 +3,7 @@
 import os
 import secrets
 from collections.abc import Iterable
+from difflib import get_close_matches
 
 import numpy as np
 import torch
@@ -27,6 +28,12 @@ MARK = secrets.randbits(62)  # of this process: memory that nobody wrote to does
 
 def fail(name: str, expected: str, got: object, kind: type[Exception] = ValueError):
     raise kind(f"{name} must {expected}, got {got}")
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """The end of an error about an unknown name: the known name that is spelled most like it, or nothing."""
+    near = get_close_matches(str(name), list(known), 1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def check_tensor(

@@ -35,6 +35,13 @@ def tile_of(x: Tensor, head: formula.Head):
     return _choose.fused().config(_choose.arch(x), x.dtype, bool(head.softcap))
 
 
+def _copies(hidden: Tensor, weight: Tensor, tile):
+    """Whether the kernels by descriptors copy whole blocks of the head, and the tile of those that are launched."""
+    kernels = _choose.fused()
+    by_blocks = kernels.supports_tma(weight, _choose.arch(hidden))
+    return by_blocks, tile if by_blocks else kernels.by_pointers(weight, tile)
+
+
 def maxima(x: Tensor, vocab: int, head: formula.Head) -> int:
     """Maxima of a row of E, one a tile."""
     return -(-vocab // tile_of(x, head).columns)
@@ -42,7 +49,7 @@ def maxima(x: Tensor, vocab: int, head: formula.Head) -> int:
 
 def fwd(hidden, weight, bias, target, head, want, workspace, on_device, _, static=False, shard=False):
     """Rows (N,) each, E (room·V,) and its maxima (room, tiles). Arguments as of _chunked.fwd."""
-    kernels, arch = _choose.fused(), _choose.arch(hidden)
+    kernels = _choose.fused()
     n_all, vocab = hidden.shape[0], weight.shape[0]
     chunk = _chunked.tile_of(hidden.device.type).columns
     rows = order(target != formula.SKIP, on_device)
@@ -54,9 +61,9 @@ def fwd(hidden, weight, bias, target, head, want, workspace, on_device, _, stati
     label = torch.full((rows.n, 2), torch.nan, device=hidden.device)
     e = torch.empty(room * vocab, dtype=hidden.dtype, device=hidden.device)
     kept = e if room else None
-    launch, tile = kernels.linear_fwd_tma, kernels.forward_config(arch, hidden.dtype, bool(head.softcap), want)
-    if not kernels.supports_tma(weight, arch):
-        launch, tile = kernels.linear_fwd, kernels.by_pointers(weight, tile)
+    tile = kernels.forward_config(_choose.arch(hidden), hidden.dtype, bool(head.softcap), want)
+    by_blocks, tile = _copies(hidden, weight, tile)
+    launch = kernels.linear_fwd_tma if by_blocks else kernels.linear_fwd
     launch(hidden, weight, bias, target, rows, head, want, part, first, label, kept, room, chunk, tile)
     e_max = part[:room, :, 0].contiguous()
     if rows.n < room:
@@ -78,9 +85,8 @@ def bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, on_de
     if on_device:
         return _bounded_bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, needs, tile, shard)
 
-    launch = kernels.linear_bwd_tma
-    if not kernels.supports_tma(weight, _choose.arch(hidden)):
-        launch, tile = kernels.linear_bwd, kernels.by_pointers(weight, tile)
+    by_blocks, tile = _copies(hidden, weight, tile)
+    launch = kernels.linear_bwd_tma if by_blocks else kernels.linear_bwd
 
     def again(dz, x, at, coef, c0, c1):
         """By the forward's tiles: p = exp(z - lse) needs the very z that lse was computed from."""
@@ -117,9 +123,8 @@ def _bounded_bwd(coef, curved, hidden, weight, bias, target, e, e_max, head, nee
     place = _chunked.places(read, rank, index)
     counts = torch.stack([from_e.sum(), active.sum()])
     at, coef = target[index], coef.stacked()[:, index]
-    by_blocks = kernels.supports_tma(weight, _choose.arch(hidden))
+    by_blocks, tile = _copies(hidden, weight, tile)
     x = hidden.index_select(0, index) if by_blocks else None
-    tile = tile if by_blocks else kernels.by_pointers(weight, tile)
 
     chunks, blocks = _chunked.spans(vocab, area.columns), _chunked.spans(n, area.rows)
     columns = min(vocab, area.columns)
